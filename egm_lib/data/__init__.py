@@ -1,0 +1,62 @@
+"""Samples and pictures of every data source, and the layout of a data root.
+
+A data root is a folder with pictures and, in GroundingSample JSONL files, what is asked about them:
+
+    train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl  eval/<dataset>_<split>.jsonl
+
+The miniature world writes one; `python -m egm_lib.data prepare` makes one from RefCOCO, COCO-Amodal and TAO-Amodal.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from egm_lib.data.pictures import open_image, resolve_image
+from egm_lib.data.records import (
+    AMODAL_SPLITS,
+    EVAL_SPLITS,
+    GroundingSample,
+    SampleError,
+    Task,
+    read_samples,
+    write_samples,
+)
+
+__all__ = [
+    "AMODAL_SPLITS",
+    "EVAL_SPLITS",
+    "GroundingSample",
+    "SampleError",
+    "eval_splits",
+    "open_image",
+    "read_eval",
+    "read_samples",
+    "read_train",
+    "resolve_image",
+    "split_id",
+    "write_samples",
+]
+
+
+def eval_splits(task: Task) -> tuple[tuple[str, str], ...]:
+    """(dataset, split) of every evaluation split of a task."""
+    return {"vanilla": EVAL_SPLITS, "amodal": AMODAL_SPLITS}[task]
+
+
+def split_id(dataset: str, split: str) -> str:
+    """File-safe name of a split, e.g. `refcoco+_testA`."""
+    return f"{dataset}_{split}"
+
+
+def read_eval(root: str | Path, dataset: str, split: str, limit: int | None = None) -> Dataset:
+    """An evaluation split of a data root, or its first `limit` rows."""
+    return _head(read_samples(Path(root) / "eval" / f"{split_id(dataset, split)}.jsonl"), limit)
+
+
+def read_train(root: str | Path, task: Task, stage: str = "train", limit: int | None = None) -> Dataset:
+    """The samples a stage ("train" for SFT, "selection" for GRPO) of a task draws from, or the first `limit`."""
+    return _head(read_samples(Path(root) / f"{stage}{'_amodal' if task == 'amodal' else ''}.jsonl"), limit)
+
+
+def _head(samples: Dataset, limit: int | None) -> Dataset:
+    return samples if limit is None or limit >= len(samples) else samples.select(range(limit))

@@ -1,0 +1,251 @@
+"""The one record every data source is turned into, and its JSONL files."""
+
+import json
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher, generate_random_fingerprint
+
+Task = Literal["vanilla", "amodal"]
+
+
+class GroundingSample(TypedDict):
+    """One referring expression and the box it means: a row of every Dataset, a line of every *.jsonl.
+
+    Boxes are [x1, y1, x2, y2] in pixels of the picture as it is seen (EXIF orientation applied), origin top left.
+    """
+
+    sample_id: str  # unique within a file
+    dataset: str  # refcoco, refcoco+, refcocog, coco_amodal, tao_amodal, ...
+    split: str  # train, val, test, testA, testB, ...
+    task: Task
+    image: str  # path relative to the data root, or absolute; the file shows what gt_box means, mirrored or not
+    width: int  # px
+    height: int  # px
+    expression: str
+    gt_box: list[float]  # xyxy px; inside the picture for "vanilla", may leave it for "amodal"
+    modal_box: list[float] | None  # xyxy px of the visible part; "amodal" only
+    image_id: str  # of the unmirrored picture, equal across data sets (COCO id where there is one)
+    ann_id: str | None
+    ref_id: str | None
+    flipped: bool  # True: made by `flip`
+    prompt_kind: str | None  # description of the expression, where the source tells
+    num_lookalikes: int | None  # other objects of the same kind in the picture, where the source tells
+
+
+# The eight test splits of Table 4, and the amodal benchmark of Table 5, as (dataset, split).
+EVAL_SPLITS = (
+    ("refcoco", "val"),
+    ("refcoco", "testA"),
+    ("refcoco", "testB"),
+    ("refcoco+", "val"),
+    ("refcoco+", "testA"),
+    ("refcoco+", "testB"),
+    ("refcocog", "val"),
+    ("refcocog", "test"),
+)
+AMODAL_SPLITS = (("coco_amodal", "val"), ("coco_amodal", "test"))
+
+EDGE_TOLERANCE_PX = 1.0  # annotators' boxes overshoot the border by fractions of a pixel
+BATCH_ROWS = 20_000  # rows held as Python objects at a time
+
+
+class SampleError(ValueError):
+    """A row that is no GroundingSample; the message says file, row and reason."""
+
+
+def _without_none(hint: object) -> tuple[object, bool]:
+    """(type, may be null) of an annotation like `str` or `str | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not types.NoneType), True
+    return hint, False
+
+
+_COLUMN = {str: Value("string"), int: Value("int64"), bool: Value("bool"), Task: Value("string"),
+           list[float]: List(Value("float64"))}
+_TYPES = {name: _without_none(hint) for name, hint in typing.get_type_hints(GroundingSample).items()}
+FEATURES = Features({name: _COLUMN[kind] for name, (kind, _) in _TYPES.items()})
+REQUIRED = tuple(name for name, (_, nullable) in _TYPES.items() if not nullable)
+
+
+def read_samples(path: str | Path) -> Dataset:
+    """All rows of a GroundingSample JSONL file, validated, as an Arrow-backed Dataset.
+
+    Raises FileNotFoundError, or SampleError naming file, row and reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no sample file {path}; make it with `python -m egm_lib.data prepare` "
+                                "(real data) or by running notebook 00 (miniature world)")
+    stat = path.stat()
+    table = _read_quickly(path) if stat.st_size else FEATURES.arrow_schema.empty_table()
+    if table is None:
+        table = rows_to_table(_json_lines(path), str(path))
+    check_table(table, str(path))
+    return table_to_dataset(table, Hasher.hash([str(path.resolve()), stat.st_size, stat.st_mtime_ns]))
+
+
+def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
+    """Write validated rows as JSONL, whole or not at all; returns their number.
+
+    Optional fields that a row lacks are written as null. Raises SampleError naming the row and the reason.
+    """
+    path, count, seen = Path(path), 0, set()
+    with atomic_open(path) as file:
+        for table in _tables(iter(rows), str(path)):
+            check_table(table, str(path), first_row=count + 1)
+            ids = set(table["sample_id"].to_pylist())
+            if repeated := seen & ids:
+                raise SampleError(f"{path}: sample_id {min(repeated)!r} occurs twice; give every row its own")
+            seen |= ids
+            count += len(table)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
+    return count
+
+
+def rows_to_dataset(rows: Iterable[Mapping], source: str) -> Dataset:
+    """Validated Dataset of an iterable of rows, never more than BATCH_ROWS of them as Python objects.
+
+    source: what to call the rows in an error, e.g. the file they come from.
+    """
+    table = rows_to_table(rows, source)
+    check_table(table, source)
+    return table_to_dataset(table, generate_random_fingerprint())
+
+
+def table_to_dataset(table: pa.Table, fingerprint: str | None = None) -> Dataset:
+    """Dataset over an Arrow table of GroundingSample columns."""
+    table = table.select(list(FEATURES)).cast(FEATURES.arrow_schema)
+    return Dataset(table, fingerprint=fingerprint or generate_random_fingerprint())
+
+
+def rows_to_table(rows: Iterable[Mapping], source: str) -> pa.Table:
+    """Arrow table of rows whose fields and types are right; `check_table` looks at the values."""
+    return pa.concat_tables([*_tables(iter(rows), source), FEATURES.arrow_schema.empty_table()])
+
+
+def _tables(rows: Iterator[Mapping], source: str) -> Iterator[pa.Table]:
+    first_row = 1
+    while batch := list(islice(rows, BATCH_ROWS)):
+        for number, row in enumerate(batch, first_row):
+            if not isinstance(row, Mapping):
+                raise SampleError(f"{source}, row {number}: not an object with fields but {type(row).__name__}")
+            if unknown := set(row) - set(FEATURES):
+                raise SampleError(f"{source}, row {number}: unknown field {min(unknown, key=str)!r}; "
+                                  f"a sample has {', '.join(FEATURES)}")
+        try:
+            yield pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            _blame_type(batch, source, first_row)
+            raise
+        first_row += len(batch)
+
+
+def _blame_type(batch: list[Mapping], source: str, first_row: int) -> None:
+    """Raise for the first value in batch that has the wrong type."""
+    for number, row in enumerate(batch, first_row):
+        for name, value in row.items():
+            try:
+                pa.array([value], FEATURES.arrow_schema.field(name).type)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                kind = getattr(_TYPES[name][0], "__name__", "str")
+                raise SampleError(f"{source}, row {number}: {name} = {str(value)[:80]!r} is not {kind}") from error
+
+
+def _read_quickly(path: Path) -> pa.Table | None:
+    """The whole file through Arrow's own JSON reader; None where a row must be looked at one by one."""
+    options = pa.json.ParseOptions(explicit_schema=FEATURES.arrow_schema, unexpected_field_behavior="error")
+    try:
+        return pa.json.read_json(path, parse_options=options)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return None
+
+
+def _json_lines(path: Path) -> Iterator[Mapping]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise SampleError(f"{path}, row {number}: not JSON ({error})") from error
+
+
+def check_table(table: pa.Table, source: str, first_row: int = 1) -> None:
+    """Raise SampleError for the first row whose values contradict the record."""
+    start = first_row
+    for batch in table.to_batches(max_chunksize=200_000):
+        faults = [(int(np.argmax(bad_N)), reason) for bad_N, reason in _faults(batch) if bad_N.any()]
+        if faults:
+            row, reason = min(faults, key=lambda fault: fault[0])
+            shown = {name: batch[name][row].as_py() for name in ("sample_id", "gt_box")}
+            raise SampleError(f"{source}, row {start + row}: {reason} ({shown})")
+        start += len(batch)
+    if (unique := pc.count_distinct(table["sample_id"]).as_py()) != len(table):
+        counts = table["sample_id"].value_counts()
+        repeated = counts.filter(pc.greater(counts.field(1), 1))[0]["values"].as_py()
+        raise SampleError(f"{source}: only {unique} of {len(table)} sample_id are different; "
+                          f"{repeated!r} occurs more than once, give every row its own")
+
+
+def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
+    """(bad_N, reason) for every rule of the record, in the order in which a reader would ask."""
+    for name in REQUIRED:
+        yield _bools(pc.is_null(batch[name])), f"{name} is missing"
+    for name in ("sample_id", "dataset", "split", "image", "expression", "image_id"):
+        yield _bools(pc.equal(pc.utf8_trim_whitespace(batch[name]), "")), f"{name} is blank"
+    vanilla_N, amodal_N = _bools(pc.equal(batch["task"], "vanilla")), _bools(pc.equal(batch["task"], "amodal"))
+    yield ~(vanilla_N | amodal_N), "task is neither 'vanilla' nor 'amodal'"
+    for side in ("width", "height"):
+        yield _bools(pc.less_equal(batch[side], 0)), f"{side} is not positive"
+    for name in ("gt_box", "modal_box"):
+        absent_N = _bools(pc.is_null(batch[name]))
+        not_four_N = _bools(pc.not_equal(pc.list_value_length(batch[name]), 4))
+        yield not_four_N, f"{name} does not have four numbers"
+        boxes_N_4 = _boxes(batch[name], absent_N | not_four_N)
+        yield ~np.isfinite(boxes_N_4).all(axis=1), f"{name} is not finite"
+        x1_N, y1_N, x2_N, y2_N = boxes_N_4.T
+        yield (x2_N <= x1_N) | (y2_N <= y1_N), f"{name} is empty or its corners are swapped (x1 < x2 and y1 < y2)"
+        width_N, height_N = (pc.fill_null(batch[side], 0).to_numpy() for side in ("width", "height"))
+        overshoot_N = np.max([-x1_N, -y1_N, x2_N - width_N, y2_N - height_N], axis=0)
+        known_N = vanilla_N & ~absent_N & ~not_four_N
+        yield known_N & (overshoot_N > EDGE_TOLERANCE_PX), f"{name} leaves the picture, which only amodal boxes may"
+    yield vanilla_N & ~absent_N, "modal_box belongs to amodal samples only"
+
+
+def _bools(array: pa.Array) -> np.ndarray:
+    """Boolean numpy array; null counts as False (absence has its own rule)."""
+    return pc.fill_null(array, False).to_numpy(zero_copy_only=False)
+
+
+def _boxes(column: pa.ListArray, unusable_N: np.ndarray) -> np.ndarray:
+    """boxes_N_4 of a list column; unusable rows become the unit box, so that no later rule fires on them."""
+    boxes_N_4 = np.tile([0.0, 0.0, 1.0, 1.0], (len(column), 1))
+    usable = column.filter(pa.array(~unusable_N))
+    boxes_N_4[~unusable_N] = pc.list_flatten(usable).to_numpy(zero_copy_only=False).reshape(-1, 4)
+    return boxes_N_4
+
+
+@contextmanager
+def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
+    """A file that replaces `path` when the block ends well, and leaves no trace when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
