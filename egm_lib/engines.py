@@ -1,0 +1,531 @@
+"""Three ways to have a model answer: transformers (any machine), vLLM (GPUs), an OpenAI-compatible endpoint.
+
+Each engine takes requests (picture, prompt) and yields answers in the order of the requests. `reasoning=False` switches
+the reasoning off (Table 10) and binds the output to the form of an answer; an engine that cannot bind it says so.
+"""
+
+import base64
+import io
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import regex
+import torch
+from PIL import Image
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from egm_lib.profile import Sampling
+from egm_lib.prompts import FAMILIES, Family
+
+THINK_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one picture; prompt is the user's text, without chat template."""
+
+    image: Image.Image
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The assistant's text: what the chat template had begun (such as "<think>"), then what the model wrote.
+
+    finish_reason: "stop" | "length" | "error". Tokens are None where an endpoint does not tell.
+    latency_ms, first_token_ms: from handing the request over to the last (first) token; None in a batch.
+    """
+
+    raw_answer: str
+    prompt_tokens: int | None
+    reasoning_tokens: int | None
+    answer_tokens: int | None
+    finish_reason: str
+    latency_ms: float | None = None
+    first_token_ms: float | None = None
+    error: str | None = None
+
+    @classmethod
+    def failed(cls, error: Exception) -> "Answer":
+        return cls("", None, None, None, "error", error=f"{type(error).__name__}: {error}")
+
+
+class Engine(Protocol):
+    """batch_size: requests that are answered together; `answer` may be given any number of them."""
+
+    family: Family
+    revision: str | None
+    batch_size: int
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]: ...
+
+    def describe(self) -> dict: ...
+
+
+# --- the form of an answer -----------------------------------------------------------------------------------------
+
+_NUMBER = r"(?:0|[1-9]\d{0,2}|1000)"
+_LABEL = r'(?:[^"\\<\x00-\x1f]|\\["\\/bfnrt]){0,200}'  # no "<": a label must not write protocol tags
+_BOX = rf"\[{_NUMBER}(?:, ?{_NUMBER}){{3}}\]"
+_OBJECT = rf'\{{"bbox_2d": ?{_BOX}(?:, ?"label": ?"{_LABEL}")?\}}'
+ANSWER_PATTERNS = {
+    "qwen3-vl": rf"(?:```json\n)?\[[ \n\t]{{0,2}}{_OBJECT}[ \n\t]{{0,2}}\](?:\n```)?",
+    "internvl-3": rf"(?:<answer>)?(?:<ref>[^<\n]{{0,200}}</ref>)?<box>\[?{_BOX}\]?</box>(?:</answer>)?",
+}
+ANSWER_SCHEMA = {  # the same for endpoints that take JSON schemas; a family that answers in tags has the pattern alone
+    "type": "array",
+    "minItems": 1,
+    "maxItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "bbox_2d": {
+                "type": "array",
+                "minItems": 4,
+                "maxItems": 4,
+                "items": {"type": "integer", "minimum": 0, "maximum": 1000},
+            },
+            "label": {"type": "string", "maxLength": 200},
+        },
+        "required": ["bbox_2d", "label"],
+        "additionalProperties": False,
+    },
+}
+
+
+class ConstraintIgnored(RuntimeError):
+    """An engine that was told to bind the output answered outside the form."""
+
+
+def check_bound(text: str, pattern: str, *, finished: bool) -> None:
+    """Raise ConstraintIgnored unless text has the form (an answer that was cut off: the beginning of the form)."""
+    if not regex.fullmatch(pattern, text.strip(), partial=not finished):
+        raise ConstraintIgnored(
+            f"asked for an answer of a fixed form, got {text[:80]!r}: this engine ignores structured output; "
+            "update it or leave out the row without reasoning"
+        )
+
+
+class AnswerForm:
+    """Keeps to tokens that continue a text of the form; in order of likelihood, so few of the vocabulary are tried."""
+
+    def __init__(self, pattern: str, decode: Callable[[list[int]], str], eos_ids: frozenset[int]):
+        self.pattern, self.decode, self.eos_ids = regex.compile(pattern), decode, eos_ids
+
+    def bind(self, written: list[int], logits_V: torch.Tensor, keep: int) -> torch.Tensor:
+        """logits_V with all but the `keep` likeliest admissible tokens at -inf; RuntimeError where none is."""
+        before = self.decode(written)
+        allowed: list[int] = []
+        for width in (64, logits_V.numel()):
+            tokens = torch.topk(logits_V, min(width, logits_V.numel())).indices.tolist()
+            allowed = self._admissible(tokens, written, before, keep)
+            allowed = [token for token in allowed if logits_V[token] > -torch.inf]
+            if len(allowed) >= keep:
+                break
+        if not allowed:
+            raise RuntimeError(f"no token of this vocabulary continues the answer {before!r} in the required form")
+        bound_V = torch.full_like(logits_V, -torch.inf)
+        bound_V[allowed] = logits_V[allowed]
+        return bound_V
+
+    def _admissible(self, tokens: list[int], written: list[int], before: str, keep: int) -> list[int]:
+        allowed: list[int] = []
+        for token in tokens:
+            if token in self.eos_ids:
+                good = self.pattern.fullmatch(before)
+            else:
+                text = self.decode([*written, token])
+                good = len(text) > len(before) and self.pattern.fullmatch(text, partial=True)
+            if good:
+                allowed.append(token)
+                if len(allowed) == keep:
+                    break
+        return allowed
+
+
+def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning: bool) -> tuple[list[str], str]:
+    """The chat text of each request, and what of the assistant's turn it has begun (a parser must see that too)."""
+    texts = [
+        processor.apply_chat_template(family.messages(request.prompt), tokenize=False, add_generation_prompt=True)
+        for request in requests
+    ]
+    opener = family.reasoning_opener
+    begun = opener if opener and texts and texts[0].endswith(opener) else ""
+    if not reasoning:
+        texts, begun = [text + family.no_reasoning_prefix for text in texts], begun + family.no_reasoning_prefix
+    return texts, begun
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Decoded:
+    """tokens: one list a row, without the end token; finish: "stop" | "length" a row; first_token_at: perf_counter."""
+
+    tokens: list[list[int]]
+    finish: list[str]
+    first_token_at: float
+
+
+@torch.inference_mode()
+def decode_batch(
+    model, inputs: dict, sampling: Sampling, *, eos_ids: frozenset[int], suppress_ids: Sequence[int] = (),
+    form: AnswerForm | None = None, rng: torch.Generator | None = None,
+) -> Decoded:  # fmt: skip
+    """`generate` with a KV cache and without its idle rows: a row that has ended leaves the batch.
+
+    inputs: left-padded. Suppressed tokens are the vision placeholders, on which the next forward would crash.
+    Greedy answers equal those of `model.generate` (a test).
+    """
+    attention_mask = inputs["attention_mask"]
+    num_rows, device = attention_mask.shape[0], attention_mask.device
+    cache = DynamicCache(config=model.config.get_text_config())
+    first = dict(inputs)
+    if not hasattr(model.model, "get_rope_index"):  # Qwen-VL computes its own 3-D positions
+        first["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    logits_R_V = model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+    offset_R_1 = getattr(model.model, "rope_deltas", None)
+    offset_R_1 = torch.zeros(num_rows, 1, dtype=torch.long, device=device) if offset_R_1 is None else offset_R_1
+    position_R_1 = attention_mask.sum(-1, keepdim=True) + offset_R_1
+    warpers = _warpers(sampling)
+    tokens: list[list[int]] = [[] for _ in range(num_rows)]
+    finish = ["length"] * num_rows
+    rows = list(range(num_rows))  # the answer that each row of the shrinking batch writes
+    running = [True] * num_rows
+    first_token_at = 0.0
+    for step in range(sampling.max_new_tokens):
+        logits_R_V[:, list(suppress_ids)] = -torch.inf
+        if form is not None:  # before top-k, which could leave no admissible token
+            keep = 1 if sampling.temperature == 0 else (sampling.top_k or logits_R_V.shape[1])
+            for r, row in enumerate(rows):
+                if running[row]:
+                    logits_R_V[r] = form.bind(tokens[row], logits_R_V[r], keep)
+        if warpers:
+            logits_R_V = _warp(warpers, logits_R_V, [tokens[row] for row in rows], inputs["input_ids"][rows])
+        if sampling.temperature == 0:
+            next_R = logits_R_V.argmax(-1)
+        else:
+            next_R = torch.multinomial(logits_R_V.softmax(-1), 1, generator=rng)[:, 0]
+        for row, token in zip(rows, next_R.tolist(), strict=True):
+            if not running[row]:
+                continue
+            if token in eos_ids:
+                running[row], finish[row] = False, "stop"
+            else:
+                tokens[row].append(token)
+        if step == 0:
+            first_token_at = time.perf_counter()
+        alive = [r for r, row in enumerate(rows) if running[row]]
+        if not alive or step + 1 == sampling.max_new_tokens:
+            break
+        if len(alive) <= 0.75 * len(rows):  # a smaller batch is worth the copy of the cache
+            index = torch.tensor(alive, device=device)
+            cache.batch_select_indices(index)
+            attention_mask, position_R_1, next_R = attention_mask[index], position_R_1[index], next_R[index]
+            rows = [rows[r] for r in alive]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
+        is_3d = hasattr(model.model, "get_rope_index")
+        logits_R_V = model(
+            input_ids=next_R[:, None],
+            attention_mask=attention_mask,
+            position_ids=position_R_1.expand(3, -1, -1) if is_3d else position_R_1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1].float()
+        position_R_1 = position_R_1 + 1
+    return Decoded(tokens, finish, first_token_at)
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k is not None and sampling.top_k > 0:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def _warp(warpers: LogitsProcessorList, logits_R_V, written: list[list[int]], prompt_R_T):
+    texts = [[*prompt, *ids] for prompt, ids in zip(prompt_R_T.tolist(), written, strict=True)]
+    longest = max(map(len, texts))
+    padded = [ids + ids[-1:] * (longest - len(ids)) for ids in texts]  # a repeated token changes no penalty
+    return warpers(torch.tensor(padded, device=logits_R_V.device), logits_R_V)
+
+
+class TransformersEngine:
+    """Batches of similar length, a KV cache, float32 or bfloat16; on a CPU or one GPU.
+
+    model_path: a checkpoint folder or hub id, or a loaded model with `processor` beside it.
+    """
+
+    def __init__(
+        self, model_path, family: str, dtype: str = "float32", batch_size: int = 64, *, processor=None,
+        revision: str | None = None, max_pixels: int | None = None, device: str | None = None, seed: int = 0,
+    ):  # fmt: skip
+        self.family, self.revision, self.batch_size, self.seed = FAMILIES[family], revision, batch_size, seed
+        self.dtype = getattr(torch, dtype)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if isinstance(model_path, torch.nn.Module):
+            model = model_path
+        else:
+            from egm_lib.models import load_model, load_processor
+
+            model, processor = load_model(model_path, self.dtype), processor or load_processor(model_path, family)
+        self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
+        if max_pixels is not None:
+            self.processor.image_processor.size = {**self.processor.image_processor.size, "longest_edge": max_pixels}
+        tokenizer = self.processor.tokenizer
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos_ids = frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
+        config = self.model.config
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        self.suppress_ids = sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
+        think_end = tokenizer.convert_tokens_to_ids(THINK_END)
+        self.think_end_id = None if think_end in (None, tokenizer.unk_token_id) else think_end
+
+    def describe(self) -> dict:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return {
+            "engine": "transformers", "device": name, "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].image.size))
+        answers: list[Answer | None] = [None] * len(requests)
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            given = self._answer_batch([requests[i] for i in batch], sampling, reasoning)
+            for i, answer in zip(batch, given, strict=True):
+                answers[i] = answer
+        yield from answers
+
+    def _answer_batch(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
+        try:
+            return self._decode(requests, sampling, reasoning)
+        except (RuntimeError, ValueError) as error:  # memory, or one odd request: find it, keep the others
+            if len(requests) == 1:
+                return [Answer.failed(error)]
+            half = len(requests) // 2
+            return [
+                answer
+                for part in (requests[:half], requests[half:])
+                for answer in self._answer_batch(part, sampling, reasoning)
+            ]
+
+    def _decode(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
+        start = time.perf_counter()
+        texts, begun = chat_texts(self.processor, self.family, requests, reasoning)
+        inputs = self.processor(
+            text=texts, images=[[request.image] for request in requests], padding=True, padding_side="left",
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        form = None
+        if not reasoning:
+            form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
+        rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
+        decoded = decode_batch(
+            self.model, dict(inputs), sampling, eos_ids=self.eos_ids, suppress_ids=self.suppress_ids, form=form, rng=rng
+        )
+        alone = len(requests) == 1
+        latency_ms = (time.perf_counter() - start) * 1000 if alone else None
+        first_token_ms = (decoded.first_token_at - start) * 1000 if alone else None
+        prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+        answers = []
+        for ids, finish, num_prompt in zip(decoded.tokens, decoded.finish, prompt_tokens, strict=True):
+            num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
+            answers.append(Answer(
+                begun + self._text(ids), num_prompt, num_reasoning, len(ids) - num_reasoning, finish, latency_ms,
+                first_token_ms,
+            ))  # fmt: skip
+        return answers
+
+    def _text(self, ids: list[int]) -> str:
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _reasoning_tokens(self, ids: list[int]) -> int:
+        """Tokens up to and with </think>; 0 where the answer does not close a reasoning."""
+        if self.think_end_id is not None:
+            return len(ids) - ids[::-1].index(self.think_end_id) if self.think_end_id in ids else 0
+        text = self._text(ids)
+        if THINK_END not in text:
+            return 0
+        return len(self.processor.tokenizer(text[: text.rindex(THINK_END) + len(THINK_END)])["input_ids"])
+
+
+# --- an OpenAI-compatible endpoint ---------------------------------------------------------------------------------
+
+
+class OpenAIEngine:
+    """vLLM serve, GPT, Gemini, ...: `batch_size` requests at the same time.
+
+    extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service refuses them).
+    opens_reasoning: the server's chat template begins the answer with the reasoning opener (Qwen3-VL Thinking).
+    The key comes from OPENAI_API_KEY, as in the openai package.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, family: str, batch_size: int = 64, *, extra_sampling: bool = True,
+        opens_reasoning: bool = False, revision: str | None = None, timeout_s: float = 600.0, max_retries: int = 5,
+        client=None,
+    ):  # fmt: skip
+        import os
+
+        from openai import OpenAI
+
+        self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
+        self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
+        self.opener = self.family.reasoning_opener if opens_reasoning else ""
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.client = client or OpenAI(base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key)
+
+    def describe(self) -> dict:
+        return {"engine": "openai", "device": self.base_url, "model": self.model}
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
+        with ThreadPoolExecutor(max_workers=max(1, self.batch_size)) as pool:
+            answers = pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
+            alone = len(requests) == 1
+            yield from (answer if alone else replace(answer, latency_ms=None) for answer in answers)
+
+    def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
+        from openai import OpenAIError
+
+        start = time.perf_counter()
+        extra = {}
+        if self.extra_sampling:
+            extra = {"repetition_penalty": sampling.repetition_penalty, "top_k": sampling.top_k or -1}
+        pattern = ANSWER_PATTERNS[self.family.name]
+        options = {}
+        if not reasoning:
+            if self.family.name == "qwen3-vl":
+                schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
+                options["response_format"] = {"type": "json_schema", "json_schema": schema}
+            else:
+                extra["structured_outputs"] = {"regex": pattern}  # vLLM; `guided_regex` would be silently ignored
+        content = [
+            {"type": "image_url", "image_url": {"url": data_url(request.image)}},
+            {"type": "text", "text": request.prompt},
+        ]
+        try:
+            completion = self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": content}], temperature=sampling.temperature,
+                top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, extra_body=extra or None, **options,
+            )  # fmt: skip
+        except OpenAIError as error:
+            return Answer.failed(error)
+        latency_ms = (time.perf_counter() - start) * 1000
+        choice = completion.choices[0]
+        text = choice.message.content or ""
+        finish = "length" if choice.finish_reason == "length" else "stop"
+        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        if not reasoning:
+            check_bound(text, pattern, finished=finish == "stop")
+            raw_answer = self.family.no_reasoning_prefix + text
+        else:  # a server with a reasoning parser hands the two parts over separately
+            raw_answer = f"<think>\n{thought}\n{THINK_END}\n\n{text}" if thought else self.opener + text
+        usage = completion.usage
+        details = getattr(usage, "completion_tokens_details", None)
+        num_reasoning = getattr(details, "reasoning_tokens", None) or (0 if not reasoning else None)
+        num_answer = None if usage is None else usage.completion_tokens - (num_reasoning or 0)
+        return Answer(raw_answer, usage and usage.prompt_tokens, num_reasoning, num_answer, finish, latency_ms)
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a PNG data URL: lossless, so that every engine sees the same pixels."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+# --- vLLM, offline -------------------------------------------------------------------------------------------------
+
+
+class VLLMEngine:
+    """vLLM in this process (GPUs); written against vLLM 0.30's API and not run here: no GPU was at hand.
+
+    tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process a GPU on a share of
+    the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
+    """
+
+    def __init__(
+        self, model_path: str, family: str, dtype: str = "bfloat16", batch_size: int = 256, *, processor=None,
+        revision: str | None = None, max_pixels: int | None = None, tensor_parallel: int = 1,
+        max_model_len: int = 32_768, seed: int = 0,
+    ):  # fmt: skip
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError("the engine 'vllm' needs vLLM: pip install -e .[gpu] on a machine with GPUs") from error
+        self.family, self.revision, self.batch_size, self.dtype, self.seed = (
+            FAMILIES[family], revision, batch_size, dtype, seed,
+        )  # fmt: skip
+        if processor is None:
+            from transformers import AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(model_path, revision=revision)
+        self.processor = processor
+        self.llm = LLM(
+            model=model_path, revision=revision, dtype=dtype, tensor_parallel_size=tensor_parallel, seed=seed,
+            max_model_len=max_model_len, limit_mm_per_prompt={"image": 1, "video": 0},
+            mm_processor_kwargs=None if max_pixels is None else {"max_pixels": max_pixels},
+        )  # fmt: skip
+
+    def describe(self) -> dict:
+        import vllm
+
+        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+        return {"engine": "vllm", "device": name, "dtype": self.dtype, "vllm": vllm.__version__}
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        texts, begun = chat_texts(self.processor, self.family, requests, reasoning)
+        pattern = ANSWER_PATTERNS[self.family.name]
+        params = SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=self.seed,
+            max_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
+            skip_special_tokens=False,
+            structured_outputs=None if reasoning else StructuredOutputsParams(regex=pattern),
+        )  # fmt: skip
+        prompts = [  # one <|image_pad|> or <IMG_CONTEXT> a picture: vLLM expands it itself
+            {"prompt": text, "multi_modal_data": {"image": request.image}}
+            for text, request in zip(texts, requests, strict=True)
+        ]
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        latency_ms = (time.perf_counter() - start) * 1000 if len(requests) == 1 else None
+        think_end_id = self.processor.tokenizer.convert_tokens_to_ids(THINK_END)
+        eos = self.processor.tokenizer.eos_token
+        for output in outputs:
+            completion = output.outputs[0]
+            ids = list(completion.token_ids)
+            text = completion.text.removesuffix(eos)
+            finish = "length" if completion.finish_reason == "length" else "stop"
+            if not reasoning:
+                check_bound(text, pattern, finished=finish == "stop")
+            num_reasoning = len(ids) - ids[::-1].index(think_end_id) if think_end_id in ids else 0
+            yield Answer(
+                begun + text, len(output.prompt_token_ids), num_reasoning, len(ids) - num_reasoning, finish, latency_ms
+            )

@@ -1,0 +1,313 @@
+"""Prediction files: complete, in order, the same after a kill; engines: the same answers in a batch as alone."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import regex
+import torch
+from PIL import Image
+
+from egm_lib.engines import (
+    ANSWER_PATTERNS,
+    Answer,
+    ConstraintIgnored,
+    OpenAIEngine,
+    Request,
+    TransformersEngine,
+    decode_batch,
+)
+from egm_lib.generate import EngineFailure, measure_latency, predict
+from egm_lib.profile import Sampling
+from egm_lib.prompts import FAMILIES
+from tests.tiny_qwen import tiny_qwen
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=12, repetition_penalty=1.0)
+
+
+def sample(number: int, **changes) -> dict:
+    return {
+        "sample_id": f"s{number}", "dataset": "refcoco", "split": "val", "task": "vanilla",
+        "image": f"{number % 3}.png", "width": 64, "height": 48,
+        "expression": "the red one " + "and the next " * (number % 4),
+        "gt_box": [0.0, 0.0, 32.0, 24.0], "image_id": str(number % 3), "flipped": False, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (64, 48), (80 * number, 100, 200)).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+class FakeEngine:
+    """Answers the length of its prompt as a box; counts what it was asked."""
+
+    family, revision, batch_size = FAMILIES["qwen3-vl"], "r1", 2
+
+    def __init__(self, fails_on=lambda prompt: False):
+        self.asked, self.fails_on = 0, fails_on
+
+    def describe(self):
+        return {"engine": "fake"}
+
+    def answer(self, requests, sampling, *, reasoning=True):
+        for request in requests:
+            self.asked += 1
+            if self.fails_on(request.prompt):
+                yield Answer.failed(RuntimeError("no memory"))
+            else:
+                text = f'<think>\nlook\n</think>\n\n[{{"bbox_2d": [0, 0, {len(request.prompt)}, 500]}}]'
+                yield Answer(text, 10, 3, 20, "stop", latency_ms=1.5)
+
+
+def run(engine, samples, root, out, **options):
+    common = {"model": "small-base", "profile": "test", "seed": 0, "root": root, "sampling": GREEDY, **options}
+    predict(samples, engine, out=out, **common)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_rows_carry_sample_prompt_and_boxes_in_pixels(pictures):
+    [row] = run(FakeEngine(), [sample(1)], pictures, pictures / "out.jsonl")
+    prompt = FAMILIES["qwen3-vl"].prompt(sample(1)["expression"], "vanilla")
+    assert row["prompt"] == prompt and row["reasoning"] == "look" and row["status"] == "ok"
+    assert row["box"] == pytest.approx([0, 0, len(prompt) * 64 / 1000, 24.0])
+    assert row["frame"] == "NORM_1000" and row["revision"] == "r1"
+    assert {"iou", "success"}.isdisjoint(row)
+    assert set(sample(1)) <= set(row)
+
+
+def test_a_killed_run_goes_on_and_leaves_the_same_file(pictures):
+    samples = [sample(number) for number in range(50)]
+    whole = pictures / "whole.jsonl"
+    run(FakeEngine(), samples, pictures, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    for kept, torn in [(0, 30), (20, 0), (20, 40), (50, 0)]:
+        out = pictures / f"killed-{kept}-{torn}.jsonl"
+        out.write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:torn])
+        engine = FakeEngine()
+        run(engine, samples, pictures, out)
+        assert out.read_text() == whole.read_text()
+        assert engine.asked < 50 - kept + 16  # what is finished is not asked again, but for one window
+
+
+def test_rows_of_another_model_are_not_continued(pictures):
+    out = pictures / "out.jsonl"
+    run(FakeEngine(), [sample(0)], pictures, out)
+    before = out.read_text()
+    with pytest.raises(ValueError, match="written for model 'small-base'"):
+        run(FakeEngine(), [sample(0)], pictures, out, model="large-base")
+    assert out.read_text() == before
+
+
+def test_a_corrupt_picture_marks_its_row_and_the_run_goes_on(pictures):
+    (pictures / "1.png").write_bytes(b"not a picture")
+    rows = run(FakeEngine(), [sample(number) for number in range(6)], pictures, pictures / "out.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "error", "ok"]
+    assert "1.png" in rows[1]["error"] and rows[1]["box"] is None and rows[1]["finish_reason"] == "error"
+
+
+def test_errors_are_asked_again_only_on_request(pictures):
+    samples, out = [sample(number) for number in range(6)], pictures / "out.jsonl"
+    longest = FAMILIES["qwen3-vl"].prompt(sample(3)["expression"], "vanilla")
+    rows = run(FakeEngine(lambda prompt: prompt == longest), samples, pictures, out)
+    assert [row["sample_id"] for row in rows if row["status"] == "error"] == ["s3"]
+    engine = FakeEngine()
+    assert run(engine, samples, pictures, out) == rows and engine.asked == 0
+    mended = run(FakeEngine(), samples, pictures, out, retry_errors=True)
+    assert [row["sample_id"] for row in mended] == [row["sample_id"] for row in samples]
+    assert all(row["status"] == "ok" for row in mended)
+
+
+def test_an_engine_that_fails_everywhere_stops_the_run(pictures):
+    with pytest.raises(EngineFailure, match="no memory"):
+        run(FakeEngine(lambda prompt: True), [sample(0), sample(1)], pictures, pictures / "out.jsonl")
+
+
+def test_latency_is_measured_one_request_at_a_time_on_a_seeded_subset(pictures):
+    samples = [sample(number) for number in range(40)]
+    engine, out = FakeEngine(), pictures / "latency" / "small-base.jsonl"
+    options = {"out": out, "model": "small-base", "root": pictures, "sampling": GREEDY, "num_samples": 8}
+    rows = measure_latency(samples, engine, warmup=2, **options)
+    assert engine.asked == 8 + 2 and [json.loads(line) for line in out.read_text().splitlines()] == rows
+    assert {row["concurrency"] for row in rows} == {1} and all(row["latency_ms"] == 1.5 for row in rows)
+    again = measure_latency(samples, engine, **options)
+    assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
+
+
+# --- transformers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, processor = tiny_qwen()
+    return TransformersEngine(model, "qwen3-vl", "float32", batch_size=4, processor=processor, device="cpu")
+
+
+def requests_of(count: int) -> list[Request]:
+    """Pictures of two sizes and prompts of many lengths, so that batches are padded."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (48, 32 + 16 * (n % 2), 3), dtype=np.uint8)) for n in range(count)]
+    return [Request(picture, "find " + "x" * (7 * n % 11)) for n, picture in enumerate(pictures)]
+
+
+def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
+    requests = requests_of(10)
+    sampling = replace(GREEDY, max_new_tokens=24)
+    answers = list(engine.answer(requests, sampling))
+    processor, ended = engine.processor, 0
+    for request, answer in zip(requests, answers, strict=True):
+        messages = engine.family.messages(request.prompt)
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=[[request.image]], return_tensors="pt")
+        output = engine.model.generate(
+            **inputs, max_new_tokens=24, do_sample=False, suppress_tokens=engine.suppress_ids
+        )[0, inputs["input_ids"].shape[1] :].tolist()
+        stops = [index for index, token in enumerate(output) if token in engine.eos_ids]
+        expected = output[: stops[0]] if stops else output
+        ended += bool(stops)
+        assert answer.raw_answer == "<think>\n" + processor.tokenizer.decode(expected)
+        assert answer.finish_reason == ("stop" if stops else "length")
+        assert answer.prompt_tokens == inputs["input_ids"].shape[1]
+        assert answer.reasoning_tokens + answer.answer_tokens == len(expected)
+    assert len({answer.raw_answer for answer in answers}) > 3  # or the test would say nothing
+
+
+def decoded_ids(engine, request: Request) -> list[int]:
+    messages = engine.family.messages(request.prompt)
+    text = engine.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = engine.processor(text=[text], images=[[request.image]], return_tensors="pt")
+    return decode_batch(engine.model, dict(inputs), GREEDY, eos_ids=frozenset()).tokens[0]
+
+
+def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, monkeypatch):
+    requests = requests_of(4)
+    # let tokens in the middle of three of the four answers count as an end, so that the batch shrinks
+    tokens = [decoded_ids(engine, request) for request in requests[:3]]
+    ends = {ids[4 + number] for number, ids in enumerate(tokens)}
+    monkeypatch.setattr(engine, "eos_ids", engine.eos_ids | ends)
+    expected = [next(iter(engine.answer([request], GREEDY))) for request in requests]
+    together = list(engine.answer(requests, GREEDY))
+    assert [a.raw_answer for a in together] == [a.raw_answer for a in expected]
+    assert [a.finish_reason for a in together] == [a.finish_reason for a in expected]
+    assert "stop" in {a.finish_reason for a in together}
+
+
+def test_vision_placeholders_are_never_sampled(engine):
+    hot = replace(GREEDY, temperature=50.0, top_k=None, max_new_tokens=40)
+    text = "".join(answer.raw_answer for answer in engine.answer(requests_of(4), hot))
+    assert "<|image_pad|>" not in text and "<|video_pad|>" not in text and "<|vision_start|>" not in text
+
+
+def test_sampling_repeats_with_its_seed_and_moves_with_it(engine, monkeypatch):
+    warm = replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)
+    first = [answer.raw_answer for answer in engine.answer(requests_of(3), warm)]
+    assert [answer.raw_answer for answer in engine.answer(requests_of(3), warm)] == first
+    monkeypatch.setattr(engine, "seed", 1)
+    assert [answer.raw_answer for answer in engine.answer(requests_of(3), warm)] != first
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_reasoning_the_form_binds_even_a_model_of_random_weights(engine, temperature):
+    free = replace(GREEDY, temperature=temperature, max_new_tokens=320)
+    pattern = ANSWER_PATTERNS["qwen3-vl"]
+    for answer in engine.answer(requests_of(3), free, reasoning=False):
+        assert answer.raw_answer.startswith("<think>\n</think>\n\n") and answer.reasoning_tokens == 0
+        written = answer.raw_answer.removeprefix("<think>\n</think>\n\n")
+        assert regex.fullmatch(pattern, written, partial=answer.finish_reason == "length")
+        assert "bbox_2d" in written
+    for answer in engine.answer(requests_of(3), free):  # unbound, the same weights write anything else
+        assert not regex.fullmatch(pattern, answer.raw_answer.removeprefix("<think>\n"), partial=True)
+
+
+def test_one_bad_request_of_a_batch_does_not_take_the_others_with_it(engine, monkeypatch):
+    requests, decode = requests_of(4), engine._decode
+
+    def decode_or_fail(batch, *args):
+        if any(request.prompt == requests[2].prompt for request in batch):
+            raise RuntimeError("out of memory")
+        return decode(batch, *args)
+
+    monkeypatch.setattr(engine, "_decode", decode_or_fail)
+    answers = list(engine.answer(requests, GREEDY))
+    assert [answer.error is None for answer in answers] == [True, True, False, True]
+    assert "out of memory" in answers[2].error
+
+
+# --- the form of an answer -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("label", ["red cup", 'the "big" one', "Café, left"])
+def test_the_form_admits_what_the_family_writes(family, label):
+    text = family.answer((3, 4, 50, 40), (64, 48), label, None).removeprefix(family.no_reasoning_prefix)
+    assert regex.fullmatch(ANSWER_PATTERNS[family.name], text)
+
+
+@pytest.mark.parametrize("text", [
+    "I look first. [{\"bbox_2d\": [1, 2, 3, 4]}]",  # reasoning before the answer
+    '[{"bbox_2d": [1, 2, 3]}]',  # three numbers
+    '[{"bbox_2d": [1, 2, 3, 1001]}]',  # outside 0..1000
+    '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',  # two boxes
+])  # fmt: skip
+def test_the_form_refuses(text):
+    assert not regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], text)
+
+
+# --- OpenAI-compatible ---------------------------------------------------------------------------------------------
+
+
+class FakeServer:
+    """Answers chat.completions.create; bound answers only where it honours response_format."""
+
+    def __init__(self, honours: bool):
+        self.honours, self.calls = honours, []
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def create(self, **call):
+        self.calls.append(call)
+        bound = self.honours and "response_format" in call
+        content = '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]' if bound else "hm\n</think>\n\n[1, 2, 3, 4]"
+        message = SimpleNamespace(content=content, reasoning_content=None)
+        usage = SimpleNamespace(prompt_tokens=7, completion_tokens=9, completion_tokens_details=None)
+        return SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage)
+
+
+def endpoint(server) -> OpenAIEngine:
+    return OpenAIEngine("http://localhost", "m", "qwen3-vl", 4, client=server, opens_reasoning=True)
+
+
+def test_endpoint_sends_table_8_and_a_lossless_picture():
+    server = FakeServer(honours=True)
+    [answer] = endpoint(server).answer(requests_of(1), GREEDY)
+    [call] = server.calls
+    assert (call["temperature"], call["top_p"], call["max_tokens"]) == (0, 1, 12)
+    assert call["extra_body"] == {"repetition_penalty": 1.0, "top_k": 20}
+    assert call["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert answer.raw_answer == "<think>\nhm\n</think>\n\n[1, 2, 3, 4]" and answer.latency_ms > 0
+
+
+def test_endpoint_without_reasoning_is_bound_by_a_schema():
+    [answer] = endpoint(FakeServer(honours=True)).answer(requests_of(1), GREEDY, reasoning=False)
+    assert answer.raw_answer == '</think>\n\n[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]'
+
+
+def test_an_endpoint_that_silently_ignores_the_schema_is_noticed():
+    with pytest.raises(ConstraintIgnored, match="ignores structured output"):
+        list(endpoint(FakeServer(honours=False)).answer(requests_of(1), GREEDY, reasoning=False))
+
+
+def test_batched_answers_have_no_latency():
+    answers = list(endpoint(FakeServer(honours=True)).answer(requests_of(5), GREEDY))
+    assert len(answers) == 5 and all(answer.latency_ms is None for answer in answers)
+
+
+def test_torch_is_not_left_with_gradients(engine):
+    list(engine.answer(requests_of(1), GREEDY))
+    assert all(parameter.grad is None for parameter in engine.model.parameters()) and torch.is_grad_enabled()
