@@ -11,6 +11,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from egm_lib.data.amodal import load_coco_amodal, load_tao_amodal
+from egm_lib.data.flips import flip
+from egm_lib.data.jsonl import load_jsonl
 from egm_lib.data.pictures import open_image, resolve_image
 from egm_lib.data.records import (
     AMODAL_SPLITS,
@@ -21,6 +24,7 @@ from egm_lib.data.records import (
     read_samples,
     write_samples,
 )
+from egm_lib.data.refcoco import load_refcoco
 
 __all__ = [
     "AMODAL_SPLITS",
@@ -28,6 +32,11 @@ __all__ = [
     "GroundingSample",
     "SampleError",
     "eval_splits",
+    "flip",
+    "load_coco_amodal",
+    "load_jsonl",
+    "load_refcoco",
+    "load_tao_amodal",
     "open_image",
     "read_eval",
     "read_samples",

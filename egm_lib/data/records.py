@@ -92,9 +92,9 @@ def read_samples(path: str | Path) -> Dataset:
     stat = path.stat()
     table = _read_quickly(path) if stat.st_size else FEATURES.arrow_schema.empty_table()
     if table is None:
-        table = rows_to_table(_json_lines(path), str(path))
+        table = rows_to_table(json_lines(path), str(path))
     check_table(table, str(path))
-    return table_to_dataset(table, Hasher.hash([str(path.resolve()), stat.st_size, stat.st_mtime_ns]))
+    return _dataset(table, Hasher.hash([str(path.resolve()), stat.st_size, stat.st_mtime_ns]))
 
 
 def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
@@ -120,15 +120,25 @@ def rows_to_dataset(rows: Iterable[Mapping], source: str) -> Dataset:
 
     source: what to call the rows in an error, e.g. the file they come from.
     """
-    table = rows_to_table(rows, source)
-    check_table(table, source)
-    return table_to_dataset(table, generate_random_fingerprint())
+    return table_to_dataset(rows_to_table(rows, source), source)
 
 
-def table_to_dataset(table: pa.Table, fingerprint: str | None = None) -> Dataset:
-    """Dataset over an Arrow table of GroundingSample columns."""
+def table_to_dataset(table: pa.Table, source: str, row_numbers_N: np.ndarray | None = None) -> Dataset:
+    """Validated Dataset over an Arrow table; columns that are missing are null.
+
+    row_numbers_N: where each row stands in the source, for errors; 1, 2, ... when None.
+    """
+    for field in FEATURES.arrow_schema:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
     table = table.select(list(FEATURES)).cast(FEATURES.arrow_schema)
-    return Dataset(table, fingerprint=fingerprint or generate_random_fingerprint())
+    check_table(table, source, row_numbers_N=row_numbers_N)
+    return _dataset(table, generate_random_fingerprint())
+
+
+def _dataset(table: pa.Table, fingerprint: str) -> Dataset:
+    # A fingerprint of our own: the default would hash the whole table.
+    return Dataset(table.cast(FEATURES.arrow_schema), fingerprint=fingerprint)
 
 
 def rows_to_table(rows: Iterable[Mapping], source: str) -> pa.Table:
@@ -173,24 +183,26 @@ def _read_quickly(path: Path) -> pa.Table | None:
         return None
 
 
-def _json_lines(path: Path) -> Iterator[Mapping]:
+def json_lines(path: Path) -> Iterator[Mapping]:
+    """The objects of a JSONL file one by one; SampleError names the line that is no JSON."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SampleError(f"{path}, row {number}: not JSON ({error})") from error
 
 
-def check_table(table: pa.Table, source: str, first_row: int = 1) -> None:
+def check_table(table: pa.Table, source: str, first_row: int = 1, row_numbers_N: np.ndarray | None = None) -> None:
     """Raise SampleError for the first row whose values contradict the record."""
-    start = first_row
+    start = 0
     for batch in table.to_batches(max_chunksize=200_000):
         faults = [(int(np.argmax(bad_N)), reason) for bad_N, reason in _faults(batch) if bad_N.any()]
         if faults:
             row, reason = min(faults, key=lambda fault: fault[0])
             shown = {name: batch[name][row].as_py() for name in ("sample_id", "gt_box")}
-            raise SampleError(f"{source}, row {start + row}: {reason} ({shown})")
+            number = first_row + start + row if row_numbers_N is None else row_numbers_N[start + row]
+            raise SampleError(f"{source}, row {number}: {reason} ({shown})")
         start += len(batch)
     if (unique := pc.count_distinct(table["sample_id"]).as_py()) != len(table):
         counts = table["sample_id"].value_counts()
@@ -235,6 +247,29 @@ def _boxes(column: pa.ListArray, unusable_N: np.ndarray) -> np.ndarray:
     usable = column.filter(pa.array(~unusable_N))
     boxes_N_4[~unusable_N] = pc.list_flatten(usable).to_numpy(zero_copy_only=False).reshape(-1, 4)
     return boxes_N_4
+
+
+def read_json(path: str | Path, object_hook=None) -> typing.Any:
+    """A JSON file of a stranger. Raises FileNotFoundError, or SampleError where it is no JSON."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_hook=object_hook)
+    except (ValueError, RecursionError) as error:
+        raise SampleError(f"{path}: not JSON ({error}); fetch it again") from error
+
+
+def xywh_to_xyxy(box: typing.Sequence[float]) -> list[float]:
+    """COCO's [x, y, width, height] as [x1, y1, x2, y2]; px."""
+    x, y, width, height = map(float, box)
+    return [x, y, x + width, y + height]
+
+
+def join_image(image_root: str | Path | None, name: str) -> str:
+    """`image` of a sample: the file name below image_root (itself absolute, or relative to the data root)."""
+    return name if image_root is None else str(Path(image_root) / name)
 
 
 @contextmanager

@@ -1,0 +1,153 @@
+"""Referring expressions as evaluators pass them on: jsonl, and the authors' VeRL parquet."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from egm_lib.boxes import BoxFrame, convert
+from egm_lib.data.records import (
+    SampleError,
+    Task,
+    join_image,
+    json_lines,
+    read_json,
+    rows_to_dataset,
+    table_to_dataset,
+)
+
+# What we read of a line; other fields are left alone. The second name of a field is that of RefCOCOs-like test sets.
+_BOX = pa.list_(pa.float64())
+_SCHEMA = pa.schema({
+    "image": pa.string(), "width": pa.int64(), "height": pa.int64(), "sent": pa.string(), "normal_caption": pa.string(),
+    "bbox": _BOX, "solution": _BOX, "categories": pa.struct({"empty_case": pa.bool_()}),
+})
+_QUESTIONS = (
+    re.compile(r"<ref>(?P<expression>.*?)</ref>", re.DOTALL),
+    re.compile(r"Locate (?P<expression>.*?)(?: amodally)?, output its bbox", re.DOTALL),
+)
+
+log = logging.getLogger(__name__)
+
+
+def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vanilla",
+               image_root: str | Path | None = None, counts: Counter | None = None) -> Dataset:
+    """Samples of a jsonl file (or a JSON list) with fields image, sent, bbox (xyxy px), width, height.
+
+    image_root: put before every picture's name. Rows that say that no object fits ("empty_case") are left out and
+    counted in `counts`. image_id is the COCO number in the picture's name, else the name.
+    Raises FileNotFoundError, or SampleError naming file, row and reason.
+    """
+    path, counts = Path(path), Counter() if counts is None else counts
+    table = _read_rows(path)
+    empty_N = pc.fill_null(pc.struct_field(table["categories"], "empty_case"), False)
+    row_numbers_N = 1 + np.flatnonzero(~np.asarray(empty_N))
+    table = table.take(row_numbers_N - 1)
+    if len(table) < len(empty_N):
+        counts["no object fits"] += len(empty_N) - len(table)
+        log.warning("%s: left out %d rows to which no object fits", path, counts["no object fits"])
+    prefix = "" if image_root is None else f"{Path(image_root)}/"
+    numbers = pc.utf8_lpad(pc.cast(pa.array(row_numbers_N), pa.string()), 6, "0")
+    absolute = pc.starts_with(table["image"], "/")
+    image = pc.if_else(absolute, table["image"], pc.binary_join_element_wise(prefix, table["image"], ""))
+    columns = {
+        "sample_id": pc.binary_join_element_wise(f"{dataset}-{split}", numbers, "-"),
+        "dataset": pa.repeat(dataset, len(table)),
+        "split": pa.repeat(split, len(table)),
+        "task": pa.repeat(task, len(table)),
+        "image": image,
+        "width": table["width"],
+        "height": table["height"],
+        "expression": pc.utf8_trim_whitespace(pc.coalesce(table["sent"], table["normal_caption"])),
+        "gt_box": table["bbox"] if table["solution"].null_count == len(table) else table["solution"],
+        "image_id": image_ids(table["image"]),
+        "flipped": pc.fill_null(pc.match_substring_regex(table["image"], _MIRRORED_FOLDER), False),
+    }
+    return table_to_dataset(pa.table(columns), str(path), row_numbers_N)
+
+
+def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The COCO number in a picture's file name (12 digits before the suffix), without leading zeros; else its path."""
+    found = pc.struct_field(pc.extract_regex(images, r"(?:^|[/_])(?P<number>\d{12})\.\w+$"), "number")
+    return pc.coalesce(pc.utf8_ltrim(found, "0"), images)
+
+
+_MIRRORED_FOLDER = r"(^|/)\w*_flip/"  # the authors' coco_flip/, our train2014_flip/
+
+
+def _read_rows(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+    with open(path, "rb") as file:
+        first = file.read(1)
+    if first in (b"", b"["):
+        rows = read_json(path) if first else []
+    else:
+        try:
+            options = pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
+            return pa.json.read_json(path, parse_options=options)
+        except pa.ArrowInvalid:
+            rows = json_lines(path)  # slower, and able to say which row is wrong
+    tables = [_SCHEMA.empty_table()]
+    for number, row in enumerate(rows, 1):
+        try:
+            tables.append(pa.Table.from_pylist([row], schema=_SCHEMA))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, TypeError) as error:
+            raise SampleError(f"{path}, row {number}: {error}") from error
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def load_rl_parquet(path: str | Path, *, dataset: str, split: str, image_root: str | Path | None = None) -> Dataset:
+    """The authors' RL set (`processed_rl_data/*.parquet` of JamesZGQ/EGM_Datasets), boxes back in pixels.
+
+    VeRL's columns: images [path], prompt [{role, content}], reward_model {ground_truth: xyxy in 0..1000},
+    extra_info {width, height}. Their paths are absolute on the authors' machine: the part from coco/ or coco_flip/
+    on is kept and put below image_root. Raises FileNotFoundError, or SampleError naming file, row and reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+    try:
+        parquet = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise SampleError(f"{path}: not parquet ({error}); fetch it again") from error
+    return rows_to_dataset(_rl_rows(parquet, path, dataset, split, image_root), str(path))
+
+
+def _rl_rows(parquet: pq.ParquetFile, path: Path, dataset: str, split: str,
+             image_root: str | Path | None) -> Iterator[dict]:
+    number = 0
+    for batch in parquet.iter_batches(batch_size=4096, columns=["images", "prompt", "reward_model", "extra_info"]):
+        for row in batch.to_pylist():
+            number += 1
+            try:
+                sample = _rl_sample(row, image_root)
+            except (KeyError, TypeError, IndexError, ValueError) as error:
+                raise SampleError(f"{path}, row {number}: not a row of the authors' RL set ({error!r})") from error
+            yield sample | dict(sample_id=f"{dataset}-{split}-{number:06d}", dataset=dataset, split=split)
+
+
+def _rl_sample(row: dict, image_root: str | Path | None) -> dict:
+    question = row["prompt"][0]["content"]
+    found = next((match for pattern in _QUESTIONS if (match := pattern.search(question))), None)
+    if found is None:
+        raise ValueError(f"no referring expression in {question!r}")
+    image = row["images"][0]
+    image = image if isinstance(image, str) else image["path"]
+    image = re.sub(r"^.*?(?=(?:^|/)coco(?:_flip)?/)/?", "", image)
+    width, height = row["extra_info"]["width"], row["extra_info"]["height"]
+    box = convert(row["reward_model"]["ground_truth"], BoxFrame.NORM_1000, BoxFrame.PIXEL, (width, height))
+    return dict(
+        task="amodal" if "amodal" in question.replace(found["expression"], "") else "vanilla",
+        image=join_image(image_root, image), width=width, height=height, expression=found["expression"].strip(),
+        gt_box=list(box), image_id=image_ids(pa.chunked_array([[image]]))[0].as_py(),
+        flipped=re.search(_MIRRORED_FOLDER, image) is not None,
+    )
