@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 Box = tuple[float, float, float, float]
+SUCCESS_IOU = 0.5  # Eq. 1
 
 
 class BoxFrame(Enum):
@@ -89,7 +90,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     intersection = width * height
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
     if not isfinite(union):  # areas beyond 1e308: shrink both boxes
-        scale = max(map(abs, box_a + box_b)) * 2
+        scale = max(map(abs, box_a + box_b))
         return iou([value / scale for value in box_a], [value / scale for value in box_b])
     return min(intersection / union, 1.0) if union > 0 else 0.0
 
@@ -99,7 +100,7 @@ def pairwise_iou(a_N4: ArrayLike, b_M4: ArrayLike) -> np.ndarray:
     a_N4, b_M4 = _box_array(a_N4, "a_N4"), _box_array(b_M4, "b_M4")
     largest = max(np.abs(a_N4).max(initial=0.0), np.abs(b_M4).max(initial=0.0))
     if largest > 1e150:  # areas would overflow
-        a_N4, b_M4 = a_N4 / largest / 2, b_M4 / largest / 2
+        a_N4, b_M4 = a_N4 / largest, b_M4 / largest
     size_NM2 = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:]) - np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
     intersection_NM = size_NM2.clip(min=0).prod(axis=2)
     area_N = (a_N4[:, 2:] - a_N4[:, :2]).clip(min=0).prod(axis=1)
@@ -109,7 +110,7 @@ def pairwise_iou(a_N4: ArrayLike, b_M4: ArrayLike) -> np.ndarray:
     return np.divide(intersection_NM, union_NM, out=np.zeros_like(union_NM), where=valid_NM).clip(max=1.0)
 
 
-def is_success(pred: Sequence[float] | None, gt: Sequence[float], threshold: float = 0.5) -> bool:
+def is_success(pred: Sequence[float] | None, gt: Sequence[float], threshold: float = SUCCESS_IOU) -> bool:
     """Eq. 1: IoU strictly above the threshold; no prediction is no success."""
     return pred is not None and iou(pred, gt) > threshold
 

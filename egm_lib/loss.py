@@ -58,12 +58,9 @@ def grpo_loss(
     Returns the loss (0-d; zero where no token counts) and metrics, which describe this part alone.
     Raises ValueError for a weight without its tensor, shapes that do not fit, and an unknown ratio_level.
     """
-    _check_arguments(
-        logps_B_T,
-        advantages_B,
-        ratio_level,
-        {"old_logps_B_T": old_logps_B_T, "mask_B_T": mask_B_T, "ref_logps_B_T": ref_logps_B_T, "entropy_B_T": entropy_B_T},
-    )
+    same_shape = {"old_logps_B_T": old_logps_B_T, "mask_B_T": mask_B_T}
+    same_shape |= {"ref_logps_B_T": ref_logps_B_T, "entropy_B_T": entropy_B_T}
+    _check_arguments(logps_B_T, advantages_B, ratio_level, same_shape)
     if kl_weight and ref_logps_B_T is None:
         raise ValueError(f"kl_weight is {kl_weight}, but ref_logps_B_T is missing")
     if entropy_weight and entropy_B_T is None:
@@ -92,19 +89,21 @@ def grpo_loss(
         entropy_B_T = entropy_B_T.masked_fill(padding_B_T, 0.0)
         objective_B_T = objective_B_T + entropy_weight * entropy_B_T
         metrics["entropy"] = (entropy_B_T * mask_B_T).sum() / count
-    loss = -(objective_B_T * mask_B_T).sum() / (count if num_tokens is None else num_tokens)
+    total = count if num_tokens is None else torch.as_tensor(num_tokens, device=count.device).clamp(min=1.0)
+    loss = -(objective_B_T * mask_B_T).sum() / total
 
     low_B_T = ((ratio_B_T < 1.0 - clip_ratio) & (advantages_B_1 < 0)).to(mask_B_T.dtype)
     high_B_T = ((ratio_B_T > 1.0 + clip_ratio) & (advantages_B_1 > 0)).to(mask_B_T.dtype)
+    completions = max(advantages_B.numel(), 1)
     metrics |= {
         "clip_ratio/low_mean": (low_B_T * mask_B_T).sum() / count,
         "clip_ratio/high_mean": (high_B_T * mask_B_T).sum() / count,
         "clip_ratio/region_mean": ((low_B_T + high_B_T) * mask_B_T).sum() / count,
         "ratio/mean": (ratio_B_T * mask_B_T).sum() / count,
         "ratio/max": (ratio_B_T * mask_B_T).amax() if mask_B_T.numel() else count.new_zeros(()),
-        "advantage/mean": advantages_B_1.mean() if advantages_B.numel() else count.new_zeros(()),
-        "advantage/abs_mean": advantages_B_1.abs().mean() if advantages_B.numel() else count.new_zeros(()),
-        "advantage/frac_zero": (advantages_B_1 == 0).to(count.dtype).mean() if advantages_B.numel() else count.new_ones(()),
+        "advantage/mean": advantages_B_1.sum() / completions,
+        "advantage/abs_mean": advantages_B_1.abs().sum() / completions,
+        "advantage/frac_zero": (advantages_B_1 == 0).sum() / completions,
     }
     values = torch.stack([value.detach().to(logps_B_T.dtype) for value in metrics.values()]).tolist()  # one sync
     return loss, dict(zip(metrics, values, strict=True))

@@ -8,11 +8,10 @@ import re
 from math import isfinite
 from typing import NamedTuple
 
-from egm_lib.boxes import Box, BoxFrame, frame_scale
+from egm_lib.boxes import SUCCESS_IOU, Box, BoxFrame, frame_scale
 from egm_lib.peer_rules import PEER_RULES
 
 RULES = ("egm", *PEER_RULES)
-THRESHOLD = 0.5
 
 
 class Parsed(NamedTuple):
@@ -33,7 +32,8 @@ def parse_completion(text: str, *, frame: BoxFrame, image_wh: tuple[int, int], r
     a peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the box the way that evaluator does.
     A chat template that has already written "<think>" leaves it out of the completion: prepend it, or a completion cut
     off within its reasoning cannot be told from an answer.
-    status: "ok"; "unclosed_reasoning": no answer was begun; "malformed": numbers in brackets, but no box; else "no_box".
+    status: "ok"; "unclosed_reasoning": no answer was begun; "malformed": numbers in brackets, or the key or tag of a
+    box, but none that can be read; else "no_box".
     Raises ValueError for an unknown rule or frame, or an image size that is not positive.
     """
     scale = frame_scale(frame, image_wh)
@@ -55,14 +55,15 @@ def parse_completion(text: str, *, frame: BoxFrame, image_wh: tuple[int, int], r
     boxes, swapped, attempts = _find_boxes(answer, scale)
     if boxes:
         return Parsed(reasoning, boxes, boxes[0], "ok", swapped)
-    return Parsed(reasoning, boxes, None, "malformed" if attempts else "no_box")
+    attempted = attempts or any(marker in answer for marker in _BOX_MARKERS)
+    return Parsed(reasoning, boxes, None, "malformed" if attempted else "no_box")
 
 
 def accepts(iou: float, rule: str = "egm") -> bool:
     """Whether a rule counts this IoU as a success: > 0.5, or >= 0.5 for most peers."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
-    return iou > THRESHOLD or (iou == THRESHOLD and rule != "egm" and PEER_RULES[rule].inclusive)
+    return iou > SUCCESS_IOU or (iou == SUCCESS_IOU and rule != "egm" and PEER_RULES[rule].inclusive)
 
 
 def split_reasoning(text: str) -> tuple[str | None, int | None]:
@@ -82,6 +83,7 @@ def split_reasoning(text: str) -> tuple[str | None, int | None]:
 # Full-width forms (what Chinese input methods write), the minus sign and the ideographic comma and space, as ASCII.
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x3001: ",", 0x3000: " "}
 
+_BOX_MARKERS = ("bbox", "<box", "box_start")
 _NUMBERS = r"\s*+[-+.0-9][-+.0-9eE,\s]*+"
 _GROUPS = re.compile(
     rf"""

@@ -1,8 +1,8 @@
 """How other evaluators find, scale and accept a box, so that the same answers can be scored the way each of them would.
 
-Each rule was derived from reading that evaluator's code, is re-expressed to run in linear time, and keeps its quirks. Most bring
-their own scale: that is part of how they score, and where rewards go wrong. A rule that could not find a box counts
-a zero box in the peer's code; here it is None, which scores the same.
+Each rule was written from a reading of that evaluator's code, re-expressed to run in linear time, and keeps its
+quirks. Most bring their own scale: that is part of how they score, and a common reason why two scores of the same
+answers differ. Where a peer makes up a zero box, a rule gives None, which scores the same.
 """
 
 import re

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from egm_lib.boxes import BoxFrame, check_box, convert, iou, is_success
-from egm_lib.parsing import parse_completion
+from egm_lib.boxes import BoxFrame, check_box, convert, iou
+from egm_lib.parsing import accepts, parse_completion
 
 
 def grounding_reward(pred: Sequence[float] | None, gt: Sequence[float], weight: float = 0.5) -> float:
@@ -16,7 +16,8 @@ def grounding_reward(pred: Sequence[float] | None, gt: Sequence[float], weight: 
     gt = check_box(gt, "gt")
     if pred is None:
         return 0.0
-    return weight * is_success(pred, gt) + (1.0 - weight) * iou(pred, gt)
+    overlap = iou(pred, gt)
+    return weight * accepts(overlap) + (1.0 - weight) * overlap
 
 
 def egm_reward(
