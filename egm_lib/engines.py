@@ -238,13 +238,17 @@ def decode_batch(
             rows = [rows[r] for r in alive]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
         is_3d = hasattr(model.model, "get_rope_index")
-        logits_R_V = model(
-            input_ids=next_R[:, None],
-            attention_mask=attention_mask,
-            position_ids=position_R_1.expand(3, -1, -1) if is_3d else position_R_1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1].float()
+        logits_R_V = (
+            model(
+                input_ids=next_R[:, None],
+                attention_mask=attention_mask,
+                position_ids=position_R_1.expand(3, -1, -1) if is_3d else position_R_1,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
         position_R_1 = position_R_1 + 1
     return Decoded(tokens, finish, first_token_at)
 

@@ -239,9 +239,7 @@ def metrics(
         iou_N = group["iou"].to_numpy(float)
         success_N = group["success"].to_numpy(float)
         both_N_2 = np.stack([success_N, iou_N], axis=1)
-        draws_D_2 = bootstrap_means(
-            both_N_2, _pictures(group), seeds_N=_seeds(group), draws=draws, rng_seed=rng_seed
-        )
+        draws_D_2 = bootstrap_means(both_N_2, _pictures(group), seeds_N=_seeds(group), draws=draws, rng_seed=rng_seed)
         (acc_low, acc_high), (iou_low, iou_high) = (_interval(column) or (np.nan, np.nan) for column in draws_D_2.T)
         status_N = group["status"]
         rows.append({

@@ -282,9 +282,7 @@ def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> 
         start = time.perf_counter()
         samples = read_eval(root, *pair, limit)
         out = run.predictions(model, split_id(*pair))
-        predict(
-            samples, engine, out=out, profile=profile.name, seed=run.seed, retry_errors=args.retry_errors, **common
-        )
+        predict(samples, engine, out=out, profile=profile.name, seed=run.seed, retry_errors=args.retry_errors, **common)
         print(f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> {out}", flush=True)
 
 

@@ -1,0 +1,156 @@
+"""What the runs of one profile left on disk, read once: the input of tables and figures."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from egm_lib.evaluation import SCORING_COLUMNS, load_predictions, read_rows, score
+
+MODELS = (
+    "small-base", "small-sft", "small-egm", "small-egm-no-reasoning", "small-direct-control", "small-sft-control",
+    "large-base",
+)  # fmt: skip
+PAPER_DIR = Path(__file__).resolve().parents[1] / "data" / "paper"
+
+
+@cache
+def paper(name: str) -> dict:
+    """A published table or figure of data/paper, such as "table4" or "fig5"."""
+    return json.loads((PAPER_DIR / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def paper_model(model: str) -> str:
+    """The paper's model beside which a run's model stands; a name of the paper stands for itself."""
+    return {row["name"]: row["paper"] for row in paper("models")["rows"]}.get(model, model)
+
+
+class Results:
+    """The runs of one profile, one a seed; predictions are scored by `rule` when first asked for.
+
+    run_roots: folders data/runs/<profile>-<seed>; a file that a run lacks is simply not there (None, or no rows).
+    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several profiles.
+    """
+
+    def __init__(self, run_roots: Sequence[Path], rule: str = "egm", draws: int = 2000):
+        self.roots = [Path(root) for root in run_roots if Path(root).is_dir()]
+        if not self.roots:
+            tried = ", ".join(map(str, run_roots))
+            raise FileNotFoundError(f"no run in {tried}; `make reproduce` makes one")
+        self.rule, self.draws = rule, draws
+        names = {root.name.rpartition("-")[0] for root in self.roots}
+        if len(names) > 1:
+            raise ValueError(f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at a time")
+        self.profile = names.pop()
+        self.seeds = [int(tail) if (tail := root.name.rpartition("-")[2]).isdigit() else tail for root in self.roots]
+
+    @cached_property
+    def manifests(self) -> list[dict]:
+        return [manifest for root in self.roots if (manifest := read_json(root / "manifest.json")) is not None]
+
+    def stated(self, key: str):
+        """What the manifests say under a key: one value where they agree, a list where not, None where none says."""
+        values = [manifest[key] for manifest in self.manifests if key in manifest]
+        return values[0] if all(value == values[0] for value in values) and values else (values or None)
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """Every prediction row of every seed, unscored; the seed is the run's."""
+        parts = []
+        for root, seed in zip(self.roots, self.seeds, strict=True):
+            files = sorted((root / "predictions").glob("*/*.jsonl"))
+            if files:
+                parts.append(load_predictions(files, SCORING_COLUMNS).assign(seed=seed))
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(SCORING_COLUMNS))
+
+    @cached_property
+    def scored(self) -> pd.DataFrame:
+        return self.score(self.rule)
+
+    def score(self, rule: str) -> pd.DataFrame:
+        """All predictions as `rule` reads them."""
+        return score(self.predictions, rule)
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Names with predictions: the run's own in the order of the story, then any other by name."""
+        found = set(self.predictions["model"])
+        return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
+
+    def of(self, model: str, task: str = "vanilla") -> pd.DataFrame:
+        """Scored rows of one model and task (no rows where it was not run)."""
+        scored = self.scored
+        return scored[(scored["model"] == model) & (scored["task"] == task)]
+
+    @cached_property
+    def latency(self) -> pd.DataFrame:
+        """Rows of the latency protocol, of every seed."""
+        rows = [
+            row for root in self.roots for file in sorted((root / "latency").glob("*.jsonl")) for row in read_rows(file)
+        ]
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def failures(self) -> pd.DataFrame:
+        """Judgements of failures: model, seed, sample_id, judge, cause, image_id (from the predictions)."""
+        rows = [
+            {"model": file.stem, "seed": seed, **{key: row[key] for key in ("sample_id", "judge", "cause")}}
+            for root, seed in zip(self.roots, self.seeds, strict=True)
+            for file in sorted((root / "failures").glob("*.jsonl"))
+            for row in read_rows(file)
+        ]
+        frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
+        places = self.predictions[["sample_id", "image_id", "dataset", "split"]].drop_duplicates("sample_id")
+        frame = frame.merge(places, on="sample_id", how="left")
+        return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))  # a cluster of its own where unknown
+
+    @cached_property
+    def judges(self) -> list[str]:
+        return list(dict.fromkeys(self.failures["judge"]))
+
+    def majority_causes(self, model: str) -> pd.DataFrame:
+        """One row a judged failure: the cause that more than half of its judges name, or "no majority"."""
+        rows = self.failures[self.failures["model"] == model]
+        return pd.DataFrame(
+            [
+                {
+                    "seed": seed,
+                    "sample_id": sample_id,
+                    "image_id": group["image_id"].iloc[0],
+                    "cause": _majority(group["cause"]),
+                }
+                for (seed, sample_id), group in rows.groupby(["seed", "sample_id"], sort=False)
+            ],
+            columns=["seed", "sample_id", "image_id", "cause"],
+        )
+
+    def jsons(self, relative: str) -> list[dict]:
+        """A JSON file of every run that has it."""
+        return [value for root in self.roots if (value := read_json(root / relative)) is not None]
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage, mean over the seeds."""
+        times: dict[str, list[float]] = {}
+        for manifest in self.manifests:
+            for stage, seconds in (manifest.get("wall_seconds") or {}).items():
+                times.setdefault(stage, []).append(seconds)
+        return {stage: round(float(np.mean(values)), 1) for stage, values in times.items()}
+
+
+def _majority(causes: Sequence[str]) -> str:
+    cause, count = Counter(causes).most_common(1)[0]
+    return cause if count * 2 > len(causes) else "no majority"
+
+
+def read_json(path: Path):
+    """The JSON in a file; None where there is no file. ValueError names a broken one."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error.msg}); delete it and run its stage again") from error

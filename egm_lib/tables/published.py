@@ -1,0 +1,369 @@
+"""Tables 1-12 of the paper, our numbers beside the published ones."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+import pandas as pd
+
+from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
+from egm_lib.evaluation import Difference, Estimate, estimate, paired_difference, read_rows, split_keys
+from egm_lib.profile import GRPO, ProfileError, Sampling, load_profile
+from egm_lib.results import Results, paper, paper_model
+from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, percent, published
+
+MINIATURE = "A miniature stands beside the paper's models: compare directions, not numbers."
+
+
+# --- Sec. 3 ----------------------------------------------------------------------------------------------------------
+
+
+def cause_shares(failures: pd.DataFrame, draws: int) -> dict[str, Estimate]:
+    causes = [row["name"] for row in paper("table12")["rows"]]
+    seeds = failures.assign(dataset="", split="")
+    return {
+        cause: estimate(seeds.assign(hit=(seeds["cause"] == cause).astype(float)), "hit", draws=draws)
+        for cause in causes
+    }
+
+
+def table1(results: Results) -> Table:
+    """Causes of failure: the paper's, then the run's bases by the majority of their judges."""
+    models = [model for model in results.models if not results.failures[results.failures["model"] == model].empty]
+    shown = list(dict.fromkeys(["small-base", "large-base", *models]))
+    source = paper("table1")
+    table = Table("table1", source["title"], ["InternVL-3-8B, GPT-4", *shown])
+    shares = {}
+    for model in shown:
+        majority = results.majority_causes(model)
+        shares[model] = None if majority.empty else cause_shares(majority, results.draws)
+    for row in source["rows"]:
+        cells = [None if shares[model] is None else percent(shares[model][row["name"]]) for model in shown]
+        table.rows.append(Row(row["name"], "paper | ours", [published(row["values"][0]), *cells]))
+    for model in shown:
+        judged = results.majority_causes(model)
+        if not judged.empty:
+            open_share = (judged["cause"] == "no majority").mean()
+            table.notes.append(
+                f"{model}: {len(judged)} failures; without a majority of judges: {100 * open_share:.1f} %."
+            )
+    table.notes.append(
+        f"Paper: {source['source']}. Ours: the cause that most judges ({', '.join(results.judges) or NOT_RUN}) name."
+    )
+    return table
+
+
+def table2(results: Results) -> Table:
+    """Accuracy on the failures of the small base that the judges call COMPLEX-PROMPT."""
+    source = paper("table2")
+    table = Table("table2", source["title"], ["accuracy", "n"])
+    table.rows += [Row(row["name"], "paper", [published(row["values"][0]), UNKNOWN]) for row in source["rows"]]
+    complex_ids = results.majority_causes("small-base").query("cause == 'COMPLEX-PROMPT'")[["seed", "sample_id"]]
+    for model in results.models or ["small-egm", "large-base"]:
+        if model != "small-base":
+            rows = (
+                results.of(model).merge(complex_ids, on=["seed", "sample_id"])
+                if len(results.models)
+                else pd.DataFrame()
+            )
+            value = None if rows.empty else estimate(rows, draws=results.draws)
+            table.rows.append(Row(model, "ours", [percent(value), value and count(value.n)]))
+    table.notes.append(
+        "Chosen because the small base fails on them: a model that resembles it starts lower than an unrelated one."
+    )
+    return table
+
+
+def table12(results: Results) -> Table:
+    """The causes of the small base's failures, judge by judge, and how far the judges agree."""
+    source = paper("table12")
+    failures = results.failures[results.failures["model"] == "small-base"]
+    judges = results.judges or ["our judges"]
+    table = Table(
+        "table12",
+        source["title"],
+        [*(f"paper: {name}" for name in source["columns"]), *(f"ours: {name}" for name in judges)],
+    )
+    shares = {}
+    for judge in judges:
+        rows = failures[failures["judge"] == judge]
+        shares[judge] = None if rows.empty else cause_shares(rows, results.draws)
+    for row in source["rows"]:
+        ours = [None if shares[judge] is None else percent(shares[judge][row["name"]]) for judge in judges]
+        table.rows.append(Row(row["name"], "paper | ours", [*map(published, row["values"]), *ours]))
+    kappa = fleiss_kappa(failures)
+    agreement = NOT_RUN if kappa is None else f"{kappa:.2f}"
+    table.notes += [f"Agreement of our judges (Fleiss' kappa): {agreement}.", f"Paper: {source['source']}."]
+    return table
+
+
+def fleiss_kappa(failures: pd.DataFrame) -> float | None:
+    """Agreement beyond chance of several judges on the same failures; None with fewer than two judges."""
+    if failures.empty or failures["judge"].nunique() < 2:
+        return None
+    counts = failures.groupby(["seed", "sample_id"])["cause"].value_counts().unstack(fill_value=0).to_numpy(float)
+    counts = counts[counts.sum(1) == failures["judge"].nunique()]
+    if not len(counts):
+        return None
+    raters = counts[0].sum()
+    observed = ((counts**2).sum(1) - raters).mean() / (raters * (raters - 1))
+    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
+    return 1.0 if expected == 1 else float((observed - expected) / (1 - expected))
+
+
+# --- Sec. 4: data ----------------------------------------------------------------------------------------------------
+
+
+def table3(results: Results) -> Table:
+    """Counts of the SFT data."""
+    source = paper("table3")
+    tasks = source["columns"]
+    table = Table("table3", source["title"], tasks)
+    table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
+    ours: dict[str, list[Cell]] = {"samples": [], "images": [], "words a trace, mean": []}
+    for task in tasks:
+        rows = _trace_rows(results, task)
+        if not rows:
+            for cells in ours.values():
+                cells.append(None)
+            continue
+        ours["samples"].append(count(len(rows)))
+        images = {row.get("image_id", row.get("image")) for row in rows}
+        ours["images"].append(count(len(images)) if None not in images else None)
+        ours["words a trace, mean"].append(Number(float(np.mean([len(row["reasoning"].split()) for row in rows]))))
+    table.rows += [Row(name, "ours", cells) for name, cells in ours.items()]
+    for stats in results.jsons("curation_stats.json")[:1]:
+        table.rows += [Row(name, "ours", [value, ""]) for name, value in _flat(stats)]
+    return table
+
+
+def _trace_rows(results: Results, task: str) -> list[dict]:
+    """The traces of the first seed that has some, with the fields of their samples where the run keeps those."""
+    for root in results.roots:
+        path = root / "traces" / f"{task}.jsonl"
+        if path.is_file():
+            rows = [row for row in read_rows(path) if row.get("reasoning")]
+            known = {}
+            for file in sorted((root / "samples").glob("*.jsonl")):
+                known |= {row["sample_id"]: row for row in read_rows(file)}
+            return [{**known.get(row["sample_id"], {}), **row} for row in rows]
+    return []
+
+
+def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
+    """Numbers and short texts of nested statistics, one a row."""
+    rows: list[tuple[str, Cell]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            rows += _flat(value, f"{name}: ")
+        elif isinstance(value, bool | str):
+            rows.append((name, str(value)))
+        elif isinstance(value, int):
+            rows.append((name, Number(value, decimals=0)))
+        elif isinstance(value, float):
+            rows.append((name, Number(value, decimals=3)))
+    return rows
+
+
+def table7(results: Results) -> Table:
+    """Sizes of the RL data, and what our selection found."""
+    source = paper("table7")
+    table = Table("table7", source["title"], ["samples"])
+    table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
+    selections = results.jsons("selection.json")
+    if not selections:
+        table.rows.append(Row("small", "ours", [None]))
+    for stats in selections[:1]:
+        table.rows += [Row(name, "ours", [value]) for name, value in _flat(stats)]
+    table.notes.append(f"Paper: {source['source']}.")
+    return table
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def table6(results: Results) -> Table:
+    """GRPO's hyperparameters: the paper's and the run's resolved ones."""
+    configs = results.jsons("checkpoints/vanilla/small-egm/config_resolved.json")
+    config = configs[0] if configs else {}
+    config = config.get("grpo", config)
+    keys = {item.name for item in fields(GRPO)}
+    return _settings("table6", {key: value for key, value in config.items() if key in keys})
+
+
+def table8(results: Results) -> Table:
+    """Decoding in evaluation: the paper's and the profile's."""
+    try:
+        sampling = load_profile(results.profile).generation.sampling
+    except ProfileError:
+        return _settings("table8", {})
+    return _settings("table8", {item.name: getattr(sampling, item.name) for item in fields(Sampling)})
+
+
+def _settings(name: str, ours: dict) -> Table:
+    source = paper(name)
+    table = Table(name, source["title"], [*(f"paper: {column}" for column in source["columns"]), "ours"])
+    for row in source["rows"]:
+        value = ours.get(row["key"], NOT_RUN)
+        cells = [_setting(each) for each in (*row["values"], "none" if value is None else value)]
+        table.rows.append(Row(row["name"], "paper | ours", cells))
+    table.notes.append(f"Paper: {source['source']}.")
+    return table
+
+
+def _setting(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- Sec. 5: accuracy ------------------------------------------------------------------------------------------------
+
+
+def accuracy_cells(results: Results, model: str, task: str = "vanilla") -> list[Cell]:
+    """Accuracy of a model on each split of a task, then the plain mean of the splits where all were run."""
+    splits = EVAL_SPLITS if task == "vanilla" else AMODAL_SPLITS
+    rows = results.of(model, task)
+    keys = split_keys(rows)
+    wanted = [f"{dataset}_{split}" for dataset, split in splits]
+    cells = [percent(estimate(rows[keys == key], draws=results.draws)) for key in wanted]
+    rows = rows[keys.isin(wanted)]
+    complete = all(cell is not None for cell in cells)
+    return [*cells, percent(estimate(rows, over_splits=True, draws=results.draws)) if complete else None]
+
+
+def gain(results: Results, a: str, b: str, task: str = "vanilla") -> Difference | None:
+    """Model a minus model b over the splits of a task."""
+    rows_a, rows_b = results.of(a, task), results.of(b, task)
+    if rows_a.empty or rows_b.empty:
+        return None
+    return paired_difference(rows_a, rows_b, over_splits=True, draws=results.draws)
+
+
+def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
+    source = paper(name)
+    table = Table(name, source["title"], [*source["columns"], "mean of 8", "n"])
+    published_rows = {row["name"]: row for row in source["rows"]}
+    listed = set()
+    for model in models:
+        beside = published_rows.get(paper_model(model))
+        if beside is not None:
+            table.rows.append(_published_row(beside))
+            listed.add(beside["name"])
+        cells = accuracy_cells(results, model)
+        table.rows.append(Row(model, "ours", [*cells, count(len(results.of(model)) or None)]))
+        if model == "small-egm":
+            table.rows.append(_published_gain(published_rows, model, "small-base", len(source["columns"])))
+            table.rows.append(_split_gains(results, model, "small-base"))
+        elif beside is not None and paper_model(model) == model:  # a published checkpoint: the numbers must agree
+            values = [*beside["values"], beside["mean_of_splits"]]
+            cells = [_minus(cell, value) for cell, value in zip(cells, values, strict=True)]
+            table.rows.append(Row(model, "ours - paper", [*cells, None]))
+    table.rows += [_published_row(row) for row in source["rows"] if row["name"] not in listed]
+    table.notes.append(f"Accuracy at IoU > 0.5, percent; rule: {results.rule}. Paper: {source['source']}. {MINIATURE}")
+    return table
+
+
+def _published_row(row: dict) -> Row:
+    return Row(row["name"], "paper", [*map(published, row["values"]), published(row["mean_of_splits"]), UNKNOWN])
+
+
+def _published_gain(rows: dict, a: str, b: str, num_splits: int) -> Row:
+    above, below = rows[paper_model(a)], rows[paper_model(b)]
+    values = [x - y for x, y in zip(above["values"], below["values"], strict=True)]
+    values.append(above["mean_of_splits"] - below["mean_of_splits"])
+    return Row(
+        f"{above['name']} - {below['name']}", "paper, gain", [*(Number(v, signed=True) for v in values), UNKNOWN]
+    )
+
+
+def _split_gains(results: Results, a: str, b: str) -> Row:
+    rows_a, rows_b = results.of(a), results.of(b)
+    cells: list[Cell] = []
+    for dataset, split in EVAL_SPLITS:
+        parts = [rows[(rows["dataset"] == dataset) & (rows["split"] == split)] for rows in (rows_a, rows_b)]
+        empty = any(part.empty for part in parts)
+        cells.append(None if empty else percent(paired_difference(*parts, draws=results.draws)))
+    mean = None if None in cells else gain(results, a, b)
+    return Row(f"{a} - {b}", "ours, gain", [*cells, percent(mean), mean and count(mean.n)])
+
+
+def _minus(cell: Cell, value: float) -> Cell:
+    if not isinstance(cell, Number):
+        return None
+    ci95 = None if cell.ci95 is None else (cell.ci95[0] - value, cell.ci95[1] - value)
+    return Number(cell.value - value, ci95, cell.n, signed=True)
+
+
+def table4(results: Results) -> Table:
+    """Accuracy by split, the paper's model above ours."""
+    wanted = ["small-base", "small-egm", "large-base"]
+    others = [model for model in results.models if model not in wanted and model != "small-egm-no-reasoning"]
+    return _by_split(results, "table4", [*wanted, *others])
+
+
+def table10(results: Results) -> Table:
+    """The same with the reasoning switched off."""
+    return _by_split(results, "table10", ["small-base", "small-egm-no-reasoning", "small-egm"])
+
+
+def table5(results: Results) -> Table:
+    """Amodal grounding."""
+    source = paper("table5")
+    table = Table(
+        "table5", source["title"], ["COCO-Amodal val", "COCO-Amodal test", "mean of 2", "gain over small-base", "n"]
+    )
+    for row in source["rows"]:
+        cells = [UNKNOWN, UNKNOWN, UNKNOWN, Number(row["values"][0], signed=True), UNKNOWN]
+        table.rows.append(Row(row["name"], "paper", cells))
+    for model in dict.fromkeys(["small-base", "small-sft", "small-egm", "large-base", *results.models]):
+        cells = accuracy_cells(results, model, "amodal")
+        lift = "" if model == "small-base" else percent(gain(results, model, "small-base", "amodal"))
+        table.rows.append(Row(model, "ours", [*cells, lift, count(len(results.of(model, "amodal")) or None)]))
+    table.notes.append(f"Paper: {source['source']}. {MINIATURE}")
+    return table
+
+
+def table9(results: Results) -> Table:
+    """What SFT gives and what RL adds."""
+    source = paper("table9")
+    table = Table("table9", source["title"], [*source["columns"], "SFT - base", "RL - SFT", "RL - base"])
+    for row in source["rows"]:
+        base, sft, rl = row["values"]
+        cells = [published(base), published(sft), published(rl), UNKNOWN, UNKNOWN, Number(rl - base, signed=True)]
+        table.rows.append(Row(row["name"], "paper", cells))
+    chain = ("small-base", "small-sft", "small-egm")
+    for task in ("vanilla", "amodal"):
+        means = [accuracy_cells(results, model, task)[-1] for model in chain]
+        pairs = [(chain[1], chain[0]), (chain[2], chain[1]), (chain[2], chain[0])]
+        gains = [percent(gain(results, a, b, task)) for a, b in pairs]
+        table.rows.append(Row(f"small, {task}", "ours", [*means, *gains]))
+    table.notes.append(f"Paper: {source['source']}. {MINIATURE}")
+    return table
+
+
+def table11(results: Results) -> Table:
+    """Of the samples that the small base fails, how many another model solves; and how many it loses."""
+    source = paper("table11")
+    table = Table("table11", source["title"], [*source["columns"], "lost of what the base solved"])
+    for row in source["rows"]:
+        failed, solved, share = row["values"]
+        table.rows.append(Row(row["name"], "paper", [count(failed), count(solved), Number(share), UNKNOWN]))
+    base = results.of("small-base")
+    models = [model for model in results.models if model != "small-base"] or ["small-egm"]
+    for model in models:
+        rows = results.of(model)
+        if base.empty or rows.empty:
+            table.rows.append(Row(model, "ours", [None] * 4))
+            continue
+        both = rows.merge(base[["seed", "sample_id", "success"]], on=["seed", "sample_id"], suffixes=("", "_base"))
+        failed, kept = both[~both["success_base"]], both[both["success_base"]]
+        solved = estimate(failed, draws=results.draws)
+        dropped = estimate(kept.assign(success=~kept["success"]), draws=results.draws)
+        table.rows.append(Row(model, "ours", [
+            count(len(failed)), count(int(failed["success"].sum())), percent(solved), percent(dropped),
+        ]))  # fmt: skip
+    table.notes.append(
+        "Any model that differs from the base solves some of its failures; what it loses stands in the last column "
+        "(the paper does not print it)."
+    )
+    return table
