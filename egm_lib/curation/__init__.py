@@ -1,1 +1,1 @@
-"""Curation with VLM services: reasoning traces, amodal expressions, verification, failure judgements (Sections 3 and 4.1)."""
+"""Curation with VLM services (Sections 3 and 4.1): traces, amodal expressions, verification, failure judgements."""

@@ -1,7 +1,7 @@
 """python -m egm_lib.curation TASK --input samples.jsonl --output OUT.jsonl --base-url URL --model NAME
 
-Exit code: 0 all answered or filtered, 2 the run could not start or go on, 3 some samples failed for good (listed; the rest is kept),
-4 stopped before all were asked (budget, Ctrl-C); the same command goes on.
+Exit code: 0 all answered or filtered; 2 the run could not start or go on; 3 some samples failed for good (they are
+listed, the rest is kept); 4 stopped before all were asked (budget, Ctrl-C). The same command goes on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from egm_lib.curation.client import CurationError, JsonlSamples, estimate, run_task
-from egm_lib.curation.client import api_key as key_from_environment
+from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.ledger import LedgerError
+from egm_lib.curation.results import JsonlSamples
+from egm_lib.curation.services import CurationError, api_key
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import Price, Teacher
 
@@ -35,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     if price is None:
         price = DEAREST
         print(
-            f"price of {args.model!r} unknown, counted as {price.prompt:g} + {price.completion:g} USD per million tokens; "
-            "say it with --price PROMPT COMPLETION (0 0 for a server of your own)",
+            f"price of {args.model!r} unknown, counted as {price.prompt:g} + {price.completion:g} USD per million "
+            "tokens; say it with --price PROMPT COMPLETION (0 0 for a server of your own)",
             file=sys.stderr,
         )
     teacher = Teacher(
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             limit=args.limit,
             budget_usd=args.budget,
             skip_filters=args.skip_filter,
-            key=key_from_environment(args.base_url, args.api_key_env),
+            key=api_key(args.base_url, args.api_key_env),
             batch=args.batch,
             timeout_s=args.timeout,
             max_retries=args.max_retries,

@@ -1,6 +1,8 @@
-"""Why an answer is dropped: pure, named functions of a reply (and its sample), so that they can be re-run for nothing.
+"""Why an answer is dropped: pure, named functions of a reply and its sample, so that they can be re-run for nothing.
 
-True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a profile may leave some out by name.
+True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a run may leave some out by
+name. (Deviation: the mini profile leaves out "coordinates" and "too-many-sentences". Its traces list places as bare
+0..1000 integers, one short sentence a step: a vocabulary of a thousand words has no finer way to say where things are.)
 """
 
 from __future__ import annotations
@@ -22,51 +24,68 @@ class Reply:
 
 Filter = Callable[[Reply, Mapping], bool]
 
+
+def _pattern(*alternatives: str) -> re.Pattern:
+    return re.compile(rf"\b(?:{'|'.join(alternatives)})\b", re.IGNORECASE)
+
+
 _REFUSAL = re.compile(
-    r"\s*(i['’]?m\s+(very\s+|so\s+)?sorry|sorry\b|i\s+apologi[sz]e|unfortunately,?\s+i\b"
-    r"|(i|we)\s+(can['’]?t|cannot|can not|am unable to|['’]?m unable to|won['’]?t|will not|am not able to|['’]?m not able to)\s+"
-    r"(help|assist|comply|identify|provide|answer|do|fulfil|describe|determine|see|view|process|complete|continue)"
-    r"|as an ai\b)",
-    re.IGNORECASE,
+    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e | unfortunately,?\ i\b
+    | as\ an\ ai\b
+    | (?:i|we)\ (?:can['’]?t | can\ ?not | am\ (?:un|not\ )able\ to | won['’]?t | will\ not) \b
+    | (?:i|we)['’](?:m|re)\ (?:un|not\ )able\ to)""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
-_COLOURS = r"(?:green|blue|red)"
-_FRAME = r"(?:box|boxes|rectangle|outline|outlines|frame|border|borders|contour|bbox)"
-_DRAWN_BOX = re.compile(
-    rf"\b(?:bounding[- ]?{_FRAME}|bbox(?:es)?|"
-    rf"{_COLOURS}[- ](?:\w+ )?{_FRAME}|{_COLOURS}[- ](?:mark|marking|marker|highlight|highlighting|highlighted|outlined|boxed|framed|lines?)|"
-    rf"(?:drawn|marked|marking|labell?ed|target|annotated|annotation|highlighted|highlighting|given|provided|indicated) {_FRAME}|"
-    rf"(?:inside|within|enclosed (?:by|in)|surrounded by|contained in|covered by|in) (?:the|this|that) (?:box|rectangle|bbox)|"
-    rf"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|framed)(?: (?:\w+ )?(?:in|with|by)) (?:a |an |the )?(?:\w+ )?(?:{_COLOURS}|{_FRAME})\b|"
-    rf"(?:the|this|that) (?:box|rectangle) (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|labell?ed|drawn|around)|"
-    rf"(?:box|rectangle|mark|outline) (?:drawn|labell?ed|around (?:the|it|him|her|them))|"
-    r"(?:the|is|are|object|region|area|one|already|been) (?:marked|highlighted|outlined|annotated|boxed)\b(?! by (?:its|the|his|her)))",
-    re.IGNORECASE,
+_FRAME = r"(?:box(?:es)?|rectangles?|outlines?|frames?|borders?|contours?)"
+_PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|framed|labell?ed)"
+_DRAWN = _pattern(
+    rf"bounding[- ]?{_FRAME}",
+    "bbox(?:es)?",
+    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
+    "blue (?:box|rectangle|outline)",
+    rf"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) {_FRAME}",
+    rf"{_PASSIVE} (?:in|with|by) (?:a |an |the )?(?:\w+ )?(?:green|{_FRAME})",
+    r"the (?:marked|highlighted|outlined|boxed|annotated) (?:object|region|area|one|person|man|woman|item|part)",
+    r"(?:object|region|area|one) (?:that is |which is |is )?(?:marked|highlighted|outlined|boxed|annotated)",
+    rf"{_FRAME} labell?ed",
 )
+_SOME_BOX = _pattern(  # of a drawn box, unless the scene has a thing that is a box or a frame
+    r"(?:inside|within|by|in|from) (?:the|this|that) (?:box|rectangle)",
+    r"(?:the|this|that) (?:box|rectangle) (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
+    r"(?:box|rectangle|mark|outline) (?:drawn|around (?:the|it|him|her|them))",
+)
+_IS_BOX = _pattern(_FRAME)
 
-_GROUND_TRUTH = re.compile(
-    r"\b(?:ground[- ]?truth|gt box|(?:given|provided|known|stated|supplied|correct) (?:location|position|answer|region|coordinates|target|annotation)|"
-    r"(?:location|position|answer|region|coordinates|target|object) (?:is|was|are|were|has been|have been|that (?:is|was)) (?:already )?(?:given|provided|known|supplied)|"
-    r"as (?:given|provided|indicated|annotated|marked)|the target (?:object|box|region|mark)|already (?:given|known)|"
-    r"(?:we|i) (?:are|am|were|was) (?:told|given))\b",
-    re.IGNORECASE,
+_GIVEN = r"(?:given|provided|known|stated|supplied)"
+_ANSWER = r"(?:location|position|answer|region|coordinates|annotation)"
+_GROUND_TRUTH = _pattern(
+    "ground[- ]?truth",
+    "gt box",
+    rf"{_GIVEN} {_ANSWER}",
+    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already )?{_GIVEN}",
+    "as (?:given|provided|indicated|annotated)",
+    "the target (?:object|box|region|mark)",
+    f"already {_GIVEN}",
+    r"(?:we|i) (?:are|am|were|was) (?:told|given)",
 )
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _COORDINATES = re.compile(
-    rf"[\[(<]\s*{_NUMBER}(?:\s*[,;]\s*{_NUMBER})+\s*[\])>]|"  # [1, 2], (1, 2, 3, 4)
-    rf"\b\d{{1,4}}(?:\s*,\s*\d{{1,4}}){{3}}\b|"  # four bare numbers
-    rf"\b\d{{2,4}}\s+\d{{2,4}}\b(?!\s*(?:people|persons|men|women|years?))|"  # at 825 300
-    r"\b(?:pixels?|coordinates?|x-axis|y-axis|[xy][12]?[- ]?(?:coordinate|value))\b|"
-    rf"\b\d+\s?px\b|\b[xyXY][12]?\s*(?:=|≈|~|of about|around)\s*{_NUMBER}",
-    re.IGNORECASE,
+    rf"""[\[(<]\s*{_NUMBER}(?:\s*[,;]\s*{_NUMBER})+\s*[\])>]    # [1, 2] or (1, 2, 3, 4)
+    | \b\d{{1,4}}(?:\s*,\s*\d{{1,4}}){{3}}\b                    # four bare numbers
+    | \b\d{{2,4}}\s+\d{{2,4}}\b                                 # at 825 300
+    | \b(?:pixels?|coordinates?|[xy]-axis|[xy][12]?[- ](?:coordinate|value)s?)\b | \b\d+\s?px\b
+    | \b[xy][12]?\s*(?:=|≈|~)\s*{_NUMBER}""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
-_BOUNDARY = re.compile(
-    r"\b(?:(?:image|picture|photo|photograph|frame|scene|canvas)(?:['’]s)?(?: \w+)? (?:boundary|boundaries|border|borders|edge|edges|limits?)|"
-    r"(?:boundary|boundaries|border|borders|edge|edges|limits?) of the (?:image|picture|photo|photograph|frame|canvas)|"
-    r"(?:beyond|outside|out of|past|leaves|leaving) (?:of )?(?:the )?(?:image|picture|photo|photograph|frame|canvas))\b",
-    re.IGNORECASE,
+_PICTURE = r"(?:image|picture|photo|photograph|frame|scene|canvas)"
+_LIMIT = r"(?:boundary|boundaries|borders?|edges?|limits?)"
+_BOUNDARY = _pattern(
+    rf"{_PICTURE}(?:['’]s)?(?: \w+)? {_LIMIT}",
+    rf"{_LIMIT} of the {_PICTURE}",
+    rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_PICTURE}",
 )
 
 _SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bNo)[.!?…]+[\"'”’)]*(?=\s+\S|$)")
@@ -79,9 +98,36 @@ _DIRECTION_WORDS = {
     **dict.fromkeys(("left", "leftward", "leftwards"), "to the left"),
     **dict.fromkeys(("right", "rightward", "rightwards"), "to the right"),
 }
-_BETWEEN = frozenset(
-    ["further", "also", "out", "slightly", "a", "bit", "moderately", "considerably", "significantly", "and", "both", "to", "toward", "towards", "the", "by", "about", "from", "its", "visible", "part", "object", "box", "whole", "it", "this", "of"]
-)  # what may stand between verb and direction
+_BETWEEN = frozenset(  # what may stand between verb and direction
+    [
+        "further",
+        "also",
+        "out",
+        "slightly",
+        "a",
+        "bit",
+        "moderately",
+        "considerably",
+        "significantly",
+        "and",
+        "both",
+        "to",
+        "toward",
+        "towards",
+        "the",
+        "by",
+        "about",
+        "from",
+        "its",
+        "visible",
+        "part",
+        "object",
+        "whole",
+        "it",
+        "this",
+        "of",
+    ]
+)
 
 
 def refusal(reply: Reply, sample: Mapping) -> bool:
@@ -101,7 +147,10 @@ def empty(reply: Reply, sample: Mapping) -> bool:
 
 def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
     """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is no mention."""
-    return bool(_DRAWN_BOX.search(reply.text)) or ("TARGET" in reply.text and "TARGET" not in sample["expression"])
+    expression = sample["expression"].lower()
+    if any(match[0].lower() not in expression for match in _DRAWN.finditer(reply.text)) or "TARGET" in reply.text:
+        return True
+    return bool(_SOME_BOX.search(reply.text)) and not _IS_BOX.search(expression)
 
 
 def names_ground_truth(reply: Reply, sample: Mapping) -> bool:
@@ -153,8 +202,8 @@ def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
 def named_directions(text: str) -> set[str]:
     """Directions in which a trace says that the object extends.
 
-    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only behind a verb of extending
-    with nothing but filling words between, since they also say where things are.
+    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only behind a verb of
+    extending with nothing but filling words between, since they also say where things are.
     """
     named = {_DIRECTION_WORDS[word] for word in re.findall(r"\b(?:up|down|left|right)wards?\b", text.lower())}
     for verb in _EXTENDS.finditer(text):

@@ -51,8 +51,8 @@ class OffsetIndex:
 class Ledger:
     """Open for one process at a time; a context manager.
 
-    Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered" (paid, received whole),
-    "unreadable" (perhaps paid, of no use: asked again) or "failed" (given up in that run, asked again by the next).
+    Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered" (paid, received
+    whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given up in that run, asked again by the next).
     A record has reached the operating system when `append` returns, so a killed process loses nothing it had appended;
     `sync` is against power cuts. cost_usd: sum over all records. mean_usage(task, model): what an answer took so far.
     """
@@ -66,9 +66,8 @@ class Ledger:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise LedgerError(
-                f"another process is using {self.path}; wait for it, stop it, or name another ledger"
-            ) from None
+            message = f"another process is using {self.path}; wait for it, stop it, or name another ledger"
+            raise LedgerError(message) from None
         self._answered, self._failed = OffsetIndex(), OffsetIndex()
         self._usage: dict[tuple[str, str], list[int]] = {}
         self.cost_usd = 0.0
@@ -88,7 +87,7 @@ class Ledger:
         self._lock.release()
 
     def append(self, record: dict) -> None:
-        """Write one record in one call; raises LedgerError, leaving whole lines only, where the disk does not take it."""
+        """Write one record in one call; raises LedgerError, leaving whole lines only, where the disk refuses."""
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -96,9 +95,8 @@ class Ledger:
                 raise OSError(f"only {written} of {len(line)} bytes were written")
         except OSError as error:
             self._file.truncate(self._size)
-            raise LedgerError(
-                f"cannot write {self.path} ({error}); make room and run again, the answers so far are kept"
-            ) from error
+            message = f"cannot write {self.path} ({error}); make room and run again, the answers so far are kept"
+            raise LedgerError(message) from error
         self._note(record, self._size)
         self._size += len(line)
 

@@ -18,19 +18,22 @@ Write the visual reasoning that leads from the expression to this object, in one
 Answer with the reasoning only."""
 
 AMODAL_EXPRESSION = """\
-In this picture one object, a {name}, is marked with a box labelled TARGET. Part of it may be hidden behind other things; the box
-covers all of it, hidden parts included.
+In this picture one object, a {name}, is marked with a box labelled TARGET. Part of it may be hidden behind other
+things; the box covers all of it, hidden parts included.
 
 Write a referring expression by which somebody who sees the picture without the mark finds exactly this object.
-- It must fit this object and no other. Where there are look-alikes, use an ordinal, a superlative, a place or a relation.
+- It must fit this object and no other. Where there are look-alikes, use an ordinal, a superlative, a place or a
+  relation.
 - Use natural features: kind, colour, material, clothing, what it is doing, what it is next to.
 - Lower case, a short phrase in the style of a referring expression, no full sentence, no full stop.
 Good: "tiger behind the fallen log"; "second chair from the left"; "the smaller of the two red cups".
-Bad: "the object in the green box"; "the marked tiger"; "the target" (these mention the mark); "a chair" (if there are several).
+Bad: "the object in the green box"; "the marked tiger"; "the target" (these mention the mark); "a chair" (if there are
+several).
 Answer with the expression only."""
 
 VERIFY = """\
-In this picture one region is marked with a box labelled TARGET. A reader who will not see the mark gets this referring expression:
+In this picture one region is marked with a box labelled TARGET. A reader who will not see the mark gets this
+referring expression:
 
   "{expression}"
 
@@ -41,21 +44,22 @@ Check three things:
 Answer with one word: YES if all three hold, NO otherwise."""
 
 AMODAL_TRACE = """\
-In this picture one object is marked twice, so that you know which one is meant: its visible part and its complete extent.
-Somebody else, who sees the picture without any mark, has to find the complete extent, hidden parts included, of
+In this picture one object is marked twice, so that you know which one is meant: its visible part and its complete
+extent. Somebody else, who sees the picture without any mark, has to find the complete extent, hidden parts included, of
 
   "{expression}"
 
-For your information only: the visible part lies at {modal_box}, the whole object at {gt_box} (x1, y1, x2, y2, each from 0 to 999;
-a value below 0 or above 999 lies outside the picture). From the visible part the object extends: {directions}.
+For your information only: the visible part lies at {modal_box}, the whole object at {gt_box} (x1, y1, x2, y2, each
+from 0 to 999; a value below 0 or above 999 lies outside the picture).
+From the visible part the object extends: {directions}.
 
 Write the visual reasoning that leads to the complete extent, in at most five sentences.
 - How to locate the object, and what sets it apart from others like it.
 - What hides part of it.
 - What its complete shape is.
 - In which direction or directions, and how far, to extend from the visible part. Use exactly these words: {directions}.
-- Write as somebody who does not know the answer beforehand. No pixel values, no coordinates, no image boundaries, no mention of
-  boxes or marks.
+- Write as somebody who does not know the answer beforehand. No pixel values, no coordinates, no image boundaries, no
+  mention of boxes or marks.
 Answer with the reasoning only."""
 
 FAILURE = """\
@@ -68,9 +72,10 @@ Ground truth box: {gt_box_px} (x1, y1, x2, y2 in pixels)
 Predicted box: {pred_box_px}
 
 What is the main cause of the failure?
-- COMPLEX-PROMPT: the expression needs attributes, relations, order or several steps to single out the object among similar ones,
-  and the model did not follow it.
-- AMBIGUOUS-IMAGE: the picture or the expression leaves open which object is meant; the predicted one is a reasonable reading.
+- COMPLEX-PROMPT: the expression needs attributes, relations, order or several steps to single out the object among
+  similar ones, and the model did not follow it.
+- AMBIGUOUS-IMAGE: the picture or the expression leaves open which object is meant; the predicted one is a reasonable
+  reading.
 - SMALL-OBJECT: the object is so small or so little visible that it can hardly be located.
 - GT-ERROR: the ground truth is wrong: its box or the expression does not belong to the object.
 - OTHER: none of these.

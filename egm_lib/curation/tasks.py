@@ -24,7 +24,8 @@ LINE_WIDTH_PX = 5  # Fig. 8 [C]
 MAX_SIDE_PX = 2048  # larger pictures are sent smaller: services scale them down anyway, and charge for the bytes
 JPEG_QUALITY = 90
 
-# How far the whole object reaches beyond its visible part, as a share of the visible part's side; ours, the paper gives the words only.
+# How far the whole object reaches beyond its visible part, as a share of the visible part's side. The thresholds are
+# ours: the paper gives the words only.
 NEGLIGIBLE = 0.02
 DEGREES = (
     (0.10, "slightly"),
@@ -72,27 +73,16 @@ class Task:
         return _digest([self.template, LINE_WIDTH_PX, MAX_SIDE_PX, JPEG_QUALITY])[:12]
 
 
-def request_key(
-    task: Task, sample: Mapping, image: Path, *, model: str, temperature: float | None, max_tokens: int
-) -> str:
+def request_key(task: Task, sample: Mapping, image: Path, model: str, sampling: Mapping) -> str:
     """What an answer in the ledger belongs to: 128 bits over everything that the service sees and is told.
 
-    The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key; the picture as its bytes.
+    The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key; the picture as its
+    bytes and the marks drawn on it. Raises OSError where the picture cannot be read.
     """
     stat = image.stat()
-    return _digest(
-        [
-            task.name,
-            task.prompt_version,
-            model,
-            temperature,
-            max_tokens,
-            sample["sample_id"],
-            task.prompt(sample),
-            task.marks(sample),
-            file_digest(str(image), stat.st_size, stat.st_mtime_ns),
-        ]
-    )[:32]
+    picture = [file_digest(str(image), stat.st_size, stat.st_mtime_ns), task.marks(sample)]
+    asked = [task.name, task.prompt_version, task.prompt(sample), picture, sample["sample_id"], model, sampling]
+    return _digest(asked)[:32]
 
 
 @lru_cache(maxsize=65_536)  # RefCOCO's 24,407 pictures serve 575,208 samples
@@ -103,13 +93,14 @@ def file_digest(path: str, size: int, mtime_ns: int) -> str:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def messages(task: Task, sample: Mapping, image: Path) -> list[dict]:
     """Chat messages of one request: the marked picture as a data URL, then the prompt.
 
-    Raises FileNotFoundError or egm_lib.data.pictures.PictureError, and ValueError where the picture's size is not the sample's.
+    Raises FileNotFoundError or egm_lib.data.pictures.PictureError, ValueError where the picture has another size than
+    the sample says.
     """
     url = (
         "data:image/jpeg;base64,"
@@ -129,10 +120,8 @@ def messages(task: Task, sample: Mapping, image: Path) -> list[dict]:
 def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
     """The picture with boxes drawn and labelled, as JPEG, its longer side at most MAX_SIDE_PX."""
     if picture.size != (sample["width"], sample["height"]):
-        raise ValueError(
-            f"sample {sample['sample_id']!r} says {sample['width']} x {sample['height']} px, its picture has "
-            f"{picture.width} x {picture.height}; its boxes would be drawn in the wrong place"
-        )
+        said, seen = f"{sample['width']} x {sample['height']}", f"{picture.width} x {picture.height}"
+        raise ValueError(f"the record says {said} px, the picture has {seen}: boxes would be drawn in the wrong place")
     scale = min(1.0, MAX_SIDE_PX / max(picture.size))
     if scale < 1:
         picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
@@ -157,8 +146,8 @@ def _font() -> ImageFont.ImageFont:
 def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> list[tuple[str, str]]:
     """(direction, degree word) for every side on which the whole object reaches beyond its visible part.
 
-    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at DEGREES; below NEGLIGIBLE
-    a side counts as complete.
+    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at DEGREES; below
+    NEGLIGIBLE a side counts as complete.
     """
     width, height = modal_box[2] - modal_box[0], modal_box[3] - modal_box[1]
     shares = (

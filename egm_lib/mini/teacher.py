@@ -1,7 +1,7 @@
 """The miniature world's teacher: an HTTP transport that answers curation requests in process.
 
-It stands where a proprietary VLM stands: the same client sends it the same requests. It does not look at the picture but knows
-the sample by the request's `X-EGM-Sample` header and reads what is true of it from `teacher.jsonl`, one object a sample:
+It stands where a proprietary VLM stands: the same client sends it the same requests. It does not look at the picture
+but knows the sample by the header `X-EGM-Sample` and reads what is true of it from `teacher.jsonl`, one object a sample:
 sample_id, reasoning, amodal_reasoning | null, amodal_expression | null, verify "YES" | "NO", planted_cause | null,
 gt_box and lookalike_boxes_px (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
 `planted_error` tells afterwards, so that the filters' precision and recall can be measured.
@@ -132,7 +132,7 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         return None
 
     def _can_reverse(self, sample_id: str, task: str) -> bool:
-        """False for a trace that names no direction, or a direction and its opposite: reversed, it would still be right."""
+        """False for a trace that names no direction, or one and its opposite: reversed, it would still be right."""
         text = _true_text(task, self.truth(sample_id)) or ""
         return set(_DIRECTION.findall(text)) != set(_DIRECTION.findall(_opposite(text)))
 

@@ -1,0 +1,50 @@
+"""Tokens and dollars: what a request may cost, before it is asked and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from egm_lib.curation.tasks import MAX_SIDE_PX, Task
+from egm_lib.profile import Price
+
+BATCH_DISCOUNT = 0.5  # OpenAI's Batch API
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would ask and cost. basis: where the token counts come from."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float
+    at_most_usd: float
+    basis: str
+    price: Price | None
+
+    def __str__(self) -> str:
+        tokens = f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        cost = f"about {self.cost_usd:,.2f} USD, at most {self.at_most_usd:,.2f} USD" if self.price else "price unknown"
+        return f"{self.requests:,} requests, {tokens} ({self.basis}): {cost}"
+
+
+def picture_tokens(width: int, height: int) -> int:
+    """Prompt tokens of a picture by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile, shorter side 768.
+
+    Other services count otherwise; once there are answers, their usage is the estimate.
+    """
+    scale = min(1.0, MAX_SIDE_PX / max(width, height), 768 / min(width, height))
+    return 85 + 170 * -(-int(width * scale) // 512) * -(-int(height * scale) // 512)
+
+
+def prompt_tokens(task: Task, sample: Mapping) -> int:
+    """Estimate of a request's prompt: four characters of English a token, and the picture."""
+    return len(task.prompt(sample)) // 4 + picture_tokens(sample["width"], sample["height"])
+
+
+def cost_usd(prompt: float, completion: float, price: Price | None, *, batch: bool = False) -> float:
+    """US dollars for so many prompt and completion tokens; 0 where no price is known."""
+    if price is None:
+        return 0.0
+    return (prompt * price.prompt + completion * price.completion) / 1e6 * (BATCH_DISCOUNT if batch else 1.0)
