@@ -183,7 +183,7 @@ def _inside(box: Sequence[float] | None, image_wh: tuple[int, int]) -> list[floa
 
 
 def fit_to_picture(samples: Dataset, counts: Counter | None = None) -> Dataset:
-    """The samples with every box cut to its picture, as an answer in 0..1000 can state it; without one they are dropped.
+    """The samples with every box cut to its picture, as an answer in 0..1000 can state it; those outside are dropped.
 
     This is where the project decides what an amodal box outside the picture means: data roots are written through it,
     so that target, reward and metric see the same box.

@@ -22,7 +22,7 @@ _OTHER_WORD = re.compile(r"(?:up|out|down|forth|b|f|w|play|ship)rights?(?:ly|er|
                          r"(?:bright|fright|wright)\w*|copyright\w*|leftovers?|cleft")
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
-# Where these stand before it, a side is a side, whatever follows: "on the far right in blue", "bottom left", "^left in".
+# With these before it a side is a side, whatever follows: "on the far right in blue", "bottom left on the table".
 _CERTAIN = re.compile(
     r"\b(?:(?:on|to|at|from|in|of|toward|towards|facing|looking|pointing)(?: (?:the|her|his|its|their|your|my|our|far|"
     r"very|extreme|most|upper|lower|top|bottom|front|back))*|far|farthest|furthest|upper|lower|top|bottom|front|back)"
@@ -66,6 +66,14 @@ def mirror_expression(expression: str) -> str | None:
 
 
 def _mirrored(expression: str) -> str:
+    """mirror_expression that raises _Doubt, with the reason."""
+    mirrored = _swapped(expression)
+    if _swapped(mirrored) != expression:
+        raise _Doubt("does not mirror back")
+    return mirrored
+
+
+def _swapped(expression: str) -> str:
     lower = re.sub(r"\s+", " ", expression.lower().replace("’", "'"))
     lower = _CERTAIN.sub("somewhere", lower)
     for pattern, reason in ((_UNSURE, "abbreviation or rotation"), (_LEFT_VERB, "left as a verb"),

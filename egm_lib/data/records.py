@@ -104,7 +104,7 @@ def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
     """
     path, count, seen = Path(path), 0, set()
     with atomic_open(path) as file:
-        for table in _tables(iter(rows), str(path)):
+        for table in _batches(rows, str(path)):
             check_table(table, str(path), first_row=count + 1)
             ids = set(table["sample_id"].to_pylist())
             if repeated := seen & ids:
@@ -144,6 +144,12 @@ def _dataset(table: pa.Table, fingerprint: str) -> Dataset:
 def rows_to_table(rows: Iterable[Mapping], source: str) -> pa.Table:
     """Arrow table of rows whose fields and types are right; `check_table` looks at the values."""
     return pa.concat_tables([*_tables(iter(rows), source), FEATURES.arrow_schema.empty_table()])
+
+
+def _batches(rows: Iterable[Mapping] | Dataset, source: str) -> Iterator[pa.Table]:
+    if isinstance(rows, Dataset) and rows.features == FEATURES:
+        return rows.with_format("arrow").iter(batch_size=BATCH_ROWS)
+    return _tables(iter(rows), source)
 
 
 def _tables(rows: Iterator[Mapping], source: str) -> Iterator[pa.Table]:

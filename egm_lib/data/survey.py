@@ -1,0 +1,81 @@
+"""What a data root holds: Table 3's numbers, and whether every picture is there and as large as stated."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from egm_lib.data.pictures import resolve_image
+
+ORIENTATION_TAG, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# Table 3 as far as the text gives it; the other columns are lost.
+PAPER_STATS = {
+    "vanilla": {"samples": 575_208, "images": 24_407},
+    "amodal": {"samples": 23_698, "images": 15_798},
+    "amodal evaluation": {"samples": 11_261, "images": 2_474},
+}
+
+
+def describe(samples: Dataset) -> dict[str, float]:
+    """Table 3's row of some samples: samples, images, distinct boxes per image file, mean width and height (px)."""
+    columns = ["image_id", "image", "gt_box", "width", "height"]
+    table = samples.with_format("arrow").select_columns(columns)[:]
+    boxes = pc.list_flatten(table["gt_box"]).combine_chunks()
+    corners = {name: boxes[start::4] for start, name in enumerate(("x1", "y1", "x2", "y2"))}
+    keyed = pa.table({"image": table["image"].dictionary_encode(), **corners})
+    images = table.group_by("image").aggregate([("width", "min"), ("height", "min")])
+    distinct = keyed.group_by(["image", *corners]).aggregate([])
+    count = max(len(images), 1)
+    return {
+        "samples": len(table),
+        "images": len(table["image_id"].unique()),
+        "boxes_per_image": len(distinct) / count,
+        "width_px": pc.mean(images["width_min"]).as_py() or 0.0,
+        "height_px": pc.mean(images["height_min"]).as_py() or 0.0,
+    }
+
+
+def table3(described: Mapping[str, Mapping[str, float]]) -> str:
+    """Table 3 in markdown: ours, row by row, then the paper's; "not run" and "lost" where there is no number."""
+    names = ("samples", "images", "boxes_per_image", "width_px", "height_px")
+    lines = ["| set | samples | images | boxes per image | width, px | height, px |", "|---|---|---|---|---|---|"]
+    for name, row in described.items():
+        lines.append(f"| {name} | {row['samples']:,} | {row['images']:,} | "
+                     + " | ".join(f"{row[key]:.1f}" for key in names[2:]) + " |")
+    for name, row in PAPER_STATS.items():
+        cells = " | ".join(f"{row[key]:,}" if key in row else "lost" for key in names)
+        lines.append(f"| *paper, {name}* | {cells} |")
+    return "\n".join(lines)
+
+
+def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
+    """A sentence for every picture of the samples that is missing, unreadable or of another size than stated."""
+    columns = ["image", "width", "height", "sample_id"]
+    table = samples.with_format("arrow").select_columns(columns)[:]
+    images = table.group_by(["image", "width", "height"]).aggregate([("sample_id", "min")])
+    repeated = {image for image, times in Counter(images["image"].to_pylist()).items() if times > 1}
+    for row in tqdm(images.to_pylist(), desc="check pictures", mininterval=10):
+        where = f"{row['image']} (e.g. sample {row['sample_id_min']})"
+        if row["image"] in repeated:
+            yield f"{where}: the samples state different sizes, one of them {row['width']} x {row['height']}"
+        try:
+            size = picture_size(resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root))
+        except FileNotFoundError:
+            yield f"{where}: no such file below {root}"
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            yield f"{where}: not a readable picture ({error})"
+        else:
+            if size != (row["width"], row["height"]):
+                yield f"{where}: is {size[0]} x {size[1]} px, stated are {row['width']} x {row['height']}"
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as it is seen, from its header alone."""
+    with Image.open(path) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ORIENTATION_TAG) in TURNED else (width, height)
