@@ -5,6 +5,7 @@ so nothing is ever backtracked over, and an attempt that fails has read past a b
 """
 
 import re
+from itertools import islice
 from math import isfinite
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from egm_lib.boxes import SUCCESS_IOU, Box, BoxFrame, frame_scale
 from egm_lib.peer_rules import PEER_RULES
 
 RULES = ("egm", *PEER_RULES)
+MAX_GROUPS = 2000  # nobody answers with more boxes: what follows is a loop, and is not read
 
 
 class Parsed(NamedTuple):
@@ -108,7 +110,8 @@ _CORNER_NUMBER = {"min": "1", "max": "2"}
 
 def _find_boxes(answer: str, scale: tuple[float, float, float]) -> tuple[list[Box], int, int]:
     """Boxes in px, how many had swapped corners, and how many groups of numbers were tried."""
-    candidates = [numbers for groups in _GROUPS.findall(answer) for numbers in _number_lists(*groups)]
+    matches = islice(_GROUPS.finditer(answer), MAX_GROUPS)
+    candidates = [numbers for match in matches for numbers in _number_lists(*match.groups())][:MAX_GROUPS]
     boxes, swapped = _to_pixels(candidates, scale)
     if not boxes:
         corners = _corner_lists(answer)
@@ -126,7 +129,7 @@ def _number_lists(square: str, end: str, tagged: str, angled: str, round_: str) 
     if angled:
         return [angled[1:].replace(">", "").split("<")]
     if round_:
-        lists = [_split_numbers(part) for part in round_[1:-1].replace(")", "").split("(")]
+        lists = [_split_numbers(part) for part in round_[1:-1].replace(")", "").split("(", MAX_GROUPS)]
         points = all(len(numbers) == 2 for numbers in lists)
         return [lists[0] + lists[1]] if points and len(lists) == 2 else lists
     return []
@@ -140,7 +143,8 @@ def _corner_lists(answer: str) -> list[list[str]]:
     """Boxes written with a key for each corner, in any order."""
     lists: list[list[str]] = []
     corners: dict[str, str] = {}
-    for axis, end, number in _CORNER.findall(answer):
+    for match in islice(_CORNER.finditer(answer), 4 * MAX_GROUPS):
+        axis, end, number = match.groups()
         end = end.lower().lstrip("_")
         corner = axis.lower() + _CORNER_NUMBER.get(end, end)
         if corner in corners:  # another box has begun before this one was complete

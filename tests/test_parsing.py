@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from egm_lib.boxes import BoxFrame
-from egm_lib.parsing import RULES, Parsed, accepts, parse_completion
+from egm_lib.parsing import MAX_GROUPS, RULES, Parsed, accepts, parse_completion
 
 BANK = Path(__file__).parents[2] / "shared" / "data" / "parser_bank.jsonl"
 FRAMES = {
@@ -145,6 +145,12 @@ def test_every_box_of_the_answer_is_kept_and_sorted_ones_are_counted():
     parsed = parse("no [9, 9, 10, 10]</think>[[1, 2, 3, 4], [7, 8, 5, 6], [1, 2]]")
     assert parsed.boxes == [(1, 2, 3, 4), (5, 6, 7, 8)]
     assert parsed.swapped == 1
+
+
+def test_a_loop_of_boxes_is_cut():
+    for box in ("[1, 2, 3, 4]", "(1, 2, 3, 4)", "<1><2><3><4>;", "x1=1, y1=2, x2=3, y2=4;"):
+        assert parse(box * 200).boxes == [(1, 2, 3, 4)] * 200
+        assert len(parse(box * 5000).boxes) == MAX_GROUPS
 
 
 @pytest.mark.parametrize("frame, scale", [(BoxFrame.PIXEL, 1), (BoxFrame.NORM_1000, 0.64), (BoxFrame.NORM_1, 640)])
