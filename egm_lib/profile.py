@@ -1,0 +1,382 @@
+"""A profile is a file a person can read: everything that differs between a laptop and a GPU node.
+
+`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another file, and a file's
+`variants` are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`). `Run(profile, seed)` names every file of one run.
+`python -m egm_lib.profile NAME` prints a profile as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Family = Literal["qwen3-vl", "internvl-3"]
+Task = Literal["vanilla", "amodal"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+PROFILES_DIR = Path(__file__).parent / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist or says what we do not understand; the message says where and how to mend it."""
+
+
+def project_root() -> Path:
+    """The checkout that holds this package; the working directory where the package was installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the samples are. A limit of null means all; limits count samples per split."""
+
+    source: Literal["mini", "refcoco"]
+    root: str  # relative to the project
+    train_limit: int | None = None
+    train_amodal_limit: int | None = None
+    selection_limit: int | None = None
+    selection_amodal_limit: int | None = None
+    eval_limit: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return project_root() / self.root
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint: a folder of the project or a model hub id, and the prompt format it speaks."""
+
+    path: str
+    family: Family
+    dtype: DType
+    revision: str | None = None  # of a hub id
+    max_pixels: int | None = None
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` wants: an absolute folder where the path lies in the project, else the hub id."""
+        local = project_root() / self.path
+        return str(local) if local.exists() or self.path.startswith(("data/", "/")) else self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    small: Model
+    large: Model
+    reference: Model  # "stronger model" of the learnability selection, Sec. 4.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """US dollars per million tokens."""
+
+    prompt: float
+    completion: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A vision-language service; base_url "mini" is the miniature world's teacher, in process."""
+
+    base_url: str
+    model: str
+    temperature: float
+    max_tokens: int
+    concurrency: int
+    price_per_mtok: Price | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curation:
+    teacher: Teacher
+    judges: tuple[Teacher, ...]
+    limit: int | None = None
+    budget_usd: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    r: int
+    alpha: int
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFT:
+    num_train_epochs: float
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    freeze_vision: bool
+    dtype: DType
+    max_length: int | None = None
+    max_steps: int | None = None  # stops earlier than the epochs
+    max_minutes: float | None = None  # stops earlier than both
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Learnability selection, Sec. 4.2: what the reference solves and the learner misses, plus easy samples."""
+
+    num_easy: Literal["equal", "none"]
+    easy: Literal["uniform", "iou-buckets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO:
+    num_train_epochs: float
+    prompts_per_step: int
+    num_generations: int
+    per_device_train_batch_size: int
+    beta: float
+    epsilon: float
+    entropy_coef: float
+    reward_weight: float
+    ratio_level: Literal["token", "sequence"]
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_steps: int
+    max_completion_length: int
+    temperature: float
+    top_p: float
+    top_k: int | None  # null: no limit
+    rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
+    freeze_vision: bool
+    dtype: DType
+    rollout_dtype: DType
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Table 8."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    max_new_tokens: int
+    repetition_penalty: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    engine: Literal["transformers", "vllm", "openai"]
+    batch_size: int
+    sampling: Sampling
+    base_url: str | None = None  # engine "openai"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    rule: str  # a named rule of egm_lib.parsing
+    bootstrap_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How long work starts: plain Python, or `accelerate launch` with one of egm_lib/configs."""
+
+    accelerate_config: str | None = None
+    num_processes: int = 1
+    side_by_side: bool = False  # vanilla and amodal at the same time, one thread each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    name: str
+    title: str
+    seeds: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    models: Models
+    data: Data
+    curation: Curation
+    sft: SFT
+    selection: Selection
+    grpo: GRPO
+    controls: tuple[Literal["direct", "sft"], ...]  # trainings that the paper lacks: is a gain only more training?
+    generation: Generation
+    evaluation: Evaluation
+    launch: Launch
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """A short hash of every value: two profiles with the same digest ask for the same run."""
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files in it."""
+
+    profile: Profile
+    seed: int
+
+    @property
+    def root(self) -> Path:
+        return project_root() / "data" / "runs" / f"{self.profile.name}-{self.seed}"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.json"
+
+    def notebook(self, name: str) -> Path:
+        return self.root / "notebooks" / name
+
+    def samples(self, name: str) -> Path:
+        return self.root / "samples" / f"{name}.jsonl"
+
+    def traces(self, name: str) -> Path:
+        return self.root / "traces" / f"{name}.jsonl"
+
+    def log(self, name: str) -> Path:
+        return self.root / "logs" / name
+
+    def checkpoint(self, task: str, model: str) -> Path:
+        return self.root / "checkpoints" / task / model
+
+    def predictions(self, model: str, split_id: str) -> Path:
+        """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
+        return self.root / "predictions" / model / f"{split_id}.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        """Tables and figures, shared by the seeds of a profile."""
+        return project_root() / "figures" / self.profile.name
+
+
+def open_run(profile: str, seed: int) -> Run:
+    """The first line of every notebook: the run of a profile's name and a seed, its folder made."""
+    run = Run(load_profile(profile), seed)
+    run.root.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def profile_names() -> list[str]:
+    """Every name that `load_profile` knows: the files, and their variants."""
+    files = sorted(path.stem for path in PROFILES_DIR.glob("*.yaml"))
+    return files + [f"{name}-{variant}" for name in files for variant in _raw(name)[1]]
+
+
+@cache
+def load_profile(name: str) -> Profile:
+    """Reads a profile by name. Raises ProfileError on an unknown name, key, or value, naming the nearest valid one."""
+    values, _ = _raw(name)
+    return _build(Profile, values | {"name": name}, name)
+
+
+def _raw(name: str) -> tuple[dict, dict]:
+    """A profile's values with what it extends merged in, and its variants."""
+    path = PROFILES_DIR / f"{name}.yaml"
+    if not path.is_file():
+        base, _, variant = name.rpartition("-")
+        if base:
+            try:
+                values, variants = _raw(base)
+            except ProfileError:
+                variants = {}
+            if variant in variants:
+                return _merge(values, variants[variant] or {}), variants
+        known = [path.stem for path in PROFILES_DIR.glob("*.yaml")]
+        raise ProfileError(f"There is no profile {name!r}.{_nearest(name, known)} Known: {', '.join(sorted(known))}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{path} is not valid YAML: {error}") from error
+    variants = values.pop("variants", {})
+    if "extends" in values:
+        base, inherited = _raw(values.pop("extends"))
+        values, variants = _merge(base, values), inherited | variants
+    return values, variants
+
+
+def _merge(base: dict, changes: dict) -> dict:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` (from YAML) as the annotated type `kind`. A ProfileError names the place, such as `mini.grpo.beta`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: expected a section, got {value!r}.")
+        hints = typing.get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                hint = _nearest(str(key), list(hints)) or f" Known: {', '.join(hints)}."
+                raise ProfileError(f"{where}: unknown key {key!r}.{hint}")
+        required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+        for key in required:
+            if key not in value:
+                raise ProfileError(f"{where}: {key!r} is missing.")
+        return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if origin in (types.UnionType, typing.Union):  # X | None
+        return None if value is None else _build(args[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ProfileError(f"{where}: expected a list, got {value!r}.")
+        return tuple(_build(args[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Literal:
+        if value not in args:
+            choices = ", ".join(map(repr, args))
+            hint = _nearest(str(value), list(map(str, args)))
+            raise ProfileError(f"{where}: {value!r} is not one of {choices}.{hint}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        hint = " Write it as 1.0e-5 (YAML 1.1 reads 1e-5 as text)." if kind is float and isinstance(value, str) else ""
+        raise ProfileError(f"{where}: expected {kind.__name__}, got {value!r}.{hint}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m egm_lib.profile", description="Print a profile as JSON.")
+    parser.add_argument("name", nargs="?", help="without a name, the known names are listed")
+    name = parser.parse_args(argv).name
+    try:
+        print("\n".join(profile_names()) if name is None else json.dumps(load_profile(name).as_dict(), indent=2))
+    except ProfileError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
