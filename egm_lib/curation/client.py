@@ -17,7 +17,7 @@ import openai
 from tqdm import tqdm
 
 from egm_lib.curation.batch import run_batches
-from egm_lib.curation.cost import Estimate, cost_usd, prompt_tokens
+from egm_lib.curation.cost import Budget, Estimate, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
 from egm_lib.curation.plan import Plan, Receipts, Report, Request
 from egm_lib.curation.results import First, count_checked, write_output
@@ -147,9 +147,10 @@ class _Asker:
         except (OSError, ValueError) as error:
             self.receipts.fail(request, str(error))
             return
-        at_most_usd = self.plan.at_most_usd(request.sample)
-        if not await self.budget.reserve(at_most_usd, self.stop):
-            self._end(self.budget.used_up)
+        at_most_usd = self.plan.at_most_usd(request)
+        if not await self.budget.take_patiently(at_most_usd, self.stop):
+            if not self.stop.is_set():
+                self._end(self.budget.used_up)
             return
         self.receipts.report.asked += 1
         try:
@@ -164,10 +165,10 @@ class _Asker:
             if self.failures_in_a_row >= self.patience:
                 self._end(f"{self.patience} requests in a row failed; run again when the service is well")
         finally:
-            await self.budget.release(at_most_usd)
+            await self.budget.give_back(at_most_usd)
 
     async def _fetch(self, request: Request, body: dict) -> None:
-        name = quote(request.sample["sample_id"], safe=" :/+,=@#")
+        name = quote(request.sample_id, safe=" :/+,=@#")
         headers = {"X-EGM-Sample": name, "X-EGM-Task": self.plan.task.name}
         for attempt in range(READ_TRIES):
             started = time.monotonic()
@@ -187,43 +188,6 @@ class _Asker:
         while True:
             await asyncio.sleep(SYNC_S)
             await asyncio.to_thread(self.receipts.ledger.sync)
-
-
-class Budget:
-    """A cap on a ledger's cost that holds with requests under way: each sets aside what it may cost at most."""
-
-    def __init__(self, limit_usd: float | None, ledger: Ledger) -> None:
-        self.limit_usd, self.ledger = limit_usd, ledger
-        self.reserved_usd, self.under_way = 0.0, 0
-        self.settled = asyncio.Condition()
-
-    async def reserve(self, usd: float, stop: threading.Event) -> bool:
-        """Waits until requests under way have settled where that may help; False when there is no room."""
-        if self.limit_usd is None:
-            return True
-        async with self.settled:
-            while self.ledger.cost_usd + self.reserved_usd + usd > self.limit_usd:
-                if self.under_way == 0 or stop.is_set():
-                    return False
-                await self.settled.wait()
-            self.reserved_usd += usd
-            self.under_way += 1
-            return True
-
-    async def release(self, usd: float) -> None:
-        if self.limit_usd is None:
-            return
-        async with self.settled:
-            self.reserved_usd -= usd
-            self.under_way -= 1
-            self.settled.notify_all()
-
-    @property
-    def used_up(self) -> str:
-        return (
-            f"stopped at {self.ledger.cost_usd:.4f} USD: the next request might pass the budget of {self.limit_usd:g} "
-            "USD; run again with a larger one to go on"
-        )
 
 
 def _run_anywhere(work: Coroutine, stop: threading.Event) -> None:
@@ -283,12 +247,12 @@ def estimate(
     requests = prompt = at_most_usd = 0
     with Ledger(ledger) if Path(ledger).exists() else nullcontext() as book:
         mean = book and book.mean_usage(task.name, teacher.model)
-        for request in plan.pending(book, set()) if book else map(plan.unchecked, plan.samples):
+        for request in plan.pending(book, set()) if book else map(plan.keyless, plan.samples):
             if request is None:
                 continue
             requests += 1
-            prompt += prompt_tokens(task, request.sample)
-            at_most_usd += plan.at_most_usd(request.sample, batch=batch)
+            prompt += request.prompt_tokens
+            at_most_usd += plan.at_most_usd(request, batch=batch)
     completion = requests * task.reply_tokens
     basis = "picture tiles as gpt-4.1 counts them, 4 characters a token, a typical answer's length"
     if mean:

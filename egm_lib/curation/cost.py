@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from egm_lib.curation.ledger import Ledger
 from egm_lib.curation.tasks import MAX_SIDE_PX, Task
 from egm_lib.profile import Price
 
@@ -48,3 +51,44 @@ def cost_usd(prompt: float, completion: float, price: Price | None, *, batch: bo
     if price is None:
         return 0.0
     return (prompt * price.prompt + completion * price.completion) / 1e6 * (BATCH_DISCOUNT if batch else 1.0)
+
+
+class Budget:
+    """A cap on a ledger's cost that holds with requests under way: each sets aside what it may cost at most."""
+
+    def __init__(self, limit_usd: float | None, ledger: Ledger) -> None:
+        self.limit_usd = float("inf") if limit_usd is None else limit_usd
+        self.ledger = ledger
+        self.reserved_usd, self.under_way = 0.0, 0
+        self._settled = asyncio.Condition()
+
+    def take(self, usd: float) -> bool:
+        """Set aside a request's cost if there is room for it."""
+        if self.ledger.cost_usd + self.reserved_usd + usd > self.limit_usd:
+            return False
+        self.reserved_usd += usd
+        self.under_way += 1
+        return True
+
+    async def take_patiently(self, usd: float, stop: threading.Event) -> bool:
+        """Like `take`, but waits for requests under way to settle, as they may cost less than they set aside."""
+        async with self._settled:
+            while not self.take(usd):
+                if self.under_way == 0 or stop.is_set():
+                    return False
+                await self._settled.wait()
+        return True
+
+    async def give_back(self, usd: float) -> None:
+        """A request has ended: what it cost stands in the ledger now."""
+        async with self._settled:
+            self.reserved_usd -= usd
+            self.under_way -= 1
+            self._settled.notify_all()
+
+    @property
+    def used_up(self) -> str:
+        return (
+            f"stopped at {self.ledger.cost_usd:.4f} USD: the next request might pass the budget of {self.limit_usd:g} "
+            "USD; run again with a larger one to go on"
+        )

@@ -52,7 +52,8 @@ class Ledger:
     """Open for one process at a time; a context manager.
 
     Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered" (paid, received
-    whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given up in that run, asked again by the next).
+    whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given up in that run, asked again by the
+    next).
     A record has reached the operating system when `append` returns, so a killed process loses nothing it had appended;
     `sync` is against power cuts. cost_usd: sum over all records. mean_usage(task, model): what an answer took so far.
     """

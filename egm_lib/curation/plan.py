@@ -21,11 +21,13 @@ MAX_LISTED = 20  # failures that a report shows; the output file has all
 
 
 class Request(NamedTuple):
-    """One sample to ask about."""
+    """One sample to ask about. prompt_tokens: an estimate; sample and image: None once a batch has been sent."""
 
     key: str
-    sample: Mapping
-    image: Path
+    sample_id: str
+    prompt_tokens: int
+    sample: Mapping | None = None
+    image: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Plan:
     def request(self, sample: Mapping) -> Request:
         """The request of a sample; raises OSError or ValueError where its picture cannot be found."""
         image = resolve_image(sample, self.root)
-        return Request(request_key(self.task, sample, image, self.teacher.model, self.sampling), sample, image)
+        key = request_key(self.task, sample, image, self.teacher.model, self.sampling)
+        return Request(key, sample["sample_id"], prompt_tokens(self.task, sample), sample, image)
 
-    def unchecked(self, sample: Mapping) -> Request:
-        """A request without its key: for estimates, does not look at the picture."""
-        return Request("", sample, Path())
+    def keyless(self, sample: Mapping) -> Request:
+        """A request for estimates only: does not look at the picture."""
+        return Request("", sample["sample_id"], prompt_tokens(self.task, sample))
 
     def body(self, request: Request) -> dict:
         """The chat request; reads and marks the picture, so raises OSError or ValueError."""
@@ -72,10 +75,9 @@ class Plan:
             under_way.add(request.key)
             yield request
 
-    def at_most_usd(self, sample: Mapping, *, batch: bool = False) -> float:
+    def at_most_usd(self, request: Request, *, batch: bool = False) -> float:
         """What a request costs when its answer is as long as allowed."""
-        prompt = prompt_tokens(self.task, sample)
-        return cost_usd(prompt, self.teacher.max_tokens, self.teacher.price_per_mtok, batch=batch)
+        return cost_usd(request.prompt_tokens, self.teacher.max_tokens, self.teacher.price_per_mtok, batch=batch)
 
 
 @dataclass
@@ -129,17 +131,15 @@ class Receipts:
 
     def receive(self, request: Request, body: str, **extra: object) -> bool:
         """Record a reply; False for one that is no chat completion."""
-        prompt = prompt_tokens(self.plan.task, request.sample)
+        usage = {"prompt_tokens": request.prompt_tokens, "completion_tokens": self.plan.teacher.max_tokens}
         try:
             reply = read_completion(body)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
             self.report.unreadable += 1
-            usage = {"prompt_tokens": prompt, "completion_tokens": self.plan.teacher.max_tokens, "estimated": True}
-            self.record(request, "unreadable", usage, text=body, **extra)
+            self.record(request, "unreadable", usage | {"estimated": True}, text=body, **extra)
             return False
-        estimated = {"prompt_tokens": prompt, "completion_tokens": len(reply["text"]) // 4, "estimated": True}
-        usage = reply.pop("usage") or estimated
-        self.record(request, "answered", usage, **reply, **extra)
+        estimated = usage | {"completion_tokens": len(reply["text"]) // 4, "estimated": True}
+        self.record(request, "answered", reply.pop("usage") or estimated, **reply, **extra)
         return True
 
     def fail(self, request: Request, error: str) -> None:
@@ -150,7 +150,7 @@ class Receipts:
         task, teacher, report = self.plan.task, self.plan.teacher, self.report
         cost = cost_usd(usage["prompt_tokens"], usage["completion_tokens"], teacher.price_per_mtok, batch=self.batch)
         record = {"key": request.key, "task": task.name, "prompt_version": task.prompt_version, "model": teacher.model}
-        record |= {"sample_id": request.sample["sample_id"], "status": status, "usage": usage, "cost_usd": cost}
+        record |= {"sample_id": request.sample_id, "status": status, "usage": usage, "cost_usd": cost}
         record |= {"time": round(time.time(), 1), "batch": self.batch}
         record |= {name: self.redact(value) if isinstance(value, str) else value for name, value in extra.items()}
         self.ledger.append(record)

@@ -1,7 +1,7 @@
 """The miniature world's teacher: an HTTP transport that answers curation requests in process.
 
 It stands where a proprietary VLM stands: the same client sends it the same requests. It does not look at the picture
-but knows the sample by the header `X-EGM-Sample` and reads what is true of it from `teacher.jsonl`, one object a sample:
+but knows the sample by the header `X-EGM-Sample` and reads what is true of it in `teacher.jsonl`, one object a sample:
 sample_id, reasoning, amodal_reasoning | null, amodal_expression | null, verify "YES" | "NO", planted_cause | null,
 gt_box and lookalike_boxes_px (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
 `planted_error` tells afterwards, so that the filters' precision and recall can be measured.
@@ -29,7 +29,9 @@ ERROR_RATES = {
     "amodal-expression": {"mentions-drawn-box": 0.03, "refusal": 0.02},
     "amodal-trace": {"mentions-drawn-box": 0.03, "wrong-direction": 0.03, "refusal": 0.02, "truncated": 0.02},
 }
-CONFUSION_RATE = 0.12  # a judge names another cause than the right one; independent between judges
+# Share of failures for which a judge names another cause than the right one; independent between judges.
+CONFUSION_RATES = {"mini-judge-1": 0.06, "mini-judge-2": 0.12, "mini-judge-3": 0.18}
+CONFUSION_RATE = 0.12  # of any other judge
 TINY_SHARE = 0.01  # of the picture's area: below it a target counts as small
 MENTIONS = (
     "it is inside the green box.",
@@ -50,7 +52,7 @@ _DIRECTION = re.compile(r"\b(upward|downward|left|right|up|down)\b")
 class TeacherTransport(httpx2.AsyncBaseTransport):
     """Answers POST /chat/completions for the samples of one teacher.jsonl.
 
-    error_rates: task -> kind -> share, default ERROR_RATES; seed: another one spoils other samples.
+    error_rates: task -> kind -> share; confusion_rates: judge -> share; seed: another one spoils other samples.
     """
 
     def __init__(
@@ -58,11 +60,11 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         path: str | Path,
         *,
         error_rates: Mapping[str, Mapping[str, float]] = ERROR_RATES,
-        confusion_rate: float = CONFUSION_RATE,
+        confusion_rates: Mapping[str, float] = CONFUSION_RATES,
         seed: int = 0,
     ) -> None:
         self.path = Path(path)
-        self.error_rates, self.confusion_rate, self.seed = error_rates, confusion_rate, seed
+        self.error_rates, self.confusion_rates, self.seed = error_rates, confusion_rates, seed
         if not self.path.is_file():
             raise FileNotFoundError(f"no {self.path}: the miniature world writes it; run notebook 00 first")
 
@@ -139,7 +141,8 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
     def _judgement(self, truth: Mapping, prompt: str, model: str) -> str:
         """The planted cause, else what the prediction hit; with the judge's own errors."""
         cause = truth["planted_cause"] or _cause_of(truth, prompt)
-        if self._uniform("confusion", model, truth["sample_id"]) < self.confusion_rate:
+        rate = self.confusion_rates.get(model, CONFUSION_RATE)
+        if self._uniform("confusion", model, truth["sample_id"]) < rate:
             others = [name for name in CAUSES if name != cause]
             cause = others[int(self._uniform("other", model, truth["sample_id"]) * len(others))]
         return cause

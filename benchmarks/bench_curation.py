@@ -1,0 +1,211 @@
+"""The curation client under fire: misbehaving services, kills, throughput, memory. Loopback only.
+
+python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [memory]; without names, all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import openai
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from curation_server import running  # noqa: E402
+
+from egm_lib.curation.client import run_task  # noqa: E402
+from egm_lib.curation.plan import Plan  # noqa: E402
+from egm_lib.curation.results import JsonlSamples  # noqa: E402
+from egm_lib.curation.tasks import TASKS  # noqa: E402
+from egm_lib.profile import Price, Teacher  # noqa: E402
+
+CONCURRENCY = 64
+PRICE = Price(prompt=2.0, completion=8.0)
+
+
+def make_samples(folder: Path, count: int, pictures: int = 50) -> Path:
+    """A data root with noise pictures of COCO's size and `count` samples."""
+    rng = random.Random(0)
+    for number in range(pictures):
+        noise = Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3)).resize((640, 480))
+        noise.save(folder / f"{number}.jpg")
+    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+        for number in range(count):
+            sample = {"sample_id": f"s{number}", "dataset": "refcoco", "split": "train", "task": "vanilla"}
+            sample |= {"image": f"{number * pictures // count}.jpg", "width": 640, "height": 480, "image_id": "0"}
+            sample |= {"expression": f"number {number} from the left", "gt_box": [100, 100, 200, 250]}
+            file.write(json.dumps(sample) + "\n")
+    return folder / "samples.jsonl"
+
+
+def command(folder: Path, url: str, out: Path, timeout_s: float) -> list[str]:
+    words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out} --base-url {url} --model fake"
+    return [sys.executable, *words.split(), *f"--concurrency {CONCURRENCY} --timeout {timeout_s} --price 2 8".split()]
+
+
+def paid(log: Path) -> Counter[str]:
+    """Answers charged, by sample."""
+    return Counter(line.split()[0] for line in log.read_text().splitlines())
+
+
+def misbehave(folder: Path, count: int = 2000) -> dict:
+    make_samples(folder, count)
+    with running("--misbehave", "1", "--delay-ms", "20") as url:
+        started = time.monotonic()
+        done = subprocess.run(command(folder, url, folder / "out.jsonl", 8.0), capture_output=True, text=True)
+        wall_s = time.monotonic() - started
+    rows = list(JsonlSamples(folder / "out.jsonl"))
+    return {
+        "samples": count,
+        "rows": len(rows),
+        "status": dict(Counter(row["status"] for row in rows)),
+        "filters": dict(Counter(row["filter"] for row in rows if row["filter"])),
+        "exit": done.returncode,
+        "wall_s": round(wall_s, 1),
+    }
+
+
+def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
+    """SIGKILL at random moments, resumed each time; then compared with an undisturbed run."""
+    make_samples(folder, count)
+    rng, log, ledger = random.Random(1), folder / "paid.log", folder / "out.ledger.jsonl"
+    lost = 0
+    with running("--delay-ms", "600", "--log", str(log)) as url:
+        call = command(folder, url, folder / "out.jsonl", 30.0)
+        for _ in tqdm(range(number), mininterval=10):
+            before = answered(ledger)
+            process = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            while not ledger.exists() or answered(ledger) <= before:  # killed while it works, not while it starts
+                time.sleep(0.01)
+                if process.poll() is not None:
+                    break
+            time.sleep(rng.uniform(0.0, 0.8))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            lost += len(before - answered(ledger))
+        finished = subprocess.run(call, capture_output=True, text=True)
+        charged = paid(log)
+        calm = subprocess.run(command(folder, url, folder / "calm.jsonl", 30.0), capture_output=True)
+    disturbed, undisturbed = (
+        sorted(map(json.dumps, JsonlSamples(folder / name))) for name in ("out.jsonl", "calm.jsonl")
+    )
+    return {
+        "samples": count,
+        "kills": number,
+        "answers_lost": lost,
+        "paid_twice": sum(charged.values()) - len(charged),
+        "most_in_flight_at_kills": CONCURRENCY * number,
+        "paid_most_often": max(charged.values()),
+        "identical": disturbed == undisturbed,
+        "exit": [finished.returncode, calm.returncode],
+    }
+
+
+def answered(ledger: Path) -> set[str]:
+    """Keys of the whole lines in a ledger."""
+    if not ledger.exists():
+        return set()
+    whole = ledger.read_bytes().rpartition(b"\n")[0].split(b"\n")
+    return {record["key"] for record in map(json.loads, filter(None, whole)) if record["status"] == "answered"}
+
+
+def throughput(folder: Path, count: int = 2000) -> dict:
+    """Our client against a bare AsyncOpenAI loop that sends the same bodies, made beforehand or on the way."""
+    make_samples(folder, count)
+    task = TASKS["trace"]
+    samples = JsonlSamples(folder / "samples.jsonl")
+    rates: dict[str, list[float]] = {"client": [], "bare": [], "bare, draws pictures": []}
+    with running("--delay-ms", "20") as url:
+        teacher = Teacher(base_url=url, model="fake", temperature=0.7, max_tokens=800, concurrency=CONCURRENCY)
+        plan = Plan(task, samples, teacher, folder)
+        requests = [plan.request(sample) for sample in samples]
+        bodies = [plan.body(request) for request in requests]
+        for trial in range(3):
+            started = time.monotonic()
+            out, ledger = folder / f"{trial}.jsonl", folder / f"{trial}.ledger"
+            report = run_task(task, samples, teacher, out=out, ledger=ledger, root=folder, progress=False)
+            rates["client"].append(count / (time.monotonic() - started))
+            assert report.kept == count, report
+            for name, work in (
+                ("bare", bodies.__getitem__),
+                ("bare, draws pictures", lambda i: plan.body(requests[i])),
+            ):
+                started = time.monotonic()
+                asyncio.run(bare_loop(url, work, count))
+                rates[name].append(count / (time.monotonic() - started))
+    result = {f"{name}, answers/s": round(max(values), 1) for name, values in rates.items()}
+    for name in ("bare", "bare, draws pictures"):
+        result[f"ratio to {name}"] = round(max(rates["client"]) / max(rates[name]), 3)
+    return result
+
+
+async def bare_loop(url: str, body_of, count: int) -> None:
+    numbers = iter(range(count))
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+
+        async def work() -> None:
+            for number in numbers:
+                answer = await client.chat.completions.create(**body_of(number))
+                assert answer.choices[0].message.content
+
+        await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
+
+
+def memory(folder: Path) -> dict:
+    """Peak memory of a resume over an answered ledger at growing input, each in a process of its own."""
+    peaks = {}
+    for count in (5_750, 57_500, 575_000):
+        make_samples(folder, count, pictures=1)
+        call = [sys.executable, __file__, "--resume", str(folder), str(count)]
+        peaks[count] = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    return peaks
+
+
+def resume(folder: Path, count: int) -> None:
+    """Write a ledger that answers all samples, then resume on it; prints peak memory and seconds."""
+    task = TASKS["trace"]
+    samples = JsonlSamples(folder / "samples.jsonl")
+    teacher = Teacher(base_url="http://127.0.0.1:9/v1", model="fake", temperature=0.7, max_tokens=800, concurrency=64)
+    plan = Plan(task, samples, teacher, folder)
+    with open(folder / "ledger.jsonl", "w", encoding="utf-8") as file:
+        for sample in samples:
+            record = {"key": plan.request(sample).key, "task": "trace", "model": "fake", "status": "answered"}
+            record |= {
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+                "cost_usd": 0.0,
+                "text": "the left one. " * 8,
+            }
+            file.write(json.dumps(record | {"finish_reason": "stop", "refusal": None}) + "\n")
+    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    started = time.monotonic()
+    ledger, out = folder / "ledger.jsonl", folder / "out.jsonl"
+    report = run_task(task, samples, teacher, out=out, ledger=ledger, root=folder, progress=False)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert report.dropped.total() + report.kept == count and not report.asked, report
+    result = {
+        "imports_mb": round(before_mb),
+        "peak_mb": round(peak_mb),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--resume"]:
+        resume(Path(sys.argv[2]), int(sys.argv[3]))
+        sys.exit()
+    benches = {bench.__name__: bench for bench in (misbehave, kills, throughput, memory)}
+    for name in sys.argv[1:] or benches:
+        with tempfile.TemporaryDirectory() as folder:
+            print(name, json.dumps(benches[name](Path(folder)), indent=2), flush=True)
