@@ -1,7 +1,7 @@
 """A profile is a file a person can read: everything that differs between a laptop and a GPU node.
 
-`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another file, and a file's
-`variants` are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`). `Run(profile, seed)` names every file of one run.
+`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another file, and its `variants`
+are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`). `Run(profile, seed)` names the files of one run.
 `python -m egm_lib.profile NAME` prints a profile as JSON.
 """
 
@@ -126,6 +126,7 @@ class SFT:
     weight_decay: float
     max_grad_norm: float
     freeze_vision: bool
+    freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
     dtype: DType
     max_length: int | None = None
     max_steps: int | None = None  # stops earlier than the epochs
@@ -161,6 +162,7 @@ class GRPO:
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
     freeze_vision: bool
+    freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
     dtype: DType
     rollout_dtype: DType
     max_steps: int | None = None

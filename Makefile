@@ -1,0 +1,80 @@
+# EGM in miniature and at full scale; `make help` lists the targets. Every target makes its own .venv when there is none.
+SHELL := /bin/bash
+PROFILE ?= mini
+PYTHON ?= python3
+READY := .venv/.ready
+RUN := .venv/bin/python
+# A wheel folder or a package index to take torch from, such as https://download.pytorch.org/whl/cpu (small, no CUDA).
+TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,--extra-index-url) $(TORCH_INDEX))
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lab tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | expand -t 18
+	@echo; echo "PROFILE=$(PROFILE); others: $(patsubst egm_lib/profiles/%.yaml,%,$(wildcard egm_lib/profiles/*.yaml))"
+
+setup: $(READY) ## make .venv from the pinned requirements
+
+# The stamp is written last, so that a half-finished .venv is finished next time.
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@if [ -e .venv ] && ! .venv/bin/python -c '' 2>/dev/null; then echo "the .venv is broken; made anew"; rm -rf .venv; fi
+	@echo "making .venv (once, some minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_FROM) -r requirements.txt
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+reproduce: $(READY) ## all notebooks of PROFILE, in order; started again, it goes on
+	@$(RUN) -m egm_lib.reproduce --profile $(PROFILE)
+
+test: $(READY) ## ruff, pytest, and the light notebook
+	@$(RUN) -m ruff check .
+	@$(RUN) -m pytest -q
+	@$(RUN) -m pytest -q --nbval-lax notebooks/00_data_and_boxes.ipynb
+
+lab: $(READY) ## JupyterLab on the notebooks
+	@$(RUN) -m jupyterlab --notebook-dir=.
+
+tables: $(READY) ## every table of PROFILE from its files, no model needed
+	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
+
+table%: $(READY) ## one table, e.g. make table4
+	@$(RUN) -m egm_lib.tables --profile $(PROFILE) --only $@
+	@cat figures/$(PROFILE)/$@.md
+
+figures: $(READY) ## every figure of PROFILE from its files
+	@$(RUN) -m egm_lib.figures --profile $(PROFILE)
+
+gallery: $(READY) ## figures/PROFILE/gallery.html, one page to look through
+	@$(RUN) -m egm_lib.gallery --profile $(PROFILE)
+
+pretrain-mini: $(READY) ## the miniature's base models from nothing (hours; shipped in data/mini)
+	@$(RUN) -m egm_lib.mini.pretrain align --out data/mini
+	@$(RUN) -m egm_lib.mini.pretrain base --out data/mini --size small
+	@$(RUN) -m egm_lib.mini.pretrain base --out data/mini --size large
+
+bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+
+test-vllm: $(READY) ## greedy answers of vLLM equal transformers' (needs vLLM)
+	@$(RUN) -m pytest -q -m vllm
+
+test-browser: $(READY) ## viewer and gallery in a headless Chromium (needs node and playwright-core)
+	@$(RUN) -m pytest -q -m browser
+
+submit: ## notebooks 04-06 of PROFILE on a GPU node through SLURM
+	@command -v sbatch >/dev/null || { echo "no sbatch here; make reproduce PROFILE=$(PROFILE) runs the same locally"; exit 1; }
+	@sbatch --export=ALL,PROFILE=$(PROFILE) egm_lib/configs/slurm.sbatch
+
+lock: $(READY) ## newest set that requirements.in allows -> requirements.txt
+	@$(PYTHON) -m venv --clear .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet $(TORCH_FROM) -r requirements.in
+	@{ head -1 requirements.txt; .venv-lock/bin/python -m pip freeze --all | grep -v '^pip==' | sed -E 's/\+cpu$$//'; } > requirements.tmp
+	@mv requirements.tmp requirements.txt && rm -rf .venv-lock
+
+clean: ## remove .venv and the runs of the smoke profile; other runs stay
+	@rm -rf .venv .venv-lock data/runs/smoke-* data/raw/smoke figures/smoke .pytest_cache .ruff_cache

@@ -1,0 +1,279 @@
+"""The whole paper in one command: papermill over the notebooks, in order, resumable.
+
+    python -m egm_lib.reproduce --profile mini
+
+A stage is a notebook. It is skipped where it has run already with the same profile, the same notebook and all its files
+still there; once a stage runs, all later ones do. Long work inside a stage keeps its own checkpoints, so that a stage
+that was stopped goes on. The manifest says what ran, with which revisions, on what, for how long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nbformat
+import papermill
+
+from egm_lib.data.records import atomic_open
+from egm_lib.profile import ProfileError, Run, load_profile, project_root
+
+KERNEL = "python3"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "deepspeed", "numpy", "papermill")
+OUTPUTS = ("samples", "traces", "failures", "checkpoints", "predictions", "latency")  # folders that stages fill
+SHOWN_TABLES = ("table4", "table5", "table4_differences")
+
+
+class ReproduceError(RuntimeError):
+    """A run that cannot start or go on; the message is one clear sentence."""
+
+
+def stages() -> list[Path]:
+    """The notebooks in their order."""
+    found = sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise ReproduceError(f"no notebooks in {project_root() / 'notebooks'}; run from a checkout of the repository")
+    return found
+
+
+def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
+    """Runs the stages whose number lies between `first` and `last`. fresh: even those that are done.
+
+    Raises ReproduceError where another process works on the run, where the profile was changed since it began, and
+    where a notebook fails.
+    """
+    run.root.mkdir(parents=True, exist_ok=True)
+    with _locked(run.root / ".lock"):
+        manifest = _open_manifest(run)
+        notebooks, key, stale = stages(), run.profile.digest, fresh
+        for number, notebook in enumerate(notebooks):
+            name = notebook.stem
+            key = _digest([key, _sources(notebook)])
+            if not first[:2] <= name[:2] <= last[:2]:
+                continue
+            done = manifest["stages"].get(name, {})
+            say = f"[{number + 1}/{len(notebooks)}] {name}:"
+            if not stale and done.get("key") == key and done.get("finished") and not _missing(run, done):
+                print(f"{say} done before ({done['seconds']:.0f} s)", flush=True)
+                continue
+            stale = True
+            print(f"{say} running", flush=True)
+            seconds = _run_stage(run, notebook, manifest, key)
+            print(f"{say} finished in {seconds:.0f} s", flush=True)
+
+
+def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
+    """Executes a notebook and records it; the seconds of earlier, unfinished sittings count too."""
+    name, executed = notebook.stem, run.notebook(notebook.name)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    old = manifest["stages"].get(name, {})
+    before_s = 0.0 if old.get("finished") else old.get("seconds", 0.0)
+    files, began, finished = _files(run), time.monotonic(), False
+    try:
+        papermill.execute_notebook(
+            str(notebook), str(executed), {"profile": run.profile.name, "seed": run.seed}, kernel_name=KERNEL,
+            progress_bar=False, stdout_file=sys.stdout, cwd=str(notebook.parent),
+        )  # fmt: skip
+        finished = True
+    except papermill.PapermillExecutionError as error:
+        reason = str(error.evalue).strip() or error.ename
+        raise ReproduceError(
+            f"{name} stopped in its cell {error.exec_count}: {reason}\n"
+            f"What it had shown until then: {executed}. Mend the cause; the same command goes on with this notebook."
+        ) from None
+    finally:
+        if executed.exists():
+            clean(executed)
+        seconds = before_s + time.monotonic() - began
+        made = sorted(_files(run) - files | (set(old.get("files", [])) & _files(run)))
+        manifest["stages"][name] = {
+            "key": key, "finished": finished, "seconds": round(seconds, 1), "git": _git(), "files": made,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        manifest["wall_seconds"] = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
+        _write_manifest(run, manifest)
+    return seconds
+
+
+def clean(path: Path) -> None:
+    """Strips what must not be stored from a notebook: widget state (its PNG stays) and papermill's machine paths."""
+    book = nbformat.read(path, as_version=4)
+    book.metadata.pop("widgets", None)
+    book.metadata.pop("papermill", None)
+    for cell in book.cells:
+        cell.metadata.pop("papermill", None)
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    with atomic_open(path) as file:
+        nbformat.write(book, file)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ReproduceError(f"another process is working on {path.parent}; wait for it, or stop it") from None
+        yield
+
+
+def _files(run: Run) -> set[str]:
+    """What stages leave behind, relative to the project; pictures and unfinished work apart."""
+    root = project_root()
+    made = [path for folder in OUTPUTS for path in (run.root / folder).rglob("*") if ".unfinished" not in str(path)]
+    made += run.profile.data.path.rglob("*.jsonl")
+    return {str(path.relative_to(root) if path.is_relative_to(root) else path) for path in made if path.is_file()}
+
+
+def _missing(run: Run, done: dict) -> bool:
+    return any(not (project_root() / name).exists() for name in [*done["files"], run.root / "notebooks"])
+
+
+def _sources(notebook: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- manifest ------------------------------------------------------------------------------------------------------
+
+
+def _open_manifest(run: Run) -> dict:
+    """The run's manifest, new or as it was left; the profile's values must be those that the run began with."""
+    profile = json.loads(json.dumps(run.profile.as_dict()))
+    manifest = {"profile": run.profile.name, "seed": run.seed, "values": profile, "stages": {}, "wall_seconds": {}}
+    if run.manifest.exists():
+        try:
+            manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise ReproduceError(f"{run.manifest} is not JSON; delete it, and the run goes on with its files") from None
+        if changed := _changes(manifest["values"], profile):
+            raise ReproduceError(
+                f"{run.root} was begun with other values of the profile: {'; '.join(changed)}. Delete that folder to "
+                "begin anew, or put the profile back."
+            )
+    manifest |= {"git": _git(), "versions": _versions(), "hardware": _hardware(), "models": _model_revisions(run)}
+    _write_manifest(run, manifest)
+    return manifest
+
+
+def _changes(old: object, new: object, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [text for key in keys for text in _changes(old.get(key), new.get(key), f"{where}.{key}".strip("."))]
+    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
+
+
+def _write_manifest(run: Run, manifest: dict) -> None:
+    data = sorted(run.profile.data.path.rglob("*.jsonl"))
+    manifest["data"] = {"root": run.profile.data.root, "files": {path.name: _file_digest(path) for path in data}}
+    with atomic_open(run.manifest) as file:
+        json.dump(manifest, file, indent=1)
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _model_revisions(run: Run) -> dict[str, str | None]:
+    """Of a local checkpoint the digest of its weights, of a hub id its revision (None: the newest)."""
+    models = run.profile.models
+    named = {"small": models.small, "large": models.large, "reference": models.reference}
+    return {name: _weights_digest(Path(model.location)) or model.revision for name, model in named.items()}
+
+
+def _weights_digest(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return _digest([_file_digest(path) for path in files]) if files else None
+
+
+def _git() -> str:
+    """The revision of the checkout, "-dirty" where it has changes; "unknown" outside a checkout."""
+    command = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, object]:
+    import torch
+
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gb": round(memory_gb, 1), "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# --- command line --------------------------------------------------------------------------------------------------
+
+
+def _show_results(run: Run) -> None:
+    """The paper beside ours, and where to look further."""
+    for name in SHOWN_TABLES:
+        path = run.figures / f"{name}.md"
+        if path.exists():
+            print(f"\n{path.read_text(encoding='utf-8').strip()}")
+    print(f"\nTables and figures: {run.figures}")
+    gallery = run.figures / "gallery.html"
+    print(f"Gallery: {gallery}" if gallery.exists() else "Gallery: not made")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m egm_lib.reproduce", description="Run the notebooks of a profile.")
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--seed", type=int, action="append", help="default: every seed of the profile")
+    parser.add_argument("--first", default="00", metavar="NN", help="number of the first notebook")
+    parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
+    parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
+    args = parser.parse_args(argv)
+    try:
+        profile = load_profile(args.profile)
+        for seed in args.seed or profile.seeds:
+            run = Run(profile, seed)
+            print(f"{profile.title}: profile {profile.name}, seed {seed} -> {run.root}", flush=True)
+            reproduce(run, first=args.first, last=args.last, fresh=args.fresh)
+    except (ProfileError, ReproduceError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"\n{error}; what is finished is kept, the same command goes on from there.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped; what is finished is kept, the same command goes on from there.", file=sys.stderr)
+        return 130
+    _show_results(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
