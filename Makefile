@@ -9,7 +9,7 @@ TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
+.PHONY: help setup reproduce test lab evaluate tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | expand -t 18
@@ -38,6 +38,10 @@ test: $(READY) ## ruff, pytest, and the light notebook
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.
+
+evaluate: $(READY) ## a published EGM model, e.g. PROFILE=eval-egm-8b: predictions and tables, no notebook
+	@$(RUN) -m egm_lib.generate --profile $(PROFILE) --model small-egm
+	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
 
 tables: $(READY) ## every table of PROFILE from its files, no model needed
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)

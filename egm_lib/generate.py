@@ -211,6 +211,8 @@ def model_of(run: Run, model: str, task: str) -> Model:
     """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained for this task."""
     models = run.profile.models
     bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
+    if models.egm is not None:
+        bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}
     if model in bases:
         return bases[model]
     path = run.checkpoint(task, model.removesuffix(NO_REASONING))

@@ -78,6 +78,7 @@ class Models:
     small: Model
     large: Model
     reference: Model  # "stronger model" of the learnability selection, Sec. 4.2
+    egm: Model | None = None  # a published EGM model; null: `small-egm` is what the run trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +268,12 @@ class Run:
     def predictions(self, model: str, split_id: str) -> Path:
         """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
         return self.root / "predictions" / model / f"{split_id}.jsonl"
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders of all seeds of the profile that have been run."""
+        folders = [Run(self.profile, seed).root for seed in {*self.profile.seeds, self.seed}]
+        return sorted(folder for folder in folders if folder.is_dir())
 
     @property
     def figures(self) -> Path:
