@@ -81,9 +81,10 @@ SOURCES = {source.name: source for source in (
 )}
 
 
-def fetch(source: Source, root: str | Path) -> Path | None:
+def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
     """Fetch one source into a data root; what is there already is not fetched again, what is half there is continued.
 
+    wait_s: pause after the first fruitless try, then twice, three times as long.
     Returns where it lies, or None where a person has to act (the instruction is printed). Raises FetchError.
     """
     root = Path(root)
@@ -99,7 +100,7 @@ def fetch(source: Source, root: str | Path) -> Path | None:
         failures = []
         for url in source.urls:
             try:
-                download(url, target, checksum=source.checksum)
+                download(url, target, checksum=source.checksum, wait_s=wait_s)
                 break
             except FetchError as error:
                 failures.append(str(error))

@@ -17,6 +17,7 @@ from egm_lib.boxes import BoxFrame, convert
 from egm_lib.data.records import (
     SampleError,
     Task,
+    blame_type,
     join_image,
     json_lines,
     read_json,
@@ -98,10 +99,13 @@ def _read_rows(path: Path) -> pa.Table:
             rows = json_lines(path)  # slower, and able to say which row is wrong
     tables = [_SCHEMA.empty_table()]
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise SampleError(f"{path}, row {number}: not an object with fields but {type(row).__name__}")
         try:
             tables.append(pa.Table.from_pylist([row], schema=_SCHEMA))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, AttributeError, TypeError) as error:
-            raise SampleError(f"{path}, row {number}: {error}") from error
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            blame_type([row], _SCHEMA, str(path), number)
+            raise
     return pa.concat_tables(tables).combine_chunks()
 
 

@@ -164,20 +164,20 @@ def _tables(rows: Iterator[Mapping], source: str) -> Iterator[pa.Table]:
         try:
             yield pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
-            _blame_type(batch, source, first_row)
+            blame_type(batch, FEATURES.arrow_schema, source, first_row)
             raise
         first_row += len(batch)
 
 
-def _blame_type(batch: list[Mapping], source: str, first_row: int) -> None:
-    """Raise for the first value in batch that has the wrong type."""
+def blame_type(batch: Iterable[Mapping], schema: pa.Schema, source: str, first_row: int) -> None:
+    """Raise SampleError for the first value in batch that has not the type of its field."""
     for number, row in enumerate(batch, first_row):
-        for name, value in row.items():
+        for field in schema:
             try:
-                pa.array([value], FEATURES.arrow_schema.field(name).type)
+                pa.array([row.get(field.name)], field.type)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                kind = getattr(_TYPES[name][0], "__name__", "str")
-                raise SampleError(f"{source}, row {number}: {name} = {str(value)[:80]!r} is not {kind}") from error
+                value = str(row[field.name])[:80]
+                raise SampleError(f"{source}, row {number}: {field.name} = {value!r} is not {field.type}") from error
 
 
 def _read_quickly(path: Path) -> pa.Table | None:

@@ -1,0 +1,240 @@
+"""Downloads and archives: servers that break off or lie, archives that reach outside. Loopback only."""
+
+import hashlib
+import io
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from egm_lib.data import fetch as fetching
+from egm_lib.data.fetch import SOURCES, FetchError, Source, download, fetch, unpack
+
+CONTENT = bytes(range(256)) * 4000
+MD5 = ("md5", hashlib.md5(CONTENT).hexdigest())
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT at every path; the attributes say how it misbehaves."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.break_after = []  # bytes after which the n-th answer breaks off
+        self.stated_extra = 0  # bytes promised beyond what is sent
+        self.ranges = True
+        self.content, self.etag = CONTENT, '"v1"'
+        self.status = 200
+        self.asked = []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/file.zip"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, wanted = self.server, self.headers.get("Range")
+        server.asked.append(wanted)
+        content, start = server.content, 0
+        if server.status != 200:
+            return self.send_error(server.status)
+        if wanted and server.ranges and self.headers.get("If-Range") == server.etag:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                return self.end_headers()
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start + server.stated_extra))
+        self.send_header("ETag", server.etag)
+        self.end_headers()
+        stop = server.break_after.pop(0) if server.break_after else len(content)
+        self.wfile.write(content[start : start + stop])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def get(server, target, **options):
+    download(server.url, target, wait_s=0, timeout_s=5, **options)
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_whole_file_arrives_verified(server, tmp_path):
+    get(server, tmp_path / "a.zip", checksum=MD5)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and left(tmp_path) == ["a.zip"]
+
+
+def test_a_broken_connection_is_continued(server, tmp_path):
+    server.break_after = [300_000, 0, 200_000]
+    get(server, tmp_path / "a.zip", checksum=MD5)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+    assert server.asked == [None, "bytes=300000-", "bytes=300000-", "bytes=500000-"]
+
+
+def test_a_later_run_continues_too(server, tmp_path):
+    server.break_after = [300_000, 0]
+    with pytest.raises(FetchError, match="start again"):
+        get(server, tmp_path / "a.zip", attempts=1)
+    assert not (tmp_path / "a.zip").exists()
+    get(server, tmp_path / "a.zip", checksum=MD5)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT and server.asked[-1] == "bytes=300000-"
+
+
+def test_a_server_without_ranges_starts_over(server, tmp_path):
+    server.ranges, server.break_after = False, [300_000]
+    get(server, tmp_path / "a.zip", checksum=MD5)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+def test_a_file_that_changed_is_not_glued_together(server, tmp_path):
+    server.break_after = [300_000, 0]
+    with pytest.raises(FetchError):
+        get(server, tmp_path / "a.zip", attempts=1)
+    server.content, server.etag = CONTENT[::-1], '"v2"'
+    get(server, tmp_path / "a.zip")  # no checksum known: the version must tell
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT[::-1]
+
+
+def test_a_finished_part_is_taken_as_it_is(server, tmp_path):
+    (tmp_path / "a.zip.part").write_bytes(CONTENT)  # killed just before it was renamed
+    (tmp_path / "a.zip.part.version").write_text(server.etag)
+    get(server, tmp_path / "a.zip", checksum=MD5)
+    assert left(tmp_path) == ["a.zip"]
+
+
+def test_a_length_that_is_a_lie_is_no_file(server, tmp_path):
+    server.stated_extra = 10
+    with pytest.raises(FetchError, match="gave up"):
+        get(server, tmp_path / "a.zip", attempts=2)
+    assert not (tmp_path / "a.zip").exists()
+
+
+def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
+    with pytest.raises(FetchError, match="md5 is .*, not 0000"):
+        get(server, tmp_path / "a.zip", checksum=("md5", "0000"))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_refusal_is_not_repeated(server, tmp_path, status):
+    server.status = status
+    with pytest.raises(FetchError, match=str(status)):
+        get(server, tmp_path / "a.zip")
+    assert len(server.asked) == 1
+
+
+def test_no_room_is_said_before_the_download(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(FetchError, match="make room"):
+        get(server, tmp_path / "a.zip")
+
+
+def make_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def make_tar(path, members):
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_an_archive_is_unpacked(tmp_path, make):
+    archive = make(tmp_path / "a", {"refcoco/refs(unc).p": b"1" * 5000, "refcoco/instances.json": b"{}"})
+    unpack(archive, tmp_path / "out")
+    assert (tmp_path / "out/refcoco/refs(unc).p").read_bytes() == b"1" * 5000
+    assert left(tmp_path / "out/refcoco") == ["instances.json", "refs(unc).p"]
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "..\\evil", "C:\\evil"])
+def test_nothing_is_unpacked_from_an_archive_that_reaches_outside(tmp_path, make, name):
+    archive = make(tmp_path / "a", {"good": b"1", name: b"2"})
+    with pytest.raises(FetchError, match="nothing was unpacked"):
+        unpack(archive, tmp_path / "out")
+    assert left(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = kind, "/etc"
+    with pytest.raises(FetchError, match="link or a device"):
+        unpack(make_tar(tmp_path / "a", {link: b"", "link/passwd": b"x"}), tmp_path / "out")
+    info = zipfile.ZipInfo("link")
+    info.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "b", "w") as archive:
+        archive.writestr(info, "/etc")
+    with pytest.raises(FetchError, match="link or a device"):
+        unpack(tmp_path / "b", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bomb_is_refused(tmp_path):
+    with pytest.raises(FetchError, match="no data set"):
+        unpack(make_zip(tmp_path / "a", {"zeros": bytes(20_000_000)}), tmp_path / "out")
+    assert left(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_a_broken_archive_is_one_sentence(tmp_path, make):
+    archive = make(tmp_path / "a", {"x": hashlib.sha512(b"1").digest() * 100})
+    archive.write_bytes(archive.read_bytes()[:-40])
+    with pytest.raises(FetchError, match="broken archive"):
+        unpack(archive, tmp_path / "out")
+
+
+def test_fetch_downloads_unpacks_and_remembers(server, tmp_path):
+    path = make_zip(tmp_path / "made", {"refcoco/instances.json": b"{}"})
+    server.content = path.read_bytes()
+    source = Source("refcoco", "none", (server.url,), "downloads/refcoco.zip", ".")
+    root = tmp_path / "root"
+    fetch(source, root)
+    assert (root / "refcoco/instances.json").read_bytes() == b"{}"
+    (root / "downloads/refcoco.zip").unlink()  # may be deleted by a person
+    fetch(source, root)
+    assert len(server.asked) == 1
+
+
+def test_the_second_address_is_tried_and_the_way_by_hand_named(server, tmp_path):
+    nobody = "http://127.0.0.1:9/file.zip"  # the discard port: nobody answers
+    fetch(Source("x", "none", (nobody, server.url), "x.zip"), tmp_path, wait_s=0)
+    assert (tmp_path / "x.zip").read_bytes() == CONTENT
+    with pytest.raises(FetchError, match="by hand"):
+        fetch(Source("y", "none", (nobody,), "y.zip"), tmp_path, wait_s=0)
+
+
+def test_what_may_not_be_fetched_says_how_to(tmp_path, capsys):
+    assert fetch(SOURCES["tao_frames"], tmp_path) is None
+    assert "form" in capsys.readouterr().out and left(tmp_path) == []
+
+
+def test_every_source_states_its_licence_and_a_way():
+    for source in SOURCES.values():
+        assert source.licence and (source.urls or source.hub or source.manual)
