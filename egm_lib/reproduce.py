@@ -32,7 +32,9 @@ from egm_lib.profile import ProfileError, Run, load_profile, project_root
 
 KERNEL = "python3"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "deepspeed", "numpy", "papermill")
-OUTPUTS = ("samples", "traces", "failures", "checkpoints", "predictions", "latency")  # folders that stages fill
+OUTPUTS = (  # folders that stages fill
+    "samples", "curation", "traces", "failures", "selection", "checkpoints", "predictions", "latency",
+)  # fmt: skip
 SHOWN_TABLES = ("table4", "table5", "table4_differences")
 
 
