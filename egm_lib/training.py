@@ -1,0 +1,172 @@
+"""What SFT and GRPO share: the clock that limits a run, its log, its schedule, and finishing without leaving halves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from egm_lib.profile import Lora, Run
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot start or must not go on; the message says why and how to mend it."""
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds, logs JSONL lines."""
+
+    def __init__(self, log: str, max_minutes: float | None = None, save_seconds: float = 60.0):
+        self.log, self.max_minutes, self.save_seconds = Path(log), max_minutes, save_seconds
+        self.before_s = 0.0  # of earlier sittings
+        self.began = self.saved = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.before_s + time.monotonic() - self.began
+
+    def progress(self, step: int, max_steps: int) -> float:
+        """How much of the run is over, 0 to 1, by steps or by minutes, whichever is more."""
+        by_steps = step / max_steps if max_steps > 0 else 0.0
+        by_time = self.elapsed_s / (60 * self.max_minutes) if self.max_minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def state(self) -> dict:
+        arguments = {"log": str(self.log), "max_minutes": self.max_minutes, "save_seconds": self.save_seconds}
+        return {"args": arguments, "attributes": {"before_s": self.elapsed_s}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = self.saved = time.monotonic()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.log.read_text().splitlines() if state.global_step and self.log.exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        write_text(self.log, "".join(line + "\n" for line in lines))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.max_minutes and self.elapsed_s >= 60 * self.max_minutes:
+            control.should_training_stop = True
+        elif time.monotonic() - self.saved >= self.save_seconds:
+            control.should_save, self.saved = True, time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            line = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 2), **(logs or {})}
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class TimedSchedule:
+    """A trainer whose learning rate follows its clock where the clock limits the run: a cosine ends with the minutes."""
+
+    clock: Clock
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if not self.clock.max_minutes:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.warmup_steps
+        shape = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+
+        def scale(step: int) -> float:
+            done = self.clock.progress(step, num_training_steps)
+            if warmup < 1 and done < warmup:
+                return max(done, 1e-3) / warmup
+            if step < warmup >= 1:
+                return (step + 1) / (warmup + 1)
+            return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done}.get(shape, 1.0)
+
+        if shape not in ("cosine", "linear", "constant", "constant_with_warmup"):
+            raise TrainingError(f"lr_scheduler_type {shape!r} cannot follow max_minutes: use cosine, linear or constant")
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
+        return self.lr_scheduler
+
+
+def common_options(work: Path, seed: int, dtype: str) -> dict:
+    """Options of TRL's trainers that no profile chooses; saving is the clock's."""
+    return {
+        "output_dir": str(work),
+        "seed": seed,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": torch.cuda.is_available(),
+        "save_strategy": "no",
+        "save_total_limit": 1,
+        "report_to": [],
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+    }
+
+
+def lora_config(lora: Lora | None):
+    """peft's configuration for a profile's `lora`: all linear layers of the language model."""
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+
+
+def work_folder(out: Path) -> Path:
+    """Where a model's checkpoints stand while it is trained: beside the finished one."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def is_finished(out: Path) -> bool:
+    return (out / "config.json").is_file()
+
+
+def train_to(trainer, processor, out: Path) -> Path:
+    """Trains (going on from the last checkpoint, if any) and puts model and processor into `out`, at once and whole."""
+    work = work_folder(out)
+    resume = get_last_checkpoint(str(work)) if work.is_dir() else None
+    trainer.train(resume_from_checkpoint=resume)
+    finished = work / "finished"
+    if hasattr(trainer.model, "merge_and_unload"):  # LoRA: later stages want a whole model
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(str(finished))
+    else:
+        trainer.save_model(str(finished))
+    if not trainer.accelerator.is_main_process:
+        return out
+    processor.save_pretrained(str(finished))
+    (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to trust it
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(finished, out)
+    shutil.rmtree(work)
+    return out
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def require_file(path: Path, made_by: str) -> Path:
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing: run {made_by} first.")
+    return path
+
+
+def require_checkpoint(run: Run, task: str, model: str, made_by: str) -> Path:
+    path = run.checkpoint(task, model)
+    if not is_finished(path):
+        raise TrainingError(f"{path} holds no finished model: run {made_by} first.")
+    return path
+
+
+def logged_minutes(log: Path) -> float:
+    """Minutes of training that a finished stage's log tells."""
+    lines = require_file(log, "the stage that writes it").read_text(encoding="utf-8").splitlines()
+    return max(json.loads(line)["elapsed_s"] for line in lines) / 60
