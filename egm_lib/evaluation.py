@@ -6,8 +6,9 @@ from a bootstrap that draws pictures (and seeds, where a run has several), never
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ SCORING_COLUMNS = (
     "prompt_kind", "num_lookalikes", "model", "seed", "raw_answer", "status", "finish_reason",
     "reasoning_tokens", "answer_tokens",
 )  # fmt: skip
+
+
+BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,21 @@ class Difference:
 # --- reading and scoring -------------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[dict]:
+def iter_rows(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file; a last line that a kill cut short is left out, any other bad line is a ValueError."""
-    rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                rows.append(json.loads(line))
+                yield json.loads(line)
             except json.JSONDecodeError as error:
                 if not line.endswith("\n"):
-                    break
+                    return
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); delete this line") from error
-    return rows
+
+
+def read_rows(path: Path) -> list[dict]:
+    """`iter_rows` as a list."""
+    return list(iter_rows(path))
 
 
 def load_predictions(paths: Path | Iterable[Path], columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -76,18 +83,12 @@ def load_predictions(paths: Path | Iterable[Path], columns: Sequence[str] | None
     """
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
-    rows: dict[str, list] = {}
-    count = 0
-    for file in files:
-        for row in read_rows(file):
-            row = row if columns is None else {name: row.get(name) for name in columns}
-            for name, value in row.items():
-                rows.setdefault(name, [None] * count).append(value)
-            count += 1
-            for values in rows.values():
-                if len(values) < count:
-                    values.append(None)
-    return pd.DataFrame(rows, columns=list(columns) if columns and not rows else None)
+    rows = chain.from_iterable(map(iter_rows, files))
+    parts = []
+    while batch := list(islice(rows, BATCH_ROWS)):
+        names = columns or list(dict.fromkeys(chain.from_iterable(batch)))
+        parts.append(pd.DataFrame({name: [row.get(name) for row in batch] for name in names}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns or ()))
 
 
 def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
@@ -151,9 +152,8 @@ def bootstrap_means(
     parts = []
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        weights_D_C = np.empty((size, num_clusters))
-        for d in range(size):
-            weights_D_C[d] = np.bincount(rng.integers(num_clusters, size=num_clusters), minlength=num_clusters)
+        drawn_D_C = rng.integers(num_clusters, size=(size, num_clusters)) + num_clusters * np.arange(size)[:, None]
+        weights_D_C = np.bincount(drawn_D_C.ravel(), minlength=size * num_clusters).reshape(size, -1).astype(float)
         weights_D_K = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size).astype(float)
         sums_D_G_M, counts_D_G = 0.0, 0.0
         for k in range(num_seeds):

@@ -81,10 +81,14 @@ class Results:
         found = set(self.predictions["model"])
         return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
 
+    @cached_property
+    def _by_model_and_task(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return dict(list(self.scored.groupby(["model", "task"], sort=False)))
+
     def of(self, model: str, task: str = "vanilla") -> pd.DataFrame:
         """Scored rows of one model and task (no rows where it was not run)."""
-        scored = self.scored
-        return scored[(scored["model"] == model) & (scored["task"] == task)]
+        rows = self._by_model_and_task.get((model, task))
+        return self.scored.iloc[:0] if rows is None else rows
 
     @cached_property
     def latency(self) -> pd.DataFrame:

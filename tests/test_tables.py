@@ -1,0 +1,223 @@
+"""Tables from files: the right numbers in the right cells, "not run" where nothing was run, the same bytes always."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from egm_lib.data import eval_splits, split_id
+from egm_lib.results import Results, paper, paper_model
+from egm_lib.tables import TABLES, build_tables
+from egm_lib.tables.cells import Number, Row, Table, to_latex, to_markdown
+from egm_lib.tables.published import fleiss_kappa
+
+PER_SPLIT = 10
+
+
+def prediction(task, dataset, split, number, model, solved, seed):
+    box = [0, 0, 500, 500] if solved else [500, 500, 1000, 1000]
+    return {
+        "sample_id": f"{dataset}-{split}-{number}", "dataset": dataset, "split": split, "task": task,
+        "image_id": f"{dataset}{number // 2}", "expression": "the second red one" if number % 2 else "red one",
+        "gt_box": [0.0, 0.0, 50.0, 50.0], "width": 100, "height": 100, "frame": "NORM_1000", "model": model,
+        "seed": seed,
+        "prompt_kind": "ordinal" if number % 2 else "plain", "num_lookalikes": number % 2,
+        "raw_answer": f'<think>\nlook\n</think>\n\n[{{"bbox_2d": {box}}}]', "status": "ok", "finish_reason": "stop",
+        "reasoning_tokens": 5, "answer_tokens": 10,
+    }  # fmt: skip
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run_root(tmp_path):
+    """small-base solves the first 5 of each split, small-egm the last 8, large-base the first 7."""
+    root = tmp_path / "toy-0"
+    solved = {"small-base": range(5), "small-egm": range(2, 10), "large-base": range(7)}
+    for task in ("vanilla", "amodal"):
+        for dataset, split in eval_splits(task):
+            for model, numbers in solved.items():
+                rows = [prediction(task, dataset, split, n, model, n in numbers, 0) for n in range(PER_SPLIT)]
+                write_rows(root / "predictions" / model / f"{split_id(dataset, split)}.jsonl", rows)
+    judged = [(5, "COMPLEX-PROMPT"), (6, "COMPLEX-PROMPT"), (7, "COMPLEX-PROMPT"), (8, "SMALL-OBJECT")]
+    failures = [
+        {"sample_id": f"refcoco-val-{number}", "judge": judge, "cause": "OTHER" if judge == "c" else cause}
+        for judge in "abc"
+        for number, cause in judged
+    ]
+    write_rows(root / "failures" / "small-base.jsonl", failures)
+    write_rows(root / "latency" / "small-base.jsonl", [
+        {"sample_id": f"s{n}", "model": "small-base", "latency_ms": 10.0 + n, "first_token_ms": 3.0, "device": "CPU",
+         "reasoning_tokens": 5, "answer_tokens": 10}
+        for n in range(11)
+    ])  # fmt: skip
+    (root / "manifest.json").write_text(json.dumps(
+        {"git": "abc123", "hardware": "2 cores", "wall_seconds": {"sft": 60.0}}
+    ))  # fmt: skip
+    (root / "selection.json").write_text(json.dumps({"learner": "small-sft", "n_hard": 12, "n_easy": 12}))
+    return root
+
+
+def cells(table: Table, label: str, source: str = "ours") -> list:
+    [row] = [row for row in table.rows if (row.label, row.source) == (label, source)]
+    return list(row.cells)
+
+
+def test_accuracy_by_split_stands_below_the_papers_model(run_root, tmp_path):
+    table = build_tables([run_root], tmp_path / "out", draws=200)["table4"]
+    labels = [row.label for row in table.rows[:4]]
+    assert labels == ["Qwen3-VL-8B-Thinking", "small-base", "EGM-Qwen3-VL-8B", "small-egm"]
+    assert table.rows[0].cells[0].value == 91.0
+    ours = cells(table, "small-base")
+    assert [cell.value for cell in ours[:9]] == [50.0] * 9 and ours[9].value == 80
+    assert ours[0].ci95[0] < 50 < ours[0].ci95[1]
+    gain = cells(table, "small-egm - small-base", "ours, gain")
+    assert gain[8].value == pytest.approx(30) and gain[8].n == 80 and gain[8].ci95[0] < 30 < gain[8].ci95[1]
+    published = cells(table, "EGM-Qwen3-VL-8B - Qwen3-VL-8B-Thinking", "paper, gain")
+    assert published[8].value == pytest.approx(91.38 - 87.84)
+
+
+def test_failures_by_the_majority_of_judges(run_root, tmp_path):
+    tables = build_tables([run_root], tmp_path / "out", draws=200)
+    [complex_row] = [row for row in tables["table1"].rows if row.label == "COMPLEX-PROMPT"]
+    assert complex_row.cells[0].value == 62.8  # the paper's
+    assert complex_row.cells[1].value == pytest.approx(75) and complex_row.cells[2] is None
+    solved = cells(tables["table2"], "large-base")[0]  # of the complex failures 5, 6, 7 it solves 5 and 6
+    assert solved.value == pytest.approx(200 / 3) and solved.n == 3
+    third_judge = tables["table12"].columns.index("ours: c")
+    [other] = [row for row in tables["table12"].rows if row.label == "OTHER"]
+    assert other.cells[third_judge].value == 100
+
+
+def test_of_the_bases_failures_how_many_are_solved_and_what_is_lost(run_root, tmp_path):
+    failed, solved, share, dropped = cells(build_tables([run_root], tmp_path / "o", draws=99)["table11"], "small-egm")
+    assert (failed.value, solved.value, share.value, dropped.value) == (40, 40, 100, 40)  # loses 0 and 1 of five
+
+
+def test_what_was_not_run_says_so(run_root, tmp_path):
+    tables = build_tables([run_root], tmp_path / "out", draws=99)
+    assert cells(tables["table10"], "small-egm-no-reasoning")[:9] == [None] * 9
+    assert "| small-egm-no-reasoning | ours | not run |" in (tmp_path / "out" / "table10.md").read_text()
+    assert cells(tables["table9"], "small, vanilla")[1] is None
+    assert [row.cells[-1] for row in tables["table6"].rows] == ["not run"] * len(tables["table6"].rows)
+
+
+def test_a_run_with_nothing_in_it_gives_tables_that_say_so(tmp_path):
+    (tmp_path / "toy-0").mkdir()
+    tables = build_tables([tmp_path / "toy-0"], tmp_path / "out")
+    assert set(tables) == set(TABLES)
+    ours = [
+        cell for table in tables.values() for row in table.rows if row.source.startswith("ours") for cell in row.cells
+    ]
+    assert not any(isinstance(cell, Number) for cell in ours)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["acc_at_50"]["small-egm"] is None
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        build_tables([tmp_path / "absent-0"], tmp_path / "out")
+
+
+def test_a_mean_over_splits_needs_every_split(run_root, tmp_path):
+    (run_root / "predictions" / "small-egm" / "refcocog_test.jsonl").unlink()
+    tables = build_tables([run_root], tmp_path / "out", draws=99)
+    row = cells(tables["table4"], "small-egm")
+    assert row[7] is None and row[8] is None and row[0].value == 80
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["acc_at_50"]["small-egm"]["splits"] == 7
+
+
+def test_summary_has_the_promised_keys_and_numbers(run_root, tmp_path):
+    build_tables([run_root], tmp_path / "out", draws=200)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["profile"] == "toy" and summary["seeds"] == [0] and summary["git"] == "abc123"
+    assert summary["hardware"] == "2 cores" and summary["wall_seconds"] == {"sft": 60.0}
+    base = summary["acc_at_50"]["small-base"]
+    assert base["mean"] == 0.5 and base["n"] == 80 and base["ci95"][0] < 0.5 < base["ci95"][1]
+    assert summary["amodal_acc_at_50"]["large-base"]["mean"] == 0.7
+    assert summary["differences"]["vanilla: small-egm - small-base"]["mean"] == pytest.approx(0.3)
+    assert summary["complex_share_of_failures"]["small-base"]["mean"] == 0.75
+    assert summary["latency_ms"]["small-base"]["mean"] == 15 and summary["latency_ms"]["small-base"]["p50"] == 15
+    assert summary["tokens"]["small-base"] == {"reasoning": 5, "answer": 10, "mean": 15}
+    assert summary["latency_ms"]["small-egm"] is None
+
+
+def test_several_seeds_are_pooled(run_root, tmp_path):
+    second = tmp_path / "toy-1"
+    for dataset, split in eval_splits("vanilla"):
+        rows = [prediction("vanilla", dataset, split, n, "small-base", n < 9, 1) for n in range(PER_SPLIT)]
+        write_rows(second / "predictions" / "small-base" / f"{split_id(dataset, split)}.jsonl", rows)
+    table = build_tables([run_root, second], tmp_path / "out", draws=200)["table4"]
+    mean = cells(table, "small-base")[8]
+    assert mean.value == pytest.approx(70) and mean.n == 160
+    assert mean.ci95[0] < 52 and mean.ci95[1] > 88  # the seeds differ by 40 points, and the interval knows
+    gain = cells(table, "small-egm - small-base", "ours, gain")[8]
+    assert gain.n == 80  # paired within the seed that has both
+
+
+def test_the_same_files_give_the_same_bytes(run_root, tmp_path):
+    for name in ("first", "second"):
+        build_tables([run_root], tmp_path / name, draws=99)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
+    assert first == second and len(first) == 3 * len(TABLES) + 1
+
+
+def test_csv_has_one_line_a_cell_with_profile_and_revision(run_root, tmp_path):
+    build_tables([run_root], tmp_path / "out", draws=99, only=["table4"])
+    with open(tmp_path / "out" / "table4.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    [line] = [one for one in lines if one["row"] == "small-base" and one["column"] == "mean of 8"]
+    assert (line["value"], line["n"], line["profile"], line["git"]) == ("50", "80", "toy", "abc123")
+    assert float(line["low"]) < 50 < float(line["high"])
+    assert not (tmp_path / "out" / "table5.md").exists()
+
+
+def test_another_rule_scores_the_same_files(run_root, tmp_path):
+    strict = cells(build_tables([run_root], tmp_path / "a", draws=99)["table4"], "small-base")[0].value
+    other = cells(build_tables([run_root], tmp_path / "b", rule="lmms-eval", draws=99)["table4"], "small-base")[0].value
+    assert strict == 50 and other == 0  # lmms-eval reads 0-1 coordinates
+
+
+def test_runs_of_two_profiles_are_not_pooled(tmp_path):
+    for name in ("mini-0", "paper-0"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="several profiles"):
+        Results([tmp_path / "mini-0", tmp_path / "paper-0"])
+
+
+def test_paper_rows_average_to_what_the_paper_prints():
+    for name in ("table4", "table10"):
+        for row in paper(name)["rows"]:
+            assert len(row["values"]) == 8
+            assert math.isclose(sum(row["values"]) / 8, row["mean_of_splits"], abs_tol=0.006)
+            if row["mean_printed"] is not None:  # two rows of the paper are off by one digit's rounding
+                assert math.isclose(row["mean_of_splits"], row["mean_printed"], abs_tol=0.06)
+    names = {row["name"] for row in paper("table4")["rows"]} | {row["name"] for row in paper("table10")["rows"]}
+    assert {
+        paper_model(model) for model in ("small-base", "small-egm", "small-egm-no-reasoning", "large-base")
+    } <= names
+
+
+def test_fleiss_kappa_on_a_case_worked_by_hand(tmp_path):
+    import pandas as pd
+
+    def judged(*causes_by_judge):
+        return pd.DataFrame([
+            {"seed": 0, "sample_id": number, "judge": judge, "cause": cause}
+            for judge, causes in enumerate(causes_by_judge)
+            for number, cause in enumerate(causes)
+        ])  # fmt: skip
+
+    assert fleiss_kappa(judged("xxyy", "xxyy")) == 1
+    assert fleiss_kappa(judged("xy", "yx")) == pytest.approx(-1)  # never the same, where half would be chance
+    assert fleiss_kappa(judged("xxyy", "xxyx")) == pytest.approx((0.75 - 34 / 64) / (1 - 34 / 64))
+    assert fleiss_kappa(judged("xxyy")) is None
+
+
+def test_markdown_and_latex_escape_what_would_break_them():
+    table = Table("table1", "50 % & more", ["a_b"], [Row("x|y", "ours", [Number(1.25, (1.0, 1.5))])], ["<note>"])
+    assert "| x/y | ours | 1.2 [1.0, 1.5] |" in to_markdown(table, "stamp")
+    latex = to_latex(table, "git #1")
+    assert r"50 \% \& more" in latex and r"a\_b" in latex and r"git \#1" in latex and "$<$note$>$" in latex
