@@ -169,7 +169,7 @@ def _to_pixels(candidates: list[list[str]], scale: tuple[float, float, float]) -
         except ValueError:  # such as "1-2" or "1e"
             continue
         x1, y1, x2, y2 = x1 * width / unit, y1 * height / unit, x2 * width / unit, y2 * height / unit
-        if not (isfinite(x1) and isfinite(y1) and isfinite(x2) and isfinite(y2)):
+        if not isfinite(x1 + y1 + x2 + y2):
             continue
         if x1 > x2 or y1 > y2:
             swapped += 1
