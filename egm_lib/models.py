@@ -1,0 +1,68 @@
+"""Loading of checkpoints: model and processor by family, with clear errors; no remote code, nothing from a hub here."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from egm_lib.prompts import FAMILIES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PictureProcessor(Qwen3VLProcessor):
+    """Qwen3-VL's processor without its video half, which needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def _present(path: str | Path) -> str:
+    """The path as transformers wants it; a local folder must hold a checkpoint, a hub name may need the network."""
+    text = str(path)
+    looks_local = text.startswith((".", "/", "data/")) or os.sep in text and Path(text).exists()
+    if looks_local and not (Path(text) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no checkpoint in {text} (config.json is missing): run the stage that makes it, "
+            "or restore the shipped one with `git checkout -- data/mini`"
+        )
+    return text
+
+
+def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrainedModel:
+    """The vision-language model stored at a path or under a hub name, in eval mode.
+
+    dtype: one of DTYPES. Raises FileNotFoundError where a local folder has no checkpoint, ValueError on an unknown dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    model = AutoModelForImageTextToText.from_pretrained(_present(path), dtype=DTYPES[dtype], **kwargs)
+    return model.eval()
+
+
+def load_processor(path: str | Path, family: str) -> ProcessorMixin:
+    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision for Qwen3-VL."""
+    if family not in FAMILIES:
+        raise ValueError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
+    place = _present(path)
+    if family != "qwen3-vl" or find_spec("torchvision"):
+        return AutoProcessor.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(place)
+    return PictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
