@@ -48,6 +48,16 @@ def training_job(run: Run, module: str, *arguments: str) -> Job:
     return Job(plain.name, [*prefix, *plain.command[1:]], plain.log)
 
 
+def data_job(run: Run) -> Job:
+    """Makes the data root of the profile: the miniature world, or files from what `egm_lib.data fetch` downloaded."""
+    root = str(run.profile.data.path)
+    arguments = {
+        "mini": ["egm_lib.mini.world", "--out", root, "--profile", run.profile.name],
+        "refcoco": ["egm_lib.data", "prepare", "--root", root, *(f"--task={task}" for task in run.profile.tasks)],
+    }[run.profile.data.source]
+    return Job("data", [sys.executable, "-m", *arguments], run.log("data.txt"))
+
+
 def run_jobs(run: Run, jobs: Sequence[Job]) -> None:
     """Runs the jobs: side by side on one thread each where the profile says so, else one after another."""
     run_side_by_side(jobs, workers=(os.cpu_count() or 1) if run.profile.launch.side_by_side else 1)
