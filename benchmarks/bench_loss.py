@@ -34,7 +34,7 @@ def chunked_head(hidden_N_D: torch.Tensor, weight_V_D: torch.Tensor, targets_N: 
 
 
 def measure(variant: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, float]:
-    """Seconds (CPU seconds, on a CPU) and peak memory beyond the inputs (GiB) of head, loss and backward; and the loss, to compare."""
+    """Seconds (on a CPU: CPU seconds) and peak memory beyond the inputs of head, loss and backward; and the loss."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     hidden_N_D = torch.randn(tokens, hidden, device=device, requires_grad=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from egm_lib.boxes import BoxFrame
+from egm_lib.boxes import BoxFrame, iou
 from egm_lib.parsing import MAX_GROUPS, RULES, Parsed, accepts, parse_completion
 
 BANK = Path(__file__).parents[2] / "shared" / "data" / "parser_bank.jsonl"
@@ -245,3 +245,15 @@ def test_peer_rules(rule, text, box):
 def test_acceptance_at_exactly_half(rule):
     assert accepts(0.5 + 1e-9, rule) and not accepts(0.5 - 1e-9, rule)
     assert accepts(0.5, rule) == (rule not in ("egm", "egm-released-eval", "vlm-r1"))
+
+
+def test_the_table_in_the_docs_is_what_the_rules_do():
+    text = (Path(__file__).parents[1] / "docs" / "scoring-rules.md").read_text(encoding="utf-8")
+    header, _, *lines = text.split("<!-- table: rules on the same answers -->\n")[1].split("\n\n")[0].splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["answer", *RULES]
+    for line in lines:
+        answer, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        for rule, cell in zip(RULES, cells, strict=True):
+            box = parse(answer.strip("`"), BoxFrame.NORM_1000, (640, 480), rule).box
+            expected = "." if box is None else "+" if accepts(iou(box, (320, 120, 480, 480)), rule) else "x"
+            assert cell == expected, (answer, rule)
