@@ -129,6 +129,8 @@ class SFT:
     freeze_vision: bool
     freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
     dtype: DType
+    answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
+    answer_label: bool = True  # whether an answer repeats the expression as its label
     max_length: int | None = None
     max_steps: int | None = None  # stops earlier than the epochs
     max_minutes: float | None = None  # stops earlier than both

@@ -23,7 +23,7 @@ class Family:
     prompts: dict[str, str]  # by task
     reasoning_opener: str  # what the chat template has already written when the model starts; "" where nothing
     no_reasoning_prefix: str  # assistant text that switches the reasoning off
-    write_answer: Callable[[list[int], str, str | None], str]
+    write_answer: Callable[[list[int], str | None, str | None], str]
 
     def prompt(self, expression: str, task: str) -> str:
         """The user's text for a referring expression. task: "vanilla" or "amodal"."""
@@ -37,30 +37,34 @@ class Family:
         """The prompt as a chat with one image, as `apply_chat_template` takes it."""
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
 
-    def answer(self, box_px: Sequence[float], image_wh: tuple[int, int], label: str, reasoning: str | None) -> str:
+    def answer(
+        self, box_px: Sequence[float], image_wh: tuple[int, int], label: str | None, reasoning: str | None, *, grid: int = 1
+    ) -> str:
         """The assistant's text for a box, as this family writes it: 0-1000 integers, neither clipped nor checked.
 
-        reasoning None: the answer alone, starting with `no_reasoning_prefix`.
+        reasoning None: the answer alone, starting with `no_reasoning_prefix`. label None: the answer names no object.
+        grid: coordinates are rounded to its multiples (the miniature's vocabulary has the multiples of 20 only).
         Raises ValueError where label or reasoning quotes a protocol tag, or the reasoning is blank.
         """
-        for text in (label, reasoning or ""):
+        for text in (label or "", reasoning or ""):
             if tag := next((tag for tag in PROTOCOL_TAGS if tag in text), None):
                 raise ValueError(f"{tag} inside an answer would make it unreadable: {text!r}")
         if reasoning is not None and not reasoning.strip():
             raise ValueError("the reasoning is blank: pass None for an answer without reasoning")
         box = convert(box_px, BoxFrame.PIXEL, self.frame, image_wh)
-        return self.write_answer([round(value) for value in box], label, reasoning and reasoning.strip())
+        return self.write_answer([round(value / grid) * grid for value in box], label, reasoning and reasoning.strip())
 
 
-def _qwen_answer(box: list[int], label: str, reasoning: str | None) -> str:
-    item = json.dumps({"bbox_2d": box, "label": label}, ensure_ascii=False)
+def _qwen_answer(box: list[int], label: str | None, reasoning: str | None) -> str:
+    item = json.dumps({"bbox_2d": box} | ({} if label is None else {"label": label}), ensure_ascii=False)
     thought = "" if reasoning is None else reasoning + "\n"
     return f"{thought}</think>\n\n```json\n[\n\t{item}\n]\n```"
 
 
-def _internvl_answer(box: list[int], label: str, reasoning: str | None) -> str:
+def _internvl_answer(box: list[int], label: str | None, reasoning: str | None) -> str:
     thought = "" if reasoning is None else f"<think>{reasoning}</think>"
-    return f"{thought}<answer><ref>{label}</ref><box>{box}</box></answer>"
+    named = "" if label is None else f"<ref>{label}</ref>"
+    return f"{thought}<answer>{named}<box>{box}</box></answer>"
 
 
 FAMILIES: dict[str, Family] = {

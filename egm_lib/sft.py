@@ -63,12 +63,17 @@ def sft_options(options: SFT, work: Path, seed: int) -> dict:
     }
 
 
-def answer_rows(samples: Iterable[Mapping], family: Family, root: Path, *, reasoning: bool) -> Iterator[dict]:
-    """TRL's prompt/completion rows of samples with traces; `image` is a file. reasoning False: the answer alone."""
+def answer_rows(
+    samples: Iterable[Mapping], family: Family, root: Path, *, reasoning: bool, grid: int = 1, label: bool = True
+) -> Iterator[dict]:
+    """TRL's prompt/completion rows of samples with traces; `image` is a file. reasoning False: the answer alone.
+
+    grid, label: as the profile's `sft.answer_grid` and `sft.answer_label`.
+    """
     for sample in samples:
         text = family.answer(
-            sample["gt_box"], (sample["width"], sample["height"]), sample["expression"],
-            sample["reasoning"] if reasoning else None,
+            sample["gt_box"], (sample["width"], sample["height"]), sample["expression"] if label else None,
+            sample["reasoning"] if reasoning else None, grid=grid,
         )  # fmt: skip
         yield {
             "prompt": [{"role": "user", "content": family.prompt(sample["expression"], sample["task"])}],
@@ -235,7 +240,10 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
         if options.max_steps is None:
             steps = {"max_steps": None, "num_train_epochs": 10_000.0}
         options = replace(options, max_minutes=minutes_for(run, task, control), **steps)
-    rows = answer_rows(traces, family, profile.data.path, reasoning=control != "direct")
+    rows = answer_rows(
+        traces, family, profile.data.path, reasoning=control != "direct", grid=options.answer_grid,
+        label=options.answer_label,
+    )  # fmt: skip
     # Full training keeps float32 weights under autocast; with LoRA the frozen base may be small.
     model = load_model(start, dtype=options.dtype if options.lora else "float32")
     processor = load_processor(start, family.name)

@@ -41,9 +41,10 @@ from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.vision import GRID_1000, SLOTS, cell_of, level, optimizers, rate_factor, scene_batch
 from egm_lib.prompts import FAMILIES
 
+EASY_SHARE = 0.12  # of the steps: naming and finding come before selecting
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
-SPELLED = {"colour": "{}", "shape": " {}", "visible_x1": "{}", "visible_y1": ", {}", "visible_x2": ", {}",
+SPELLED = {"colour": " {}", "shape": " {}", "visible_x1": "{}", "visible_y1": ", {}", "visible_x2": ", {}",
            "visible_y2": ", {}", "full_x1": "{}", "full_y1": ", {}", "full_x2": ", {}", "full_y2": ", {}",
            "centre_x": " at {}", "centre_y": " {}", "size": " {}"}
 
@@ -128,12 +129,12 @@ def locate(query: Query, scene: Scene, index: int, rng: Random, task: str = "van
     return FAMILY.prompt(query.words(rng), task), FAMILY.answer(box, IMAGE_WH, None, None, grid=GRID_1000)
 
 
-def questions(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one picture, in random order."""
+def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, str, str]]:
+    """(group, prompt, answer) for one picture, in random order; easy: hardly any expression needs a selection."""
     found: list[tuple[str, str, str]] = []
     kinds = [Kind(*key) for key, members in scene.members.items() if len(members) <= MAX_CANDIDATES]
     crowded = [k for k in kinds if len(k.members(scene)) > 1] or kinds
-    for number in range(2):
+    for number in range(4 if easy else 2):
         kind = rng.choice(crowded if number else kinds)
         boxes = '},\n\t{"bbox_2d": '.join(box_text(scene.things[i].visible_box_px) for i in kind.members(scene))
         prompt = f"Detect all {kind.name(plural=True)}, output their bbox coordinates using JSON format."
@@ -147,7 +148,7 @@ def questions(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
     thing = scene.things[rng.choice(seen)]
     name = Kind(thing.colour, thing.shape).name()
     found.append(("name", f"What is in {box_text(thing.visible_box_px)}?", "</think>\n\n" + name + "."))
-    for hops in (0, 0, 1, 1, 1, 2, 2, 3):
+    for hops in (0, 0, 0, 0, 1) if easy else (0, 0, 1, 1, 1, 2, 2, 3):
         drawn = sample_query(rng, scene, hops)
         if drawn:
             found.append((drawn[0].prompt_kind, *locate(*drawn[:1], scene, drawn[1], rng)))
@@ -274,10 +275,10 @@ def load_aligned(size: str, out: Path, seed: int, tokenizer):
     return model
 
 
-def base_batch(seed: int, index: int, size: int, tokenizer):
+def base_batch(seed: int, index: int, size: int, tokenizer, easy: bool = False):
     """Batch `index` of the base stage: packed tensors, pictures and the question group of every answer."""
     scenes, pictures = scene_batch(seed, index, size)
-    asked = [questions(scene, Random(f"{seed}-{index}-{n}")) for n, scene in enumerate(scenes)]
+    asked = [questions(scene, Random(f"{seed}-{index}-{n}"), easy) for n, scene in enumerate(scenes)]
     batch = pack([[(p, a) for _, p, a in qs] for qs in asked], tokenizer)
     return batch, pictures, [group for qs in asked for group, _, _ in qs]
 
@@ -322,7 +323,7 @@ def base(args: argparse.Namespace) -> None:
     start = time.time() - spent * 60
     held_out = [base_batch(990_001, i, args.batch, tokenizer) for i in range(args.held_out)]
     for step in range(first, args.steps):
-        batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer)
+        batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, easy=step < EASY_SHARE * args.steps)
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 100)
