@@ -80,7 +80,7 @@ async def run_batches(
     stop: threading.Event,
     bar: tqdm,
 ) -> None:
-    """Submit all pending samples in files within the limits, poll, collect. Stopped, it leaves the batches on the service.
+    """Submit all pending samples in files within the limits, poll, collect; stopped, leave the batches on the service.
 
     Raises Refused or CurationError.
     """

@@ -35,9 +35,9 @@ def write_judgements(path: Path, outs: Mapping[str, Path]) -> int:
 def agreement(judgements: pd.DataFrame, clusters: Mapping[str, str] | None = None, *, draws: int = 500) -> pd.DataFrame:
     """Agreement of judges on the failures that all of them judged: a row a pair, and one for all.
 
-    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, so that Fleiss' interval draws pictures.
-    Columns: percent (of equal verdicts; for all: of unanimous ones), kappa (Cohen's; for all: Fleiss'), low, high (95 %:
-    Cohen's from its standard error, Fleiss' a bootstrap), n. A kappa is nan where every verdict is the same.
+    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, the unit that Fleiss' bootstrap draws.
+    Columns: percent (of equal verdicts; for all: unanimous ones), kappa (Cohen's; for all: Fleiss'), low, high (95 %;
+    Cohen's from its standard error, Fleiss' by bootstrap), n. A kappa is nan where every verdict is the same.
     """
     verdicts_N_J = judgements.pivot(index="sample_id", columns="judge", values="cause").dropna()
     judges = list(verdicts_N_J.columns)
