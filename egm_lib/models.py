@@ -48,7 +48,7 @@ def _present(path: str | Path) -> str:
 def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrainedModel:
     """The vision-language model stored at a path or under a hub name, in eval mode.
 
-    dtype: one of DTYPES. Raises FileNotFoundError where a local folder has no checkpoint, ValueError on an unknown dtype.
+    dtype: one of DTYPES. Raises FileNotFoundError where a local folder has no checkpoint, ValueError on another dtype.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")

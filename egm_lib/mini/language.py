@@ -30,7 +30,9 @@ PARAPHRASES = {
     "extreme": ("{axis} {kind}", "{kind} that is the {axis} one"),
     "size": ("{ordinal} {axis} {kind}", "{kind} that is {ordinal} {axis}"),
     "side": ("{kind} {side} the {anchor}", "{kind} that is {side} the {anchor}", "the {kind} {side} the {anchor}"),
-    "near": ("{kind} nearest to the {anchor}", "{kind} closest to the {anchor}", "the {anchor} has this {kind} closest"),
+    "near": (
+        "{kind} nearest to the {anchor}", "{kind} closest to the {anchor}", "the {anchor} has this {kind} closest",
+    ),
     "far": ("{kind} farthest from the {anchor}", "{kind} most distant from the {anchor}"),
     "between": ("{kind} between the {anchor} and the {other}", "{kind} in the middle of the {anchor} and the {other}"),
     "side_rank": ("{ordinal} {kind} {side} the {anchor}", "{side} the {anchor} the {ordinal} {kind}"),

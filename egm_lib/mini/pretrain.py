@@ -1,8 +1,8 @@
 """Stages A and Base of the miniature's pretraining: alignment, then direct answers.
 
-A: the tower's blocks are frozen; mergers and embeddings learn to spell each cell's thing (colour, shape, boxes, centre) in the
-language model's own embeddings, through throw-away square adapters. The tensors are shared by `small` and `large`.
-Base: some sixteen questions a picture, packed into one sequence in which each question sees the picture and itself only:
+A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour, shape, boxes, centre)
+in the language model's own embeddings, through throw-away square adapters. `small` and `large` both start from these.
+Base: some fifteen questions a picture, packed so that each question sees the picture and itself only:
 detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
 Both sizes see the same pictures and questions in the same order with the same schedule.
 """
@@ -36,24 +36,26 @@ from egm_lib.mini.language import (
     sample_query,
 )
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify, save
-from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing
+from egm_lib.mini.scenes import SIZE_PX, Scene, Thing
 from egm_lib.mini.tokens import build_tokenizer
-from egm_lib.mini.vision import GRID_1000, SLOTS, cell_of, level, optimizers, rate_factor, scene_batch
+from egm_lib.mini.vision import GRID_1000, cell_of, level, optimizers, rate_factor, scene_batch
 from egm_lib.prompts import FAMILIES
 
 EASY_SHARE = 0.12  # of the steps: naming and finding come before selecting
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
-SPELLED = {"colour": " {}", "shape": " {}", "visible_x1": "{}", "visible_y1": ", {}", "visible_x2": ", {}",
-           "visible_y2": ", {}", "full_x1": "{}", "full_y1": ", {}", "full_x2": ", {}", "full_y2": ", {}",
-           "centre_x": " at {}", "centre_y": " {}", "size": " {}"}
+SPELLED = {
+    "colour": " {}", "shape": " {}",
+    **{f"{box}_{c}": "{}" if c == "x1" else ", {}" for box in ("visible", "full") for c in ("x1", "y1", "x2", "y2")},
+    "centre_x": " at {}", "centre_y": " {}", "size": " {}",
+}  # fmt: skip
 
 
-# ---- stage A -------------------------------------------------------------------------------------------------------
+# ---- stage A
 
 
 def spelled_tokens(thing: Thing) -> list[str]:
-    """The words and numbers, in the spelling of prompts, traces and answers, that a thing's cell must be able to say."""
+    """The words and numbers, spelt as in prompts, traces and answers, that a thing's cell must be able to say."""
     numbers = [level(v) * GRID_1000 for v in (*thing.visible_box_px, *thing.full_box_px, *thing.centre_px)]
     values = [thing.colour, thing.shape, *numbers, grid_length(thing.side_px)]
     return [form.format(value) for form, value in zip(SPELLED.values(), values, strict=True)]
@@ -97,13 +99,15 @@ def align(args: argparse.Namespace) -> None:
             opt.step()
             opt.zero_grad(set_to_none=True)
         if step % 20 == 0 or step + 1 == args.steps:
-            row = {"step": step, "loss": loss.item(), "minutes": (time.time() - start) / 60, **dict(zip(SPELLED, hits))}
+            row = {"step": step, "loss": loss.item(), "minutes": (time.time() - start) / 60}
+            row |= dict(zip(SPELLED, hits, strict=True))
             print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
-    tensors = {f"visual.{k}": v for k, v in visual.state_dict().items()} | {"embed_tokens.weight": embed.weight.detach()}
+    tensors = {f"visual.{k}": v for k, v in visual.state_dict().items()}
+    tensors["embed_tokens.weight"] = embed.weight.detach()
     save_file({k: v.contiguous() for k, v in tensors.items()}, args.out / "aligned.safetensors")
 
 
-# ---- stage Base: questions -----------------------------------------------------------------------------------------
+# ---- stage Base: questions
 
 
 def box_text(box_px) -> str:
@@ -218,7 +222,7 @@ def _bucket(spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(q, k, v, scaling: float) -> Tensor:
-    """Causal attention, the last query at the last key; plain matrices beat the fused CPU kernel at these sizes in bf16."""
+    """Causal attention, the last query at the last key; plain matrices beat the fused CPU kernel here."""
     length, seen = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     hidden = torch.ones(length, seen, dtype=torch.bool).triu(seen - length + 1)
@@ -262,7 +266,7 @@ def packed_loss(model, packed: Packed, merged_B_64_W: Tensor, deepstack: list[Te
     return F.cross_entropy(scores, wanted[wanted != -100]), scores
 
 
-# ---- stage Base: training ------------------------------------------------------------------------------------------
+# ---- stage Base: training
 
 
 def load_aligned(size: str, out: Path, seed: int, tokenizer):
@@ -284,7 +288,7 @@ def base_batch(seed: int, index: int, size: int, tokenizer, easy: bool = False):
 
 
 def first_coordinate_hits(batch, scores: Tensor, groups: list[str], tokenizer) -> dict[str, list[float]]:
-    """Per question group, whether the first coordinate of the (first) box is within two grid steps: right thing or not."""
+    """Per question group, whether the first box's first coordinate is within two grid steps: the right thing or not."""
     opener = tokenizer.convert_tokens_to_ids('```json\n[\n\t{"bbox_2d": [')
     numbers = {tokenizer.convert_tokens_to_ids(str(n)): n for n in range(0, 1001, GRID_1000)}
     hits: dict[str, list[float]] = {}

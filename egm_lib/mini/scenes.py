@@ -71,7 +71,7 @@ class Scene:
 
 def _outline(shape: str, box: Box) -> list[tuple[float, float]]:
     x1, y1, x2, y2 = box
-    cx, cy, w, h = (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
+    cx, w, h = (x1 + x2) / 2, x2 - x1, y2 - y1
     if shape == "triangle":
         return [(cx, y1), (x2, y2), (x1, y2)]
     if shape == "cross":

@@ -1,7 +1,7 @@
-"""The miniature's word-level tokenizer: Qwen's special tokens, few long pieces for the fixed parts of prompts and answers.
+"""The miniature's word-level tokenizer: Qwen's special tokens, long pieces for fixed phrases.
 
-Text is exact (decode of encode is the identity for known words). Numbers are the multiples of 20 in 0..1000, one token each
-in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box is four tokens and a place two.
+Text is exact (decode of encode is the identity for known words). Numbers are the multiples of 20 in 0..1000, one token
+each in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box is four tokens and a place two.
 """
 
 from __future__ import annotations

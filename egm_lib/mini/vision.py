@@ -1,7 +1,7 @@
 """Stage V of the miniature's pretraining: the shared vision tower learns to see shapes, colours and boxes.
 
-A throw-away head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell: its colour, its shape and
-its visible and full box, each coordinate a class of GRID_1000 (classes learn faster than regression here).
+A throw-away head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell: its colour, its shape
+and its visible and full box, each coordinate a class of GRID_1000 (classes learn faster than regression here).
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch.nn import functional as F
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify
 from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing, render, sample_scene
 
-GRID_1000 = 20  # answers and traces name places on this grid of 0..1000: 2.56 px, small against things of 14 px and more
+GRID_1000 = 20  # answers and traces name places on this grid of 0..1000: 2.56 px, where things have 14 px
 LEVELS = 1000 // GRID_1000 + 1
-SLOTS = {"colour": len(COLOURS), "shape": len(SHAPES), **{f"{box}_{c}": LEVELS for box in ("visible", "full")
-                                                         for c in ("x1", "y1", "x2", "y2")}}
+SLOTS = {
+    "colour": len(COLOURS), "shape": len(SHAPES),
+    **{f"{box}_{c}": LEVELS for box in ("visible", "full") for c in ("x1", "y1", "x2", "y2")},
+}  # fmt: skip
 
 
 def level(value_px: float) -> int:
@@ -40,7 +42,7 @@ def cell_of(thing: Thing) -> int:
 
 
 def cell_targets(scene: Scene) -> np.ndarray:
-    """Targets_64_S: for each cell the class of each slot, -100 where no thing is centred; the thing on top wins a cell."""
+    """targets_64_S: for each cell the class of each slot, -100 where no thing is centred; the top one wins a cell."""
     targets = np.full((CELLS * CELLS, len(SLOTS)), -100, dtype=np.int64)
     for thing in scene.things:
         if thing.visible_box_px is None:

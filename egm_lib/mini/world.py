@@ -1,0 +1,207 @@
+"""Writes the miniature world to disk in the record format of real data: pictures, samples, and what the teacher knows.
+
+`python -m egm_lib.mini.world --out data/raw/mini --profile mini` writes images/*.png, train.jsonl, train_amodal.jsonl,
+selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl and teacher.jsonl. Splits differ by seed, and no
+picture occurs in two of them. A known small share of labels is wrong, of expressions ambiguous, of targets tiny.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from egm_lib.boxes import iou
+from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
+from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookalikes, sample_query
+from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
+from egm_lib.profile import Data, ProfileError, load_profile
+
+GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
+TINY_SHARE_OF_THINGS = 0.02
+SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}  # as people / objects
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a split is made of. hops: weight of 0, 1, 2, 3 serial selections; stream: its own random seed."""
+
+    dataset: str
+    split: str
+    stream: int
+    hops: tuple[float, float, float, float]
+    location: bool = True
+    amodal: bool = False
+    per_picture: int = 3
+
+
+def recipes() -> dict[str, Recipe]:
+    """Every file of the world, by its path below the root."""
+    found = {
+        "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_picture=6),
+        "train_amodal.jsonl": Recipe("coco_amodal", "train", 102, (0.35, 0.4, 0.25, 0.0), amodal=True),
+        "selection.jsonl": Recipe("refcoco", "selection", 103, (0.05, 0.35, 0.4, 0.2)),
+        "selection_amodal.jsonl": Recipe("coco_amodal", "selection", 104, (0.35, 0.4, 0.25, 0.0), amodal=True),
+        "validation.jsonl": Recipe("refcoco", "validation", 105, (0.12, 0.38, 0.33, 0.17)),
+    }
+    mixes = {"refcoco": (0.15, 0.5, 0.35, 0.0), "refcoco+": (0.2, 0.45, 0.35, 0.0), "refcocog": (0.0, 0.2, 0.45, 0.35)}
+    for number, (dataset, split) in enumerate(EVAL_SPLITS):
+        found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
+            dataset, split, 201 + number, mixes[dataset], location=dataset != "refcoco+", per_picture=2
+        )
+    for number, (dataset, split) in enumerate(AMODAL_SPLITS):
+        found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
+            dataset, split, 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_picture=2
+        )
+    return found
+
+
+def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | None:
+    """An expression of the recipe's mix for a thing that the split may ask for."""
+    hops = rng.choices(range(4), recipe.hops)[0]
+    shapes = SHAPES_OF_SPLIT.get(recipe.split)
+    for _ in range(12):
+        drawn = sample_query(rng, scene, hops, location=recipe.location)
+        if drawn is None:
+            return None
+        thing = scene.things[drawn[1]]
+        if recipe.amodal and not 0.2 <= iou(thing.visible_box_px, thing.full_box_px) <= 0.85:
+            continue
+        if shapes is None or thing.shape in shapes:
+            return drawn
+    return None
+
+
+def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
+    """(scene, image id, samples, teacher's truths) picture by picture, until `count` samples are made."""
+    made, number = 0, 0
+    while made < count:
+        scene = sample_scene(
+            np.random.default_rng([recipe.stream, number]), occlusion=0.5 if recipe.amodal else 0.06,
+            tiny=TINY_SHARE_OF_THINGS,
+        )
+        rng = Random(f"{recipe.stream}-{number}")
+        image_id = f"{recipe.dataset}_{recipe.split}_{number:06d}"
+        number += 1
+        rows, truths, asked = [], [], set()
+        for _ in range(recipe.per_picture):
+            drawn = _drawn(recipe, scene, rng)
+            if drawn is None or drawn in asked or made + len(rows) == count:
+                continue
+            asked.add(drawn)
+            row, truth = _sample(recipe, scene, *drawn, rng)
+            name = f"{image_id}_{len(rows)}"
+            rows.append({"sample_id": name, "image": f"images/{image_id}.png", "image_id": image_id, **row})
+            truths.append({"sample_id": name, **truth})
+        made += len(rows)
+        if rows:
+            yield scene, image_id, rows, truths
+
+
+def _sample(recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random) -> tuple[dict, dict]:
+    """One sample (without its ids) and what the teacher knows of it, planted faults included."""
+    thing, words = scene.things[index], query.words(rng)
+    box = list(thing.full_box_px if recipe.amodal else thing.visible_box_px)
+    others = [scene.things[i] for i in query.kind.members(scene) if i != index]
+    kind = Kind(thing.colour, thing.shape)
+    crowd = len(kind.members(scene)) > 1
+    cause, verified, fault = "SMALL-OBJECT" if thing.side_px < TINY_PX else None, "YES", rng.random()
+    amodal_expression = words if recipe.amodal else None
+    if not recipe.amodal and fault < GT_ERROR_SHARE and others:
+        box, cause = list(rng.choice(others).visible_box_px), "GT-ERROR"
+    elif not recipe.amodal and fault > 1 - AMBIGUOUS_SHARE and crowd:
+        words, cause = kind.name(), "AMBIGUOUS-IMAGE"
+    elif recipe.amodal and fault < UNVERIFIED_SHARE and crowd:
+        amodal_expression, verified = kind.name(), "NO"
+    # COCO-Amodal has names, not expressions: in training they are the teacher's to write
+    expression = kind.name() if recipe.split == "train" and recipe.amodal else words
+    row = {
+        "dataset": recipe.dataset, "split": recipe.split, "task": "amodal" if recipe.amodal else "vanilla",
+        "width": SIZE_PX, "height": SIZE_PX, "expression": expression, "gt_box": box,
+        "modal_box": list(thing.visible_box_px) if recipe.amodal else None, "ann_id": str(index), "ref_id": None,
+        "flipped": False, "prompt_kind": query.prompt_kind, "num_lookalikes": num_lookalikes(query, scene, index),
+    }
+    truth = {
+        "reasoning": query.steps(scene), "amodal_expression": amodal_expression,
+        "amodal_reasoning": amodal_steps(query, scene, index) if recipe.amodal else None, "verify": verified,
+        "planted_cause": cause, "gt_box": box,
+        "lookalike_boxes_px": [list(o.full_box_px if recipe.amodal else o.visible_box_px) for o in others],
+    }
+    return row, truth
+
+
+def counts(data: Data) -> dict[str, int]:
+    """How many samples each file gets under a profile."""
+    limits = {
+        "train.jsonl": data.train_limit, "train_amodal.jsonl": data.train_amodal_limit,
+        "selection.jsonl": data.selection_limit, "selection_amodal.jsonl": data.selection_amodal_limit,
+        "validation.jsonl": data.eval_limit,
+    }
+    wanted = {name: limits.get(name, data.eval_limit) for name in recipes()}
+    if missing := [name for name, count in wanted.items() if count is None]:
+        raise ProfileError(f"the miniature world is endless: the profile's `data` needs a limit for {missing[0]}")
+    return wanted
+
+
+def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
+    """Write the files; a finished world of the same sizes is left alone. Returns the number of samples by file.
+
+    The folder appears whole or not at all: it is written beside its place and moved there.
+    """
+    done = out / "world.json"
+    if done.is_file() and json.loads(done.read_text()) == wanted:
+        return wanted
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
+    try:
+        seen: dict[bytes, str] = {}
+        (scratch / "images").mkdir()
+        (scratch / "eval").mkdir()
+        with open(scratch / "teacher.jsonl", "w", encoding="utf-8") as teacher:
+            for name, recipe in recipes().items():
+                rows: list[dict] = []
+                for scene, image_id, found, truths in samples(recipe, wanted[name]):
+                    picture = render(scene)
+                    digest = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
+                    if digest in seen:
+                        raise RuntimeError(f"{image_id} and {seen[digest]} are the same picture: change a stream")
+                    seen[digest] = image_id
+                    picture.save(scratch / "images" / f"{image_id}.png", compress_level=1)
+                    rows += found
+                    teacher.writelines(json.dumps(truth) + "\n" for truth in truths)
+                write_samples(scratch / name, rows)
+        (scratch / "world.json").write_text(json.dumps(wanted, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return wanted
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the world of a profile."""
+    parser = argparse.ArgumentParser(prog="python -m egm_lib.mini.world", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--profile", default="mini")
+    args = parser.parse_args(argv)
+    try:
+        made = write_world(args.out, counts(load_profile(args.profile).data))
+    except (ProfileError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{sum(made.values())} samples in {len(made)} files under {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
