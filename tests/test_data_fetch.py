@@ -30,6 +30,9 @@ class Server(ThreadingHTTPServer):
         self.status = 200
         self.asked = []
 
+    def handle_error(self, *_):
+        """A client that hangs up is expected here."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/file.zip"
@@ -122,10 +125,17 @@ def test_a_finished_part_is_taken_as_it_is(server, tmp_path):
 
 
 def test_a_length_that_is_a_lie_is_no_file(server, tmp_path):
-    server.stated_extra = 10
+    server.stated_extra, server.ranges = 10, False
     with pytest.raises(FetchError, match="gave up"):
         get(server, tmp_path / "a.zip", attempts=2)
     assert not (tmp_path / "a.zip").exists()
+
+
+def test_a_length_that_is_too_short_fails_the_checksum(server, tmp_path):
+    server.stated_extra = -1000
+    with pytest.raises(FetchError, match="thrown away"):
+        get(server, tmp_path / "a.zip", checksum=MD5)
+    assert left(tmp_path) == []
 
 
 def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
