@@ -1,11 +1,11 @@
 """Supervised fine-tuning on reasoning traces (Sec. 4.1), through TRL's SFTTrainer.
 
-`python -m egm_lib.sft --profile mini --seed 0 --task vanilla` reads the run's traces and writes its checkpoint `small-sft`.
-`--control direct` writes `small-direct-control`: the base trained further on the same samples without reasoning, for the
-minutes of SFT and GRPO together; `--control sft` writes `small-sft-control`: SFT continued for the minutes of GRPO.
+`python -m egm_lib.sft --profile mini --seed 0 --task vanilla` reads the run's traces and writes `small-sft`.
+`--control direct` writes `small-direct-control`: the base trained further on the same samples without reasoning, for
+the minutes of SFT and GRPO together; `--control sft` writes `small-sft-control`: SFT continued for GRPO's minutes.
 
-The loss covers the assistant's answer and its end token only. With the vision frozen, pictures come from the vision cache
-and prompts about one picture share its prefix; without, or on several processes, TRL's own data path is used.
+The loss covers the assistant's answer and its end token only. With the vision frozen, pictures come from the vision
+cache and prompts about one picture share its prefix; without, or on several processes, TRL's own data path is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from egm_lib.training import (
     Clock,
     TimedSchedule,
     TrainingError,
+    chat_text,
     common_options,
+    freeze_tower,
     is_finished,
     logged_minutes,
     lora_config,
@@ -83,7 +85,7 @@ def answer_rows(
 
 
 def read_traces(path: Path, root: Path, task: str) -> list[dict]:
-    """Samples with their `reasoning`; rows that hold only sample_id and reasoning are joined to the training samples."""
+    """Samples with their `reasoning`; rows of sample_id and reasoning alone are joined to the training samples."""
     require_file(path, "notebook 02 (vanilla) or 03 (amodal)")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not rows:
@@ -128,9 +130,7 @@ class SharedPrefixCollator:
         prefixes: dict[str, int] = {}
         prompts, group, suffixes, labels = [], [], [], []
         for row in rows:
-            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"][0]["content"]}]}]
-            text = self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            prompt = self.reader.prompt(Path(row["image"]), text)
+            prompt = self.reader.prompt(Path(row["image"]), chat_text(self.processor, row["prompt"]))
             if row["image"] not in prefixes:
                 prefixes[row["image"]] = len(prompts)
                 prompts.append(prompt.upto_picture())
@@ -155,6 +155,7 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
     def __init__(self, *args, reader: Reader, clock: Clock, together: int, **kwargs):
         self.reader, self.clock, self.together = reader, clock, together
         super().__init__(*args, callbacks=[clock], **kwargs)
+        self.model_accepts_loss_kwargs = True  # the loss is over the tokens of all accumulation steps
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PictureSampler:
         return PictureSampler(list((train_dataset or self.train_dataset)["image"]), self.together, self.args.seed)
@@ -201,15 +202,6 @@ def make_trainer(
         )
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainSFT(train_dataset=dataset.cast_column("image", Image()), **arguments)
-
-
-def freeze_tower(model, family: Family, *, tower: bool, merger: bool) -> None:
-    """Freezes the vision tower and, apart from it, the mergers that turn its outputs into the language model's."""
-    part = {"qwen3-vl": "visual", "internvl-3": "vision_tower"}[family.name]
-    for name, parameter in model.model.named_parameters():
-        is_merger = "merger" in name or name.startswith("multi_modal_projector")
-        if is_merger or name.startswith(part):
-            parameter.requires_grad_(not (merger if is_merger else tower))
 
 
 def minutes_for(run: Run, task: str, control: str | None) -> float | None:

@@ -1,7 +1,7 @@
 """Many completions of few prompts, each prompt read once: their log-probs (with gradient) and their sampling.
 
-A group of G completions shares picture and prompt, which are most of its tokens. So the prefix runs once per prompt, its
-keys and values are repeated to the group, and only the completions run G times. Results equal those of a plain forward.
+A group of G completions shares picture and prompt, which are most of its tokens. So the prefix runs once per prompt,
+its keys and values are repeated to the group, and only the completions run G times. Results equal a plain forward's.
 Qwen3-VL's picture comes from the vision cache; everything here is transformers' own model code.
 """
 
@@ -102,7 +102,8 @@ class Reader:
         output = visual(pixels.to(visual.device), grid_thw=grids.to(visual.device))
         sizes = (grids.prod(dim=-1) // visual.spatial_merge_size**2).tolist()
         layers = [tensor.split(sizes) for tensor in (output.pooler_output, *output.deepstack_features)]
-        return {path: Features(merged, tuple(deep)) for path, (merged, *deep) in zip(pictures, zip(*layers), strict=True)}
+        seen = zip(pictures, zip(*layers, strict=True), strict=True)
+        return {path: Features(merged, tuple(deepstack)) for path, (merged, *deepstack) in seen}
 
 
 @dataclass
@@ -227,7 +228,7 @@ def sample(
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """group_size completions of each prompt, in order, end token included; and the log-prob of each token.
 
-    The log-probs are those of the policy at the temperature, before suppression, top_k and top_p: what a trainer computes.
+    The log-probs are the policy's at the temperature, before suppression, top_k and top_p: what a trainer computes.
     Rows that have ended leave the batch. Greedy answers equal those of `model.generate`.
     """
     prefix = read_prefix(model, prompts, features)
@@ -277,7 +278,7 @@ def _pick(logits_R_V: Tensor, options: SamplingOptions, generator: torch.Generat
             sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
             cut_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= options.top_p  # the token that crosses top_p stays
             probs_R_V = probs_R_V.scatter(1, order_R_V, sorted_R_V.masked_fill(cut_R_V, 0.0))
-        # Inverse of the distribution function: torch.multinomial draws a random number for every token of the vocabulary.
+        # Inverse distribution function: torch.multinomial draws a random number for every token of the vocabulary.
         cumulative_R_V = probs_R_V.cumsum(dim=-1)
         draw_R_1 = torch.rand(len(probs_R_V), 1, generator=generator, device=probs_R_V.device) * cumulative_R_V[:, -1:]
         token_R = torch.searchsorted(cumulative_R_V, draw_R_1, right=True)[:, 0].clamp(max=probs_R_V.shape[1] - 1)

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from egm_lib.profile import Lora, Run
+from egm_lib.prompts import Family
 
 
 class TrainingError(RuntimeError):
@@ -64,7 +65,7 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class TimedSchedule:
-    """A trainer whose learning rate follows its clock where the clock limits the run: a cosine ends with the minutes."""
+    """A trainer whose learning rate follows its clock where that limits the run: a cosine ends with the minutes."""
 
     clock: Clock
 
@@ -83,7 +84,7 @@ class TimedSchedule:
             return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done}.get(shape, 1.0)
 
         if shape not in ("cosine", "linear", "constant", "constant_with_warmup"):
-            raise TrainingError(f"lr_scheduler_type {shape!r} cannot follow max_minutes: use cosine, linear or constant")
+            raise TrainingError(f"schedule {shape!r} cannot follow max_minutes: use cosine, linear or constant")
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
         return self.lr_scheduler
 
@@ -144,6 +145,23 @@ def train_to(trainer, processor, out: Path) -> Path:
     os.replace(finished, out)
     shutil.rmtree(work)
     return out
+
+
+def chat_text(processor, prompt: list[dict]) -> str:
+    """A row's prompt as the chat template writes it, the assistant's turn begun."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt[0]["content"]}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def freeze_tower(model, family: Family, *, tower: bool, merger: bool) -> None:
+    """Freezes the vision tower and, apart from it, the mergers that turn its outputs into the language model's."""
+    part = {"qwen3-vl": "visual", "internvl-3": "vision_tower"}[family.name]
+    for name, parameter in model.model.named_parameters():
+        is_merger = "merger" in name or name.startswith("multi_modal_projector")
+        if is_merger or name.startswith(part):
+            parameter.requires_grad_(not (merger if is_merger else tower))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """A frozen picture is looked at once: the vision tower's outputs, kept per picture.
 
-In a group of 16 rollouts the same picture is encoded 16 times, and again in every epoch. With the tower frozen its merged
-embeddings and deepstack features never change, so `freeze_vision(model)` makes the tower look them up.
+In a group of 16 rollouts the same picture is encoded 16 times, and again in every epoch. With the tower frozen its
+merged embeddings and deepstack features never change, so `freeze_vision(model)` makes the tower look them up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Features:
 
 @dataclass
 class VisionCache:
-    """Features by (tower, picture), the least recently used dropped above max_bytes; shared by models with equal towers."""
+    """Features by (tower, picture); the least recently used are dropped above max_bytes."""
 
     max_bytes: int = GIB
     hits: int = 0

@@ -1,0 +1,374 @@
+"""GRPO (Sec. 4.2) through TRL's GRPOTrainer, with the reward of Eq. 8 and the objective of Eq. 3-7.
+
+`python -m egm_lib.grpo --profile mini --seed 0 --task vanilla` reads the run's RL samples and its `small-sft`, and
+writes `small-egm`. Logged a step (TRL's names where it has one): reward, acc_at_50 and mean_iou of the rollouts,
+frac_reward_zero_std (groups that teach nothing), completions/*, kl, entropy, clip_ratio/*, time/*, tokens_per_second.
+
+Deviations from TRL, with rollouts by transformers on one process: a group's prompt is read once, in sampling and in the
+update; groups whose rewards are all equal are not trained on (their advantages are zero; only their KL term is lost).
+The first step of every sitting compares the trainer's log-probs with the sampler's and stops where they disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from trl import GRPOConfig, GRPOTrainer
+
+from egm_lib.data import open_image, read_samples, resolve_image
+from egm_lib.loss import group_advantages, grpo_loss
+from egm_lib.profile import GRPO, Profile, ProfileError, Run, load_profile
+from egm_lib.prompts import FAMILIES, Family
+from egm_lib.reward import egm_reward
+from egm_lib.shared_prefix import Reader, SamplingOptions, sample, suffix_logps
+from egm_lib.training import (
+    Clock,
+    TimedSchedule,
+    TrainingError,
+    chat_text,
+    common_options,
+    freeze_tower,
+    is_finished,
+    lora_config,
+    require_checkpoint,
+    require_file,
+    train_to,
+    work_folder,
+)
+from egm_lib.vision_cache import freeze_vision
+
+MODEL = "small-egm"
+MAX_LOGP_GAP = 0.1  # nats; bf16 and kernels differ by about 0.01, another prompt by about 1
+ROLLOUT_ROWS = 512  # completions sampled together: more is no faster on a CPU, and the KV cache grows
+
+
+def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -> dict:
+    """A profile's `grpo` section as TRL's GRPOConfig takes it."""
+    rows = options.prompts_per_step * options.num_generations
+    per_step = options.per_device_train_batch_size * num_processes
+    if rows % per_step:
+        raise TrainingError(
+            f"prompts_per_step x num_generations = {rows} does not divide into batches of {per_step} "
+            f"({num_processes} processes): change grpo.per_device_train_batch_size."
+        )
+    return common_options(work, seed, options.dtype) | {
+        "num_train_epochs": options.num_train_epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.per_device_train_batch_size,
+        "gradient_accumulation_steps": rows // per_step,
+        "num_generations": options.num_generations,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "warmup_steps": options.warmup_steps,
+        "max_completion_length": options.max_completion_length,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k or 0,
+        "loss_type": "dapo",  # token-level mean, Eq. 3
+        "beta": options.beta,
+        "use_bias_correction_kl": False,  # TRL's default multiplies the KL by the ratio; the paper's does not
+        "epsilon": options.epsilon,
+        "entropy_coef": options.entropy_coef,
+        "scale_rewards": "group",  # Eq. 7
+        "importance_sampling_level": options.ratio_level,
+        "use_vllm": options.rollout != "transformers",
+        "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
+    }
+
+
+def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
+    """TRL's prompt rows of samples; `image` is a file, and what the reward needs stands beside it."""
+    for sample_ in samples:
+        yield {
+            "prompt": [{"role": "user", "content": family.prompt(sample_["expression"], sample_["task"])}],
+            "image": str(resolve_image(sample_, root)),
+            "gt_box": list(sample_["gt_box"]),
+            "image_wh": [sample_["width"], sample_["height"]],
+            "sample_id": sample_["sample_id"],
+        }
+
+
+def make_reward(processor, family: Family, weight: float) -> Callable[..., list[float]]:
+    """TRL's reward function; puts back what the chat template has begun, such as `<think>`, before parsing."""
+    begun = chat_text(processor, [{"role": "user", "content": "?"}]).endswith(family.reasoning_opener)
+    opener = family.reasoning_opener if begun else ""
+
+    def reward(completions, gt_box, image_wh, **kwargs) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return egm_reward([opener + text for text in texts], gt_box, image_wh, frame=family.frame, weight=weight)
+
+    return reward
+
+
+def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
+    """Mean |log p(trainer) - log p(sampler)| over tokens. Raises TrainingError where they are not the same policy."""
+    gap = (trainer_logps - sampler_logps).abs().mean().item()
+    if not gap <= MAX_LOGP_GAP:  # nan too
+        raise TrainingError(
+            f"trainer and sampler disagree: mean log-prob of the sampled tokens {trainer_logps.mean().item():.4f} by "
+            f"the trainer, {sampler_logps.mean().item():.4f} by the sampler, mean difference {gap:.4f} "
+            f"(limit {MAX_LOGP_GAP}). They see other prompts or other weights: compare the prompt ids that both get."
+        )
+    return gap
+
+
+def collapse_picture_tokens(ids: Sequence[int], picture_token: int) -> list[int]:
+    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a longer prompt."""
+    runs = ((token, len(list(run))) for token, run in itertools.groupby(ids))
+    return [token for token, length in runs for _ in range(1 if token == picture_token else length)]
+
+
+class PlainGRPO(TimedSchedule, GRPOTrainer):
+    """TRL's GRPOTrainer with our clock, the vLLM cure and the first step's check; its loss equals ours (a test)."""
+
+    def __init__(self, *args, clock: Clock, **kwargs):
+        self.clock, self.checked = clock, False
+        super().__init__(*args, callbacks=[clock], **kwargs)
+
+    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
+        if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
+            picture_token = self.model.config.image_token_id
+            prompt_ids = [collapse_picture_tokens(ids, picture_token) for ids in prompt_ids]
+        return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        if not self.checked and "sampling_per_token_logps" in inputs:
+            keep = inputs["completion_mask"].bool() & ~inputs["sampling_per_token_logps"].isnan()
+            check_same_policy(inputs["old_per_token_logps"][keep], inputs["sampling_per_token_logps"][keep])
+            self.checked = True
+        return super()._compute_loss(model, inputs)
+
+
+class SharedPrefixGRPO(TimedSchedule, GRPOTrainer):
+    """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process, frozen vision."""
+
+    def __init__(self, *args, clock: Clock, reader: Reader, reward_weight: float, rollout_dtype: str, **kwargs):
+        self.clock, self.reader, self.reward_weight, self.rollout_dtype = clock, reader, reward_weight, rollout_dtype
+        self.checked, self.waiting = False, []
+        super().__init__(*args, callbacks=[clock], **kwargs)
+
+    def _prepare_inputs(self, generation_batch):
+        if not self.waiting:
+            self.waiting = self._roll_out(generation_batch)
+        return self.waiting.pop(0)
+
+    def _note(self, **metrics: float) -> None:
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def _policy(self, model):
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _roll_out(self, rows: list[dict]) -> list[dict]:
+        """Samples, scores and normalises a step's groups; returns one part for each accumulation step."""
+        group_size, began = self.num_generations, time.perf_counter()
+        processor = self.processing_class
+        first = rows[::group_size]
+        prompts = [self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"])) for row in first]
+        completions, logps = self._sample(prompts)
+        sampled = time.perf_counter()
+        texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
+        advantages_B = group_advantages(rewards_B, group_size)
+        self._note_rollouts(rewards_B, completions)
+        tokens = sum(map(len, completions))
+        self._note(**{
+            "time/rollout": sampled - began, "time/reward": time.perf_counter() - sampled,
+            "tokens_per_second": tokens / (sampled - began),
+        })  # fmt: skip
+        mixed_P = advantages_B.view(-1, group_size).ne(0).any(dim=1)
+        return self._parts(mixed_P.nonzero()[:, 0].tolist(), prompts, completions, logps, advantages_B)
+
+    def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
+        """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
+        config = self.model.config
+        suppress = [config.image_token_id, getattr(config, "video_token_id", None)]
+        suppress += [getattr(config, name, None) for name in ("vision_start_token_id", "vision_end_token_id")]
+        options = SamplingOptions(
+            self.max_completion_length, self.temperature, self.top_p, self.top_k,
+            tuple(token for token in suppress if token is not None),
+        )  # fmt: skip
+        policy, completions, logps = self._policy(self.model), [], []
+        step = max(1, ROLLOUT_ROWS // self.num_generations)
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
+        cast = nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)
+        policy.eval()
+        with cast:
+            for start in range(0, len(prompts), step):
+                part = prompts[start : start + step]
+                features = self.reader.features([prompt.picture for prompt in part])
+                tokens, scores = sample(policy, part, features, self.num_generations, options, self.eos_token_ids)
+                completions += tokens
+                logps += scores
+        policy.train()
+        return completions, logps
+
+    def _note_rollouts(self, rewards_B: Tensor, completions: list[list[int]]) -> None:
+        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be read off it.
+        weight, groups = self.reward_weight, rewards_B.view(-1, self.num_generations)
+        success_B = (rewards_B > weight + (1 - weight) / 2).float()
+        lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
+        ended_B = torch.tensor([tokens[-1] in self.eos_token_ids for tokens in completions])
+        self._note(**{
+            "reward": rewards_B.mean().item(), "reward_std": groups.std(dim=1).mean().item(),
+            "acc_at_50": success_B.mean().item(),
+            "frac_reward_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),
+            "completions/mean_length": lengths_B.mean().item(), "completions/max_length": lengths_B.max().item(),
+            "completions/clipped_ratio": 1.0 - ended_B.float().mean().item(),
+        })  # fmt: skip
+        if weight < 1:
+            self._note(mean_iou=((rewards_B - weight * success_B) / (1 - weight)).mean().item())
+
+    def _parts(self, groups: list[int], prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
+        """The groups in as many parts as there are accumulation steps, of like lengths, so that little is padded."""
+        size, device = self.num_generations, self.accelerator.device
+        longest = {g: max(len(tokens) for tokens in completions[g * size : (g + 1) * size]) for g in groups}
+        groups = sorted(groups, key=longest.__getitem__)
+        count = self.args.gradient_accumulation_steps
+        num_tokens = sum(len(tokens) for g in groups for tokens in completions[g * size : (g + 1) * size])
+        parts = []
+        for number in range(count):
+            chosen = groups[number * len(groups) // count : (number + 1) * len(groups) // count]
+            rows = [row for g in chosen for row in range(g * size, (g + 1) * size)]
+            part = {"prompts": [prompts[g] for g in chosen], "num_tokens": float(num_tokens)}
+            if rows:
+                tokens = [torch.tensor(completions[row]) for row in rows]
+                part |= {
+                    "group": torch.arange(len(chosen), device=device).repeat_interleave(size),
+                    "completion": pad_sequence(tokens, batch_first=True).to(device),
+                    "mask": pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True).to(device),
+                    "sampler": pad_sequence([torch.tensor(logps[row]) for row in rows], batch_first=True).to(device),
+                    "advantages": advantages_B[rows].to(device),
+                }
+            parts.append(part)
+        return parts
+
+    def _compute_loss(self, model, inputs):
+        began = time.perf_counter()
+        if not inputs["prompts"]:  # no mixed group in this part
+            return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+        prompts, mask = inputs["prompts"], inputs["mask"]
+        features = self.reader.features([prompt.picture for prompt in prompts])
+        batch = (prompts, features, inputs["group"], inputs["completion"], mask, mask)
+        with self.accelerator.autocast():
+            logps, entropy = suffix_logps(self._policy(model), *batch, temperature=self.temperature, entropy=True)
+        if not self.checked:
+            keep = mask.bool()
+            gap = check_same_policy(logps.detach()[keep], inputs["sampler"][keep])
+            self._note(**{"sampling/sampling_logp_difference/mean": gap})
+            self.checked = True
+        loss, metrics = grpo_loss(
+            logps, logps.detach(), inputs["advantages"], mask, ref_logps_B_T=self._reference_logps(model, batch),
+            entropy_B_T=entropy, clip_ratio=self.epsilon_low, kl_weight=self.beta, entropy_weight=self.entropy_coef,
+            ratio_level=self.importance_sampling_level, num_tokens=inputs["num_tokens"],
+        )  # fmt: skip
+        self._note(**metrics, **{"time/update_forward": time.perf_counter() - began})
+        return loss
+
+    @torch.no_grad()
+    def _reference_logps(self, model, batch) -> Tensor | None:
+        if self.beta == 0.0:
+            return None
+        adapter = self.ref_model is None  # LoRA: the reference is the model without its adapter
+        reference = self._policy(model) if adapter else self.ref_model
+        without = self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
+        with without, self.accelerator.autocast():
+            return suffix_logps(reference, *batch, temperature=self.temperature)[0]
+
+
+def make_trainer(
+    model, processor, rows: Iterable[Mapping], family: Family, options: GRPO, *, work: Path, log: Path, seed: int,
+    shared_prefix: bool | None = None, reward: Callable | None = None,
+):  # fmt: skip
+    """The trainer of the stage. rows: of `question_rows`. shared_prefix None: where it is possible."""
+    dataset = Dataset.from_list(list(rows))
+    if not len(dataset):
+        raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
+    processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    if len(dataset) < options.prompts_per_step:  # TRL drops what does not fill a step: it would train on nothing
+        repeats = -(-options.prompts_per_step // len(dataset))
+        print(f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one")
+        dataset = Dataset.from_list(list(dataset) * repeats)
+    clock = Clock(log, options.max_minutes)
+    arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock}
+    arguments |= {"peft_config": lora_config(options.lora)}
+    arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
+    possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
+    possible = possible and options.rollout == "transformers" and config.world_size == 1
+    if possible if shared_prefix is None else shared_prefix:
+        reader = Reader(processor, model, freeze_vision(model), open_image)
+        return SharedPrefixGRPO(
+            train_dataset=dataset, reader=reader, reward_weight=options.reward_weight,
+            rollout_dtype=options.rollout_dtype, **arguments,
+        )  # fmt: skip
+    freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
+    return PlainGRPO(train_dataset=dataset.cast_column("image", Image()), **arguments)
+
+
+def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
+    """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it is."""
+    from egm_lib.models import load_model, load_processor
+
+    profile, out = run.profile, run.checkpoint(task, output or MODEL)
+    if is_finished(out):
+        return out
+    family, options = FAMILIES[profile.models.small.family], profile.grpo
+    start = str(require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`"))
+    samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
+    # A folder's name, not a model in memory: TRL loads the KL's reference from it.
+    model = load_model(start, dtype=options.dtype if options.lora else "float32")
+    processor = load_processor(start, family.name)
+    trainer = make_trainer(
+        model, processor, question_rows(samples, family, profile.data.path), family, options,
+        work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), seed=run.seed,
+    )  # fmt: skip
+    return train_to(trainer, processor, out)
+
+
+def dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
+    """What would be trained, under TRL's own option names; loads no model."""
+    run = Run(profile, seed)
+    out = run.checkpoint(task, output or MODEL)
+    own = {"stage": "grpo", "task": task, "model": str(run.checkpoint(task, "small-sft")), "output": str(out)}
+    own |= {"samples": str(run.samples(f"rl_{task}")), "max_minutes": profile.grpo.max_minutes}
+    own |= {"prompts_per_step": profile.grpo.prompts_per_step, "reward_weight": profile.grpo.reward_weight}
+    return own | grpo_options(profile.grpo, work_folder(out), seed, profile.launch.num_processes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m egm_lib.grpo", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
+    parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
+    parser.add_argument("--output", help=f"name of the model; {MODEL} where it is not given")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
+    args = parser.parse_args(argv)
+    try:
+        profile = load_profile(args.profile)
+        seed = profile.seeds[0] if args.seed is None else args.seed
+        if args.dry_run:
+            print(json.dumps(dry_run(profile, seed, args.task, args.output), indent=2))
+            return 0
+        print(run_grpo(Run(profile, seed), args.task, output=args.output))
+    except (ProfileError, TrainingError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
