@@ -42,9 +42,11 @@ lab: $(READY) ## JupyterLab on the notebooks
 evaluate: $(READY) ## a published EGM model, e.g. PROFILE=eval-egm-8b: predictions and tables, no notebook
 	@$(RUN) -m egm_lib.generate --profile $(PROFILE) --model small-egm
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
+	@$(RUN) -m egm_lib.readme
 
 tables: $(READY) ## every table of PROFILE from its files, no model needed
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
+	@$(RUN) -m egm_lib.readme
 
 table%: $(READY) ## one table, e.g. make table4
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE) --only $@

@@ -49,7 +49,7 @@ def training_job(run: Run, module: str, *arguments: str) -> Job:
 
 
 def data_job(run: Run) -> Job:
-    """Makes the data root of the profile, if it is not there: the miniature world, or files from what was downloaded."""
+    """Makes the data root of the profile where it is not made: the miniature world, or files of real data."""
     root = str(run.profile.data.path)
     arguments = {
         "mini": ["egm_lib.mini.world", "--out", root, "--profile", run.profile.name],

@@ -1,16 +1,21 @@
 """What every notebook does to show something: tables from files, figures from files, a training log as curves."""
 
 import json
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Image, Markdown, display
+from matplotlib.patches import Rectangle
 
+from egm_lib.data import open_image, resolve_image
 from egm_lib.data.records import atomic_open
 from egm_lib.profile import Run
 from egm_lib.tables import build_tables
+
+BOXES = (("gt_box", "#009E73", "-"), ("modal_box", "#009E73", "--"), ("box", "#D55E00", "-"))  # colour-blind-safe
 
 
 def show_tables(run: Run, *names: str) -> None:
@@ -25,6 +30,24 @@ def show_pictures(*paths: Path, width_px: int = 760) -> None:
     """Shows PNG files; one that is not there is said to be not run."""
     for path in paths:
         display(Image(path, width=width_px) if path.exists() else Markdown(f"`{path.stem}`: not run"))
+
+
+def show_samples(samples: Iterable[Mapping], root: Path) -> None:
+    """Pictures in a row: ground truth green (dashed: its visible part), a prediction's box orange."""
+    samples = list(samples)
+    if not samples:
+        return
+    figure, axes = plt.subplots(1, len(samples), figsize=(3 * len(samples), 3.5), squeeze=False, layout="constrained")
+    for axis, sample in zip(axes[0], samples, strict=True):
+        axis.imshow(open_image(resolve_image(sample, root)))
+        for name, colour, style in BOXES:
+            if (box := sample.get(name)) is not None:
+                corner, sides = box[:2], (box[2] - box[0], box[3] - box[1])
+                axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linestyle=style, linewidth=2))
+        axis.set_title(textwrap.fill(sample["expression"], 36), fontsize=8)
+        axis.axis("off")
+    display(figure)
+    plt.close(figure)
 
 
 def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
@@ -50,7 +73,7 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def write_jsonl(path: Path, rows) -> int:
+def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:
     """Writes rows to a JSONL file, whole or not at all; returns their number."""
     count = 0
     with atomic_open(path) as file:
