@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -62,6 +62,7 @@ def test_iou_by_hand(a, b, expected):
     assert pairwise_iou([a], [b])[0, 0] == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(boxes, boxes)
 def test_iou_is_symmetric_and_between_0_and_1_for_any_finite_boxes(a, b):
     assert 0.0 <= iou(a, b) <= 1.0
@@ -108,6 +109,7 @@ def test_convert_by_hand(box, source, target, wh, expected):
     assert convert(box, source, target, wh) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(
     st.tuples(moderate, moderate, moderate, moderate),
     st.sampled_from(FRAMES),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.learnability import select_learnable
@@ -13,6 +13,7 @@ LEARNER, REFERENCE = RNG.random(SIZE) < 0.8, RNG.random(SIZE) < 0.9
 IDS = np.array([f"refcoco/train/{i}" for i in range(SIZE)])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60), st.integers(0, 2**40))
 @pytest.mark.filterwarnings("ignore:only")
 def test_hard_and_easy_are_what_section_4_2_says(pairs, seed):

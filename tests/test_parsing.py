@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.boxes import BoxFrame, iou
@@ -180,6 +180,7 @@ answers = st.text() | st.lists(fragments, max_size=30).map("".join) | st.lists(f
 sizes = st.sampled_from([(1, 1), (640, 480), (10**9, 1)])
 
 
+@settings(deadline=None)
 @given(answers, st.sampled_from(list(BoxFrame)), st.sampled_from(RULES), sizes)
 def test_any_text_gives_a_consistent_result(text, frame, rule, wh):
     parsed = parse(text, frame, wh, rule)
@@ -193,6 +194,7 @@ def test_any_text_gives_a_consistent_result(text, frame, rule, wh):
     assert parsed.reasoning is None or parsed.reasoning == parsed.reasoning.strip() != ""
 
 
+@settings(deadline=None)
 @given(answers)
 def test_nothing_written_while_reasoning_can_count(text):
     reasoning = text.replace("<think>", "")

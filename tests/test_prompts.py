@@ -1,7 +1,7 @@
 """Prompts to the letter of the paper; answers that the parser takes apart into what they were made of."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.parsing import parse_completion
@@ -60,6 +60,7 @@ def test_an_answer_without_reasoning_continues_the_prefix_that_switches_it_off(n
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("task", TASKS)
+@settings(deadline=None)
 @given(box=boxes, label=texts, reasoning=st.none() | texts)
 def test_parse_of_render_is_the_identity(name, task, box, label, reasoning):
     family = FAMILIES[name]

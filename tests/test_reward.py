@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.boxes import BoxFrame, iou, is_success
@@ -51,6 +51,7 @@ def test_the_weight_is_of_success(weight, expected):
     assert egm_reward(["[0, 0, 1, 0.75]"], [(0, 0, 1, 1)], [(9, 9)], frame=BoxFrame.PIXEL, weight=weight) == [expected]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=4, max_size=4), st.sampled_from(sorted(FAMILIES)))
 def test_reward_and_metric_agree(box, family):
     answer = FAMILIES[family].answer(box, (1000, 1000), "cat", "why")
