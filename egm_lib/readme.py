@@ -9,7 +9,7 @@ from pathlib import Path
 
 from egm_lib.data.records import atomic_open
 from egm_lib.profile import project_root
-from egm_lib.results import MODELS, paper
+from egm_lib.results import MODELS, paper, paper_models
 
 BEGIN, END = "<!-- numbers: written by `python -m egm_lib.readme` -->", "<!-- end of numbers -->"
 PROFILE = "mini-full"
@@ -18,7 +18,7 @@ PROFILE = "mini-full"
 def numbers(summary: dict | None) -> str:
     """The table as Markdown; a cell that was not run says so."""
     published = {row["name"]: row for row in paper("table4")["rows"]}
-    counterparts = {row["name"]: row["paper"] for row in paper("models")["rows"]}
+    counterparts, _ = paper_models(PROFILE)
     lines = ["| paper | accuracy | miniature | RefCOCO-like | amodal |", "|---|---|---|---|---|"]
     for model in MODELS:
         theirs = counterparts.get(model)
