@@ -38,7 +38,13 @@ class Family:
         return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
 
     def answer(
-        self, box_px: Sequence[float], image_wh: tuple[int, int], label: str | None, reasoning: str | None, *, grid: int = 1
+        self,
+        box_px: Sequence[float],
+        image_wh: tuple[int, int],
+        label: str | None,
+        reasoning: str | None,
+        *,
+        grid: int = 1,
     ) -> str:
         """The assistant's text for a box, as this family writes it: 0-1000 integers, neither clipped nor checked.
 
