@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -382,7 +383,7 @@ def test_the_key_appears_nowhere(tmp_path, run, monkeypatch, caplog, capsys):
     with pytest.raises(Refused) as refused:
         wrong = service(lambda _: httpx2.Response(401, json={"error": {"message": f"key {secret} wrong"}}), monkeypatch)
         run("trace", samples, wrong)
-    told = caplog.text + "".join(capsys.readouterr()) + "".join(map(str, refused.traceback)) + str(refused.value)
+    told = caplog.text + "".join(capsys.readouterr()) + "".join(traceback.format_exception(refused.value))
     files = [path for path in tmp_path.rglob("*.jsonl*") if path.is_file()]
     assert len(files) >= 3
     assert secret not in told and not any(secret in path.read_text() for path in files)

@@ -25,13 +25,13 @@ MAX_SIDE_PX = 2048  # larger pictures are sent smaller: services scale them down
 JPEG_QUALITY = 90
 
 # How far the whole object reaches beyond its visible part, as a share of the visible part's side. The thresholds are
-# ours: the paper gives the words only.
-NEGLIGIBLE = 0.02
+# ours (the paper gives the words only) and those of the miniature world's language.
+NEGLIGIBLE = 0.04
 DEGREES = (
-    (0.10, "slightly"),
-    (0.25, "a bit"),
-    (0.50, "moderately"),
-    (1.00, "considerably"),
+    (0.15, "slightly"),
+    (0.3, "a bit"),
+    (0.5, "moderately"),
+    (0.8, "considerably"),
     (float("inf"), "significantly"),
 )
 
@@ -146,7 +146,7 @@ def _font() -> ImageFont.ImageFont:
 def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> list[tuple[str, str]]:
     """(direction, degree word) for every side on which the whole object reaches beyond its visible part.
 
-    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at DEGREES; below
+    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at DEGREES; up to
     NEGLIGIBLE a side counts as complete.
     """
     width, height = modal_box[2] - modal_box[0], modal_box[3] - modal_box[1]
@@ -157,9 +157,9 @@ def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> l
         ("to the right", (amodal_box[2] - modal_box[2]) / width),
     )
     return [
-        (direction, next(word for limit, word in DEGREES if share < limit))
+        (direction, next(word for limit, word in DEGREES if share <= limit))
         for direction, share in shares
-        if share >= NEGLIGIBLE
+        if share > NEGLIGIBLE
     ]
 
 

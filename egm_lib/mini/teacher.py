@@ -136,7 +136,9 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
     def _can_reverse(self, sample_id: str, task: str) -> bool:
         """False for a trace that names no direction, or one and its opposite: reversed, it would still be right."""
         text = _true_text(task, self.truth(sample_id)) or ""
-        return set(_DIRECTION.findall(text)) != set(_DIRECTION.findall(_opposite(text)))
+        _, verb, clause = text.rpartition("extend")
+        named = set(_DIRECTION.findall(clause))
+        return bool(verb) and named != {OPPOSITES[direction] for direction in named}
 
     def _judgement(self, truth: Mapping, prompt: str, model: str) -> str:
         """The planted cause, else what the prediction hit; with the judge's own errors."""
@@ -170,7 +172,9 @@ def _true_text(task: str, truth: Mapping) -> str | None:
 
 
 def _opposite(text: str) -> str:
-    return _DIRECTION.sub(lambda match: OPPOSITES[match[1]], text)
+    """A trace whose last clause of extending names the opposite directions."""
+    head, verb, tail = text.rpartition("extend")
+    return head + verb + _DIRECTION.sub(lambda match: OPPOSITES[match[1]], tail) if verb else text
 
 
 def _cause_of(truth: Mapping, prompt: str) -> str:
