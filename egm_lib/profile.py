@@ -107,6 +107,7 @@ class Curation:
     judges: tuple[Teacher, ...]
     limit: int | None = None
     budget_usd: float | None = None
+    skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
 
 
 @dataclass(frozen=True, kw_only=True)
