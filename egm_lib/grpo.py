@@ -25,6 +25,7 @@ from datasets import Dataset, Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.loss import group_advantages, grpo_loss
@@ -129,12 +130,34 @@ def collapse_picture_tokens(ids: Sequence[int], picture_token: int) -> list[int]
     return [token for token, length in runs for _ in range(1 if token == picture_token else length)]
 
 
-class PlainGRPO(TimedSchedule, GRPOTrainer):
-    """TRL's GRPOTrainer with our clock, the vLLM cure and the first step's check; its loss equals ours (a test)."""
+class EpochSampler(RepeatSampler):
+    """TRL's sampler, shuffled by seed and epoch: a run that is resumed in a later epoch sees the same order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class _Timed(TimedSchedule, GRPOTrainer):
+    """GRPOTrainer under our clock, with an order of prompts that survives an interruption."""
 
     def __init__(self, *args, clock: Clock, **kwargs):
-        self.clock, self.checked = clock, False
+        self.clock, self.checked = clock, False  # checked: trainer and sampler have been compared
         super().__init__(*args, callbacks=[clock], **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+
+class PlainGRPO(_Timed):
+    """TRL's own rollouts and loss, which equals ours (a test); with the cure for vLLM and the first step's check."""
 
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
         if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
@@ -150,13 +173,12 @@ class PlainGRPO(TimedSchedule, GRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-class SharedPrefixGRPO(TimedSchedule, GRPOTrainer):
+class SharedPrefixGRPO(_Timed):
     """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process, frozen vision."""
 
-    def __init__(self, *args, clock: Clock, reader: Reader, reward_weight: float, rollout_dtype: str, **kwargs):
-        self.clock, self.reader, self.reward_weight, self.rollout_dtype = clock, reader, reward_weight, rollout_dtype
-        self.checked, self.waiting = False, []
-        super().__init__(*args, callbacks=[clock], **kwargs)
+    def __init__(self, *args, reader: Reader, reward_weight: float, rollout_dtype: str, **kwargs):
+        self.reader, self.reward_weight, self.rollout_dtype, self.waiting = reader, reward_weight, rollout_dtype, []
+        super().__init__(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch):
         if not self.waiting:
@@ -264,7 +286,8 @@ class SharedPrefixGRPO(TimedSchedule, GRPOTrainer):
         features = self.reader.features([prompt.picture for prompt in prompts])
         batch = (prompts, features, inputs["group"], inputs["completion"], mask, mask)
         with self.accelerator.autocast():
-            logps, entropy = suffix_logps(self._policy(model), *batch, temperature=self.temperature, entropy=True)
+            entropy = "gradient" if self.entropy_coef else "value"
+            logps, entropy = suffix_logps(self._policy(model), *batch, temperature=self.temperature, entropy=entropy)
         if not self.checked:
             keep = mask.bool()
             gap = check_same_policy(logps.detach()[keep], inputs["sampler"][keep])
@@ -310,6 +333,7 @@ def make_trainer(
     possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
     possible = possible and options.rollout == "transformers" and config.world_size == 1
     if possible if shared_prefix is None else shared_prefix:
+        config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(
             train_dataset=dataset, reader=reader, reward_weight=options.reward_weight,

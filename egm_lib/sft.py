@@ -194,6 +194,7 @@ def make_trainer(
     arguments |= {"peft_config": lora_config(options.lora)}
     possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger and config.world_size == 1
     if possible if shared_prefix is None else shared_prefix:
+        config.gradient_checkpointing = False  # it drops the keys and values that rows of a picture share
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, processor.tokenizer.eos_token_id)
         together = max(1, options.per_device_train_batch_size // 4)

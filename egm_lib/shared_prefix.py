@@ -138,7 +138,7 @@ def read_prefix(model, prompts: Sequence[Prompt], features: list[Features]) -> P
 
 def suffix_logps(
     model, prefixes: Sequence[Prompt], features: list[Features], group_B: Tensor, suffix_B_T: Tensor,
-    attend_B_T: Tensor, keep_B_T: Tensor, *, temperature: float = 1.0, entropy: bool = False,
+    attend_B_T: Tensor, keep_B_T: Tensor, *, temperature: float = 1.0, entropy: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probs of the tokens after each prefix, and the entropies there where asked for; zeros where keep_B_T is 0.
 
@@ -166,9 +166,12 @@ def suffix_logps(
 
 
 def head_logps(
-    model, hidden_K_W: Tensor, target_K: Tensor, temperature: float, entropy: bool
+    model, hidden_K_W: Tensor, target_K: Tensor, temperature: float, entropy: str | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (float32) of the targets, and entropies; the logits are never held where they would be large."""
+    """Log-probs (float32) of the targets, and entropies; the logits are never held where they would be large.
+
+    entropy: None (not computed), "value" (to look at) or "gradient" (to train on).
+    """
     head = model.get_output_embeddings()
     if len(target_K) * head.weight.shape[0] > SMALL_LOGITS:
         logps_K, entropy_K, *_ = ChunkedLogProbFunction.apply(
@@ -178,7 +181,10 @@ def head_logps(
         return logps_K, entropy_K
     all_K_V = (head(hidden_K_W).float() / temperature).log_softmax(dim=-1)
     logps_K = all_K_V.gather(1, target_K[:, None])[:, 0]
-    return logps_K, -(all_K_V.exp() * all_K_V).sum(dim=-1) if entropy else None
+    if entropy is None:
+        return logps_K, None
+    known_K_V = all_K_V if entropy == "gradient" else all_K_V.detach()
+    return logps_K, -(known_K_V.exp() * known_K_V).sum(dim=-1)
 
 
 class _RoomyLayer(DynamicLayer):

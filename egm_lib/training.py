@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
 from egm_lib.profile import Lora, Run
@@ -22,11 +21,11 @@ class TrainingError(RuntimeError):
     """A training that cannot start or must not go on; the message says why and how to mend it."""
 
 
-class Clock(TrainerCallback, ExportableState):
+class Clock(TrainerCallback):
     """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds, logs JSONL lines."""
 
-    def __init__(self, log: str, max_minutes: float | None = None, save_seconds: float = 60.0):
-        self.log, self.max_minutes, self.save_seconds = Path(log), max_minutes, save_seconds
+    def __init__(self, log: Path, max_minutes: float | None = None, save_seconds: float = 60.0):
+        self.log, self.max_minutes, self.save_seconds = log, max_minutes, save_seconds
         self.before_s = 0.0  # of earlier sittings
         self.began = self.saved = time.monotonic()
 
@@ -40,15 +39,12 @@ class Clock(TrainerCallback, ExportableState):
         by_time = self.elapsed_s / (60 * self.max_minutes) if self.max_minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
-    def state(self) -> dict:
-        arguments = {"log": str(self.log), "max_minutes": self.max_minutes, "save_seconds": self.save_seconds}
-        return {"args": arguments, "attributes": {"before_s": self.elapsed_s}}
-
     def on_train_begin(self, args, state, control, **kwargs):
         self.began = self.saved = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         lines = self.log.read_text().splitlines() if state.global_step and self.log.exists() else []
         lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self.before_s = json.loads(lines[-1])["elapsed_s"] if lines else 0.0
         write_text(self.log, "".join(line + "\n" for line in lines))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,0 +1,221 @@
+"""GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are not one policy."""
+
+import json
+
+import pytest
+import torch
+from training_world import grpo_options, make_samples, store_model, stored
+from transformers import TrainerCallback
+
+from egm_lib import grpo as grpo_module
+from egm_lib.grpo import (
+    check_same_policy,
+    collapse_picture_tokens,
+    make_reward,
+    make_trainer,
+    question_rows,
+)
+from egm_lib.grpo import (
+    grpo_options as trl_options,
+)
+from egm_lib.profile import Lora
+from egm_lib.prompts import FAMILIES
+from egm_lib.training import TrainingError, train_to, work_folder
+
+FAMILY = FAMILIES["qwen3-vl"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return store_model(folder / "model"), make_samples(folder, pictures=4, per_picture=1), folder
+
+
+def count_letter(completions, **kwargs) -> list[float]:
+    """A reward that is easy to learn: the share of capital letters."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum("A" <= letter <= "Z" for letter in text) / 8 for text in texts]
+
+
+def trainer_of(world, tmp_path, *, shared=None, reward=count_letter, seed=0, **changes):
+    folder, samples, root = world
+    model, processor = stored(folder)
+    trainer = make_trainer(
+        model, processor, question_rows(samples, FAMILY, root), FAMILY, grpo_options(**changes),
+        work=work_folder(tmp_path / "out"), log=tmp_path / "log.jsonl", seed=seed, shared_prefix=shared, reward=reward,
+    )  # fmt: skip
+    return trainer, processor
+
+
+def logged(log, key: str) -> list[float]:
+    return [line[key] for line in map(json.loads, log.read_text().splitlines()) if key in line]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"beta": 0.0, "entropy_coef": 0.05, "per_device_train_batch_size": 16}, {"ratio_level": "sequence"},
+], ids=["kl", "entropy", "sequence"])  # fmt: skip
+def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
+    """The same completions and advantages through both: our shared prefix and loss, TRL's forward and loss."""
+    ours, processor = trainer_of(world, tmp_path, shared=True, **changes)
+    trl, _ = trainer_of(world, tmp_path, shared=False, **changes)
+    for trainer in (ours, trl):  # a reference that differs: the KL is not zero
+        if trainer.ref_model is not None:
+            with torch.no_grad():
+                trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        trainer.model.train()
+    rows = [row for row in ours.train_dataset for _ in range(4)]
+    torch.manual_seed(1)
+    parts = ours._prepare_inputs(rows)
+    parts = [parts, *ours.waiting]
+    loss = sum(ours._compute_loss(ours.model, part) for part in parts)
+    loss.backward()
+    trl_loss = 0.0
+    for part in parts:
+        texts = [p for p in part["prompts"] for _ in range(4)]
+        images = [[grpo_module.open_image(p.picture)] for p in texts]
+        chat = [grpo_module.chat_text(processor, rows[0]["prompt"])] * len(images)
+        inputs = processor(images=images, text=chat, return_tensors="pt", padding=True)
+        assert all(ids == p.ids for ids, p in zip(inputs["input_ids"].tolist(), texts, strict=True))
+        kind = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(part["completion"])], dim=1)
+        batch = {
+            "prompt_ids": inputs["input_ids"], "prompt_mask": inputs["attention_mask"], "mm_token_type_ids": kind,
+            "completion_ids": part["completion"], "completion_mask": part["mask"].long(),
+            "advantages": part["advantages"], "num_items_in_batch": torch.tensor(part["num_tokens"]),
+            "pixel_values": inputs["pixel_values"], "image_grid_thw": inputs["image_grid_thw"],
+            "num_images": [1] * len(images),
+        }  # fmt: skip
+        if trl.beta:
+            with torch.no_grad():
+                batch["ref_per_token_logps"] = trl._get_per_token_logps_and_entropies(
+                    trl.ref_model, torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), part["completion"].shape[1],
+                    pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
+                    num_images=batch["num_images"], mm_token_type_ids=kind,
+                )[0]  # fmt: skip
+        part_loss = trl._compute_loss(trl.model, batch)
+        part_loss.backward()
+        trl_loss += part_loss.item()
+    if not changes.get("entropy_coef"):  # TRL's entropy is a mean per part, ours over all tokens: one part there
+        assert len(parts) == 2
+    assert loss.item() == pytest.approx(trl_loss, abs=1e-5)
+    pairs = zip(ours.model.named_parameters(), trl.model.named_parameters(), strict=True)
+    for (name, mine), (_, other) in pairs:
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
+def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tmp_path, changes):
+    trainer, processor = trainer_of(world, tmp_path, **changes)
+    out = train_to(trainer, processor, tmp_path / "out")
+    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all("language_model" in name or "lm_head" in name for name in moved)
+    names = {
+        "reward", "acc_at_50", "mean_iou", "frac_reward_zero_std", "completions/clipped_ratio", "kl", "entropy",
+        "clip_ratio/region_mean", "time/rollout", "tokens_per_second", "grad_norm",
+    }  # fmt: skip
+    first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert names <= first.keys()
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # before the first step the policy is the reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_mean_reward_rises_and_falls_with_the_sign_of_the_reward(world, tmp_path, seed):
+    def flipped(completions, **kwargs):
+        return [-value for value in count_letter(completions)]
+
+    options = {"max_steps": 15, "num_generations": 16, "per_device_train_batch_size": 64, "beta": 0.0, "seed": seed}
+    means = {}
+    for name, reward in (("up", count_letter), ("down", flipped)):
+        (tmp_path / name).mkdir()
+        trainer, processor = trainer_of(world, tmp_path / name, reward=reward, learning_rate=3e-3, **options)
+        train_to(trainer, processor, tmp_path / name / "out")
+        sign = 1 if name == "up" else -1
+        means[name] = [sign * value for value in logged(tmp_path / name / "log.jsonl", "reward")]
+    assert sum(means["up"][-3:]) / 3 > 1.5 * means["up"][0]
+    assert sum(means["down"][-3:]) / 3 < 0.7 * means["down"][0]
+
+
+def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise Killed
+
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    trainer, processor = trainer_of(world, tmp_path / "whole", max_steps=4)
+    train_to(trainer, processor, tmp_path / "whole/out")
+    trainer, processor = trainer_of(world, tmp_path / "killed", max_steps=4)
+    trainer.clock.save_seconds = 0.0
+    trainer.add_callback(Kill())
+    with pytest.raises(Killed):
+        train_to(trainer, processor, tmp_path / "killed/out")
+    trainer, processor = trainer_of(world, tmp_path / "killed", max_steps=4)
+    train_to(trainer, processor, tmp_path / "killed/out")
+    for key in ("reward", "loss", "grad_norm", "completions/mean_length"):
+        assert logged(tmp_path / "killed/log.jsonl", key) == logged(tmp_path / "whole/log.jsonl", key)
+
+
+def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
+    trainer, processor = trainer_of(world, tmp_path, reward=lambda completions, **kwargs: [0.5] * len(completions))
+    out = train_to(trainer, processor, tmp_path / "out")
+    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert logged(tmp_path / "log.jsonl", "frac_reward_zero_std") == [1.0, 1.0]
+
+
+def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkeypatch):
+    def drunk(*args, **kwargs):
+        tokens, logps = grpo_module_sample(*args, **kwargs)
+        return tokens, [[value - 1.0 for value in row] for row in logps]
+
+    grpo_module_sample = grpo_module.sample
+    monkeypatch.setattr(grpo_module, "sample", drunk)
+    trainer, processor = trainer_of(world, tmp_path)
+    with pytest.raises(TrainingError, match=r"disagree: mean log-prob .* by the trainer, .* mean difference 1\.0000"):
+        train_to(trainer, processor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_is_no_agreement():
+    with pytest.raises(TrainingError, match="disagree"):
+        check_same_policy(torch.tensor([float("nan")]), torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize(("ids", "collapsed"), [
+    ([1, 9, 9, 9, 2], [1, 9, 2]),
+    ([9, 9, 1, 9, 9, 9], [9, 1, 9]),  # two pictures
+    ([1, 1, 2], [1, 1, 2]),  # other repeated tokens stay
+    ([], []),
+])  # fmt: skip
+def test_picture_tokens_collapse_to_one_a_picture(ids, collapsed):
+    assert collapse_picture_tokens(ids, 9) == collapsed
+
+
+def test_reward_sees_what_the_template_has_begun(world):
+    reward = make_reward(stored(world[0])[1], FAMILY, 0.5)
+    box = '```json\n[\n\t{"bbox_2d": [100, 100, 500, 500], "label": "x"}\n]\n```'
+    answers = [f"red\n</think>\n\n{box}", f"red {box}"]  # the second never stops thinking: its box does not count
+    assert reward(answers, [[10, 10, 50, 50]] * 2, [[100, 100]] * 2) == [1.0, 0.0]
+
+
+def test_profile_values_arrive_under_trl_s_names(tmp_path):
+    options = trl_options(grpo_options(beta=0.005, top_k=50, prompts_per_step=16), tmp_path, seed=1)
+    expected = {"beta": 0.005, "top_k": 50, "gradient_accumulation_steps": 8, "loss_type": "dapo", "epsilon": 0.2}
+    assert expected.items() <= options.items()
+    json.dumps(options)
+    with pytest.raises(TrainingError, match="does not divide"):
+        trl_options(grpo_options(per_device_train_batch_size=7), tmp_path, seed=1)
+
+
+def test_no_sample_is_said_in_one_sentence(world, tmp_path):
+    with pytest.raises(TrainingError, match="no RL sample"):
+        trainer_of((world[0], [], world[2]), tmp_path)

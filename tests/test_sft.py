@@ -1,0 +1,167 @@
+"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an interruption."""
+
+import json
+import math
+
+import pytest
+import torch
+from training_world import make_samples, sft_options, store_model, stored
+from transformers import TrainerCallback
+
+from egm_lib.profile import Lora
+from egm_lib.prompts import FAMILIES
+from egm_lib.sft import PictureSampler, answer_rows, make_trainer, read_traces
+from egm_lib.sft import sft_options as trl_options
+from egm_lib.training import Clock, TimedSchedule, TrainingError, is_finished, train_to, work_folder
+
+FAMILY = FAMILIES["qwen3-vl"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return store_model(folder / "model"), make_samples(folder), folder
+
+
+def trainer_of(world, tmp_path, *, shared: bool | None = None, reasoning: bool = True, **changes):
+    folder, samples, root = world
+    model, processor = stored(folder)
+    rows = answer_rows(samples, FAMILY, root, reasoning=reasoning)
+    trainer = make_trainer(
+        model, processor, rows, FAMILY, sft_options(**changes), work=work_folder(tmp_path / "out"),
+        log=tmp_path / "log.jsonl", seed=0, shared_prefix=shared,
+    )  # fmt: skip
+    return trainer, processor
+
+
+def losses(log) -> list[float]:
+    return [line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+
+
+def test_the_loss_covers_the_answer_and_its_end_and_nothing_else(world, tmp_path):
+    trainer, processor = trainer_of(world, tmp_path)
+    batch = trainer.data_collator(list(trainer.train_dataset.select([0, 1, 2])))
+    for row, sample in enumerate(world[1][:3]):
+        box = (sample["gt_box"], (sample["width"], sample["height"]), sample["expression"], sample["reasoning"])
+        labels = batch["labels"][row]
+        assert processor.tokenizer.decode(labels[labels != -100]) == FAMILY.answer(*box) + "<|im_end|>"
+        prompt = processor.tokenizer.decode(batch["suffix"][row][labels == -100])
+        assert FAMILY.prompt(sample["expression"], "vanilla") in prompt
+    assert batch["group"].tolist() == [0, 0, 1]  # two questions of the first picture share it
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
+def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
+    for name, shared in (("ours", True), ("trl", False)):
+        (tmp_path / name).mkdir()
+        trainer, processor = trainer_of(world, tmp_path / name, shared=shared, learning_rate=1e-3, **changes)
+        trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(range(8))
+        train_to(trainer, processor, tmp_path / name / "out")
+    assert losses(tmp_path / "ours/log.jsonl") == pytest.approx(losses(tmp_path / "trl/log.jsonl"), abs=1e-4)
+
+
+def test_eight_small_batches_equal_one_large(world, tmp_path):
+    for name, batch, steps in (("large", 8, 1), ("small", 1, 8)):
+        (tmp_path / name).mkdir()
+        trainer, processor = trainer_of(
+            world, tmp_path / name, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+        )
+        trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(range(8))
+        train_to(trainer, processor, tmp_path / name / "out")
+    assert losses(tmp_path / "large/log.jsonl") == pytest.approx(losses(tmp_path / "small/log.jsonl"), abs=1e-5)
+
+
+@pytest.mark.parametrize(("merger", "lora", "moves"), [
+    (True, None, ("language_model", "lm_head")),
+    (False, None, ("language_model", "lm_head", "merger")),
+    (True, Lora(r=2, alpha=4), ("_proj.weight",)),  # merged into the linear layers of the language model
+])  # fmt: skip
+def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
+    trainer, processor = trainer_of(world, tmp_path, freeze_merger=merger, lora=lora)
+    out = train_to(trainer, processor, tmp_path / "out")
+    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(any(part in name for part in moves) for name in moved)
+    assert any("language_model.layers" in name for name in moved)
+    assert not any("visual.blocks" in name or "patch_embed" in name for name in moved)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(world, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise Killed
+
+    options = {"max_steps": 6, "per_device_train_batch_size": 3, "lr_scheduler_type": "cosine"}
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    trainer, processor = trainer_of(world, tmp_path / "whole", **options)
+    train_to(trainer, processor, tmp_path / "whole/out")
+    trainer, processor = trainer_of(world, tmp_path / "killed", **options)
+    trainer.clock.save_seconds = 0.0  # a checkpoint after each step
+    trainer.add_callback(Kill())
+    with pytest.raises(Killed):
+        train_to(trainer, processor, tmp_path / "killed/out")
+    assert not is_finished(tmp_path / "killed/out")
+    trainer, processor = trainer_of(world, tmp_path / "killed", **options)
+    train_to(trainer, processor, tmp_path / "killed/out")
+    assert losses(tmp_path / "killed/log.jsonl") == losses(tmp_path / "whole/log.jsonl")  # to the last bit
+    whole, killed = (stored(tmp_path / name / "out")[0].state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert not work_folder(tmp_path / "killed/out").exists()
+
+
+def test_the_clock_ends_a_run_and_its_schedule():
+    clock = Clock(log=None, max_minutes=1.0)
+
+    class Trainer(TimedSchedule):
+        class args:
+            warmup_steps, lr_scheduler_type = 0, "cosine"
+
+    trainer = Trainer()
+    trainer.clock = clock
+    trainer.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = trainer.create_scheduler(1_000_000)
+    rates = []
+    for seconds in (0, 30, 60):
+        clock.before_s = seconds
+        trainer.optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == pytest.approx([1.0, 0.5, 0.0], abs=0.01)
+    assert clock.progress(0, 10) == 1.0
+
+
+def test_rows_of_a_picture_stand_together_and_every_row_once():
+    pictures = [str(n % 10) for n in range(45)]
+    sampler = PictureSampler(pictures, together=2, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(45)) and order == list(sampler)
+    pairs = sum(pictures[a] == pictures[b] for a, b in zip(order, order[1:], strict=False))
+    assert pairs >= 20  # 10 pictures, 4 or 5 rows each: two pairs a picture
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_profile_values_arrive_under_trl_s_names(tmp_path):
+    options = trl_options(sft_options(learning_rate=3e-4, warmup_ratio=0.03, dtype="bfloat16"), tmp_path, seed=5)
+    assert {"learning_rate": 3e-4, "warmup_steps": 0.03, "bf16": True, "seed": 5}.items() <= options.items()
+    json.dumps(options)
+
+
+def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
+    with pytest.raises(TrainingError, match="is missing: run notebook 02"):
+        read_traces(tmp_path / "none.jsonl", tmp_path, "vanilla")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(TrainingError, match="holds no trace"):
+        read_traces(tmp_path / "empty.jsonl", tmp_path, "vanilla")
+
+
+def test_training_lowers_the_loss(world, tmp_path):
+    trainer, processor = trainer_of(world, tmp_path, max_steps=12)
+    train_to(trainer, processor, tmp_path / "out")
+    values = losses(tmp_path / "log.jsonl")
+    assert values[-1] < 0.7 * values[0] and all(map(math.isfinite, values))
