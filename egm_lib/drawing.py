@@ -1,0 +1,130 @@
+"""Boxes on pictures with matplotlib: the same drawing for figures, exports and the viewer's still picture."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path as Outline
+
+from egm_lib.boxes import Box
+from egm_lib.comparison import Answer, Comparison, picture_of, reasoning_and_answer
+from egm_lib.palette import FAILED, FAINT, GROUND_TRUTH, INK, SOLVED, Look, look, new_figure, styled
+
+
+def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.8) -> None:
+    """A box with a white halo, so that it shows on any picture and in grey; box: xyxy px."""
+    x1, y1, x2, y2 = box
+    shared = {"xy": (x1, y1), "width": x2 - x1, "height": y2 - y1, "fill": False}
+    ax.add_patch(Rectangle(**shared, edgecolor="white", linewidth=width + 1.8, alpha=0.9))
+    line = (0, style.dash) if style.dash else "solid"
+    ax.add_patch(Rectangle(**shared, edgecolor=style.colour, linewidth=width, linestyle=line))
+
+
+def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
+    """Hatches what the amodal box holds beyond the visible (modal) one, and outlines the visible one; xyxy px."""
+
+    def ring(box: Box) -> list[tuple[float, float]]:
+        x1, y1, x2, y2 = box
+        return [(x1, y1), (x2, y1), (x2, y2), (x1, y2), (x1, y1)]
+
+    codes = [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
+    hidden = Outline(ring(amodal) + ring(modal)[::-1], codes * 2)
+    ax.add_patch(PathPatch(hidden, facecolor=(1, 1, 1, 0.35), edgecolor=GROUND_TRUTH.colour, hatch="////", linewidth=0))
+    draw_box(ax, modal, Look("visible part", GROUND_TRUTH.colour, (1, 1.5), "s"), 1.0)
+
+
+def draw_picture(ax: Axes, sample: Mapping, answers: Sequence[tuple[Box | None, Look]], root: str | Path) -> None:
+    """The picture, the ground truth (hatched where hidden) and each answer's box; the view grows to boxes outside."""
+    ax.set_axis_off()
+    gt, modal = sample.get("gt_box"), sample.get("modal_box")
+    try:
+        picture = picture_of(sample, root)
+        width, height = sample.get("width") or picture.width, sample.get("height") or picture.height
+        crisp = max(picture.size) <= 256  # the miniature world: pixels, not blur
+        ax.imshow(picture, extent=(0, width, height, 0), interpolation="nearest" if crisp else "antialiased")
+    except (OSError, ValueError) as problem:
+        width, height = sample.get("width") or 1, sample.get("height") or 1
+        ax.text(0.5, 0.5, textwrap.fill(f"no picture: {problem}", 36), ha="center", va="center", color=FAINT,
+                transform=ax.transAxes, fontsize=7)  # fmt: skip
+    if gt is not None:
+        if modal is not None:
+            draw_hidden(ax, tuple(gt), tuple(modal))
+        draw_box(ax, tuple(gt), GROUND_TRUTH, 4.2)  # wider than answers: it shows beneath a perfect one
+    shown = [box for box, _ in answers if box is not None]
+    for box, style in answers:
+        if box is not None:
+            draw_box(ax, box, style)
+    boxes = [*shown, *([gt] if gt is not None else [])]
+    pad = 0.012 * max(width, height)
+    x1, y1 = (min([0, *(box[side] - pad for box in boxes)]) for side in (0, 1))
+    x2, y2 = (max([size, *(box[side] + pad for box in boxes)]) for side, size in ((2, width), (3, height)))
+    ax.set_xlim(max(x1, -width), min(x2, 2 * width))
+    ax.set_ylim(min(y2, 2 * height), max(y1, -height))
+    ax.set_aspect("equal")
+
+
+def verdict(answer: Answer) -> str:
+    """One line on an answer: IoU or what is wrong with it."""
+    if answer.error:
+        return f"error: {answer.error}"
+    if answer.box is None:
+        return {"no_box": "no box", "unclosed_reasoning": "cut off while reasoning", "malformed": "malformed box"}.get(
+            answer.status, answer.status
+        )
+    return f"{'hit' if answer.success else 'miss'}, IoU {answer.iou:.2f}"
+
+
+def comparison_figure(
+    comparison: Comparison, models: Sequence[str], root: str | Path, *, width_in: float = 9.0, note: str = ""
+) -> Figure:
+    """Picture with boxes at the left; at the right the expression and each model's verdict and reasoning.
+
+    The viewer's still picture and its PNG, SVG and PDF export.
+    """
+    sample = comparison.sample
+    blocks = []
+    for place, model in enumerate(models):
+        if (answer := comparison.answers.get(model)) is not None:
+            reasoning, _ = reasoning_and_answer(answer.row)
+            text = textwrap.shorten(reasoning or "(no reasoning)", 420, placeholder=" ...")
+            blocks.append((look(model, place), answer, textwrap.wrap(text, 62)))
+    lines = 4.2 + sum(2.3 + len(text) for _, _, text in blocks)
+    with styled():
+        height_in = max(3.4, 0.175 * lines + 0.3)
+        figure = new_figure(width_in, height_in)
+        left, right = figure.subplots(1, 2, width_ratios=(4.2, 4.8))
+        draw_picture(left, sample, [(answer.box, style) for style, answer, _ in blocks], root)
+        right.set_axis_off()
+        right.set_xlim(0, 1)
+        right.set_ylim(height_in / 0.175, 0)  # one unit a line of text
+        y = 1.0
+        for line in textwrap.wrap(f"“{sample.get('expression', '')}”", 50)[:3]:
+            right.text(0, y, line, fontsize=11, fontweight="bold", va="center")
+            y += 1.3
+        facts = [*(sample.get(name) for name in ("dataset", "split", "prompt_kind", "sample_id")), note]
+        right.text(0, y, " · ".join(str(fact) for fact in facts if fact), fontsize=7.5, color=FAINT, va="center")
+        y += 1.4
+        swatch(right, 0, y, GROUND_TRUTH)
+        right.text(0.085, y, GROUND_TRUTH.label, va="center")
+        if sample.get("modal_box") is not None:
+            right.text(0.33, y, "(hatched: hidden part)", va="center", fontsize=8, color=FAINT)
+        y += 1.6
+        for style, answer, text in blocks:
+            swatch(right, 0, y, style)
+            right.text(0.085, y, style.label, va="center", fontweight="bold")
+            colour = SOLVED if answer.success else FAILED
+            right.text(0.48, y, textwrap.shorten(verdict(answer), 44), va="center", color=colour)
+            y += 1.25
+            for line in text:
+                right.text(0.085, y, line, va="center", fontsize=8, color=INK)
+                y += 1
+            y += 0.8
+    return figure
+
+
+def swatch(ax: Axes, x: float, y: float, style: Look) -> None:
+    """A short stroke in a model's colour and dash."""
+    ax.plot([x, x + 0.065], [y, y], color=style.colour, linewidth=2.4, dashes=style.dash or (None, None), clip_on=False)
