@@ -1,21 +1,20 @@
 """What every notebook does to show something: tables from files, figures from files, a training log as curves."""
 
+import io
 import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Image, Markdown, display
-from matplotlib.patches import Rectangle
+from matplotlib.figure import Figure
 
-from egm_lib.data import open_image, resolve_image
 from egm_lib.data.records import atomic_open
+from egm_lib.drawing import draw_picture
+from egm_lib.palette import look, new_figure, styled
 from egm_lib.profile import Run
 from egm_lib.tables import build_tables
-
-BOXES = (("gt_box", "#009E73", "-"), ("modal_box", "#009E73", "--"), ("box", "#D55E00", "-"))  # colour-blind-safe
 
 
 def show_tables(run: Run, *names: str) -> None:
@@ -33,21 +32,17 @@ def show_pictures(*paths: Path, width_px: int = 760) -> None:
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
-    """Pictures in a row: ground truth green (dashed: its visible part), a prediction's box orange."""
+    """Pictures in a row with the ground truth (its hidden part hatched) and, for prediction rows, the model's box."""
     samples = list(samples)
     if not samples:
         return
-    figure, axes = plt.subplots(1, len(samples), figsize=(3 * len(samples), 3.5), squeeze=False, layout="constrained")
-    for axis, sample in zip(axes[0], samples, strict=True):
-        axis.imshow(open_image(resolve_image(sample, root)))
-        for name, colour, style in BOXES:
-            if (box := sample.get(name)) is not None:
-                corner, sides = box[:2], (box[2] - box[0], box[3] - box[1])
-                axis.add_patch(Rectangle(corner, *sides, fill=False, edgecolor=colour, linestyle=style, linewidth=2))
-        axis.set_title(textwrap.fill(sample["expression"], 36), fontsize=8)
-        axis.axis("off")
-    display(figure)
-    plt.close(figure)
+    with styled():
+        figure = new_figure(2.9 * len(samples), 3.4)
+        for axis, sample in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
+            answers = [(sample["box"], look(sample["model"]))] if "box" in sample else []
+            draw_picture(axis, sample, answers, root)
+            axis.set_title(textwrap.fill(sample["expression"], 34), fontsize=8, fontweight="normal")
+        show(figure)
 
 
 def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
@@ -57,15 +52,24 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
     if not shown:
         display(Markdown("Training log: not run"))
         return
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 2.8), squeeze=False, layout="constrained")
-    for axis, column in zip(axes[0], shown, strict=True):
-        for name, frame in frames.items():
-            rows = frame[frame[column].notna()] if column in frame else frame.iloc[:0]
-            axis.plot(rows["step"] if len(rows) else [], rows[column] if len(rows) else [], label=name)
-        axis.set(title=column, xlabel="step")
-    axes[0][0].legend(frameon=False)
-    display(figure)
-    plt.close(figure)
+    with styled():
+        figure = new_figure(2.9 * len(shown), 2.6)
+        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axis, column in zip(axes, shown, strict=True):
+            for (name, frame), style in zip(frames.items(), ("-", "--", ":"), strict=False):
+                if column in frame:
+                    rows = frame[frame[column].notna()]
+                    axis.plot(rows["step"], rows[column], style, label=name)
+            axis.set(title=column, xlabel="step")
+        axes[0].legend()
+        show(figure)
+
+
+def show(figure: Figure) -> None:
+    """A figure as a PNG, in whatever shows this notebook."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    display(Image(buffer.getvalue()))
 
 
 def read_jsonl(path: Path) -> list[dict]:
