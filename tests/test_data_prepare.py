@@ -17,10 +17,20 @@ from test_data_sources import (
     write_tao,
 )
 
-from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, open_image, read_eval, read_samples, read_train, resolve_image
+from egm_lib.data import (
+    AMODAL_SPLITS,
+    EVAL_SPLITS,
+    load_refcoco,
+    open_image,
+    read_eval,
+    read_samples,
+    read_train,
+    resolve_image,
+)
 from egm_lib.data.__main__ import main
 from egm_lib.data.leakage import remove_leakage
 from egm_lib.data.prepare import prepare
+from egm_lib.data.records import rows_to_dataset
 from egm_lib.data.survey import describe, picture_faults
 
 
@@ -137,11 +147,8 @@ def test_stats_print_table_3_beside_the_paper(refcoco_root, capsys):
 
 
 def test_boxes_per_image_counts_boxes_not_expressions(refcoco_root):
-    samples = read_eval(refcoco_root, "refcoco", "val")
-    row = samples[0]
+    row = load_refcoco(refcoco_root, dataset="refcoco", split="val")[0]
     rows = [row, row | {"sample_id": "b"}, row | {"sample_id": "c", "gt_box": [1, 2, 3, 4]}]
-    from egm_lib.data.records import rows_to_dataset
-
     assert describe(rows_to_dataset(rows, "test"))["boxes_per_image"] == 2
 
 

@@ -3,7 +3,6 @@
 Expressions are the annotators' object names here; those of Sec. 4.1 (Fig. 9) are written by the curation.
 """
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +12,7 @@ from datasets import Dataset
 from pycocotools import mask as coco_mask
 
 from egm_lib.boxes import iou
-from egm_lib.data.records import SampleError, join_image, read_json, rows_to_dataset, xywh_to_xyxy
-
-log = logging.getLogger(__name__)
+from egm_lib.data.records import SampleError, join_image, read_json, report_left_out, rows_to_dataset, xywh_to_xyxy
 
 
 def load_coco_amodal(annotation_json: str | Path, *, split: str, image_root: str | Path | None = None,
@@ -27,9 +24,11 @@ def load_coco_amodal(annotation_json: str | Path, *, split: str, image_root: str
     modal_box is null where nothing of the region is visible. The amodal box may leave the picture (`fit_to_picture`).
     Raises FileNotFoundError, or SampleError naming file, region and reason.
     """
-    document, counts = read_json(annotation_json), Counter() if counts is None else counts
-    rows = _coco_rows(document, str(annotation_json), split, image_root, min_occlusion, stuff, counts)
-    return _loaded(rows, annotation_json, counts)
+    source, left_out = str(annotation_json), Counter()
+    rows = _coco_rows(read_json(source), source, split, image_root, min_occlusion, stuff, left_out)
+    samples = rows_to_dataset(rows, source)
+    report_left_out(source, left_out, counts)
+    return samples
 
 
 def load_tao_amodal(annotation_json: str | Path, *, split: str, image_root: str | Path | None = None,
@@ -39,15 +38,10 @@ def load_tao_amodal(annotation_json: str | Path, *, split: str, image_root: str 
     min_occlusion: least 1 - `visibility`, 0..1; uncertain: keep boxes that the annotators were not sure of.
     The rest is as in `load_coco_amodal`; many of these boxes leave the picture.
     """
-    document, counts = read_json(annotation_json), Counter() if counts is None else counts
-    rows = _tao_rows(document, str(annotation_json), split, image_root, min_occlusion, uncertain, counts)
-    return _loaded(rows, annotation_json, counts)
-
-
-def _loaded(rows: Iterator[dict], annotation_json: str | Path, counts: Counter) -> Dataset:
-    samples = rows_to_dataset(rows, str(annotation_json))
-    if counts:
-        log.warning("%s: left out %s", annotation_json, dict(counts))
+    source, left_out = str(annotation_json), Counter()
+    rows = _tao_rows(read_json(source), source, split, image_root, min_occlusion, uncertain, left_out)
+    samples = rows_to_dataset(rows, source)
+    report_left_out(source, left_out, counts)
     return samples
 
 

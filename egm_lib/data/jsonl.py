@@ -1,6 +1,5 @@
 """Referring expressions as evaluators pass them on: jsonl, and the authors' VeRL parquet."""
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from egm_lib.data.records import (
     join_image,
     json_lines,
     read_json,
+    report_left_out,
     rows_to_dataset,
     table_to_dataset,
 )
@@ -36,8 +36,6 @@ _QUESTIONS = (
     re.compile(r"Locate (?P<expression>.*?)(?: amodally)?, output its bbox", re.DOTALL),
 )
 
-log = logging.getLogger(__name__)
-
 
 def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vanilla",
                image_root: str | Path | None = None, counts: Counter | None = None) -> Dataset:
@@ -47,14 +45,12 @@ def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vani
     counted in `counts`. image_id is the COCO number in the picture's name, else the name.
     Raises FileNotFoundError, or SampleError naming file, row and reason.
     """
-    path, counts = Path(path), Counter() if counts is None else counts
+    path = Path(path)
     table = _read_rows(path)
     empty_N = pc.fill_null(pc.struct_field(table["categories"], "empty_case"), False)
     row_numbers_N = 1 + np.flatnonzero(~np.asarray(empty_N))
     table = table.take(row_numbers_N - 1)
-    if len(table) < len(empty_N):
-        counts["no object fits"] += len(empty_N) - len(table)
-        log.warning("%s: left out %d rows to which no object fits", path, counts["no object fits"])
+    report_left_out(str(path), +Counter({"no object fits": len(empty_N) - len(table)}), counts)
     prefix = "" if image_root is None else f"{Path(image_root)}/"
     numbers = pc.utf8_lpad(pc.cast(pa.array(row_numbers_N), pa.string()), 6, "0")
     absolute = pc.starts_with(table["image"], "/")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
@@ -32,7 +33,7 @@ def remove_leakage(train: Sequence[Dataset], evaluation: Sequence[Dataset]) -> t
     for samples in train:
         image_ids = _column(samples, "image_id")
         leaked = pc.is_in(image_ids, tested)
-        kept.append(samples.select(pc.indices_nonzero(pc.invert(leaked)).to_numpy()))
+        kept.append(samples.select(np.flatnonzero(~leaked.to_numpy())))
         found.append(Leakage(
             dataset=samples[0]["dataset"] if len(samples) else "(empty)",
             samples=len(samples), images=len(image_ids.unique()),

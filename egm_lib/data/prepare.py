@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,8 +23,6 @@ TAO_IMAGES = "images/tao"
 PAPER_TRAIN_SAMPLES = {"vanilla": 575_208, "amodal": 23_698}  # Sec. 4.1 and Table 3
 PAPER_AMODAL_TRAIN_IMAGES = 15_798
 MIN_OCCLUSION = 0.05  # ours: the paper does not say how much must be hidden for a region to be an amodal sample
-
-log = logging.getLogger(__name__)
 
 
 def prepare(root: str | Path, *, tasks: Sequence[Task] = ("vanilla", "amodal"), flips: bool = True,
@@ -65,7 +62,7 @@ def _vanilla(root: Path, flips: bool, keep_leaks: bool) -> dict:
         task="vanilla", samples=sum(map(len, parts)), paper_samples=PAPER_TRAIN_SAMPLES["vanilla"],
         images=count_images(kept), paper_images=PAPER_TRAIN_IMAGES,
         leakage=[dataclasses.asdict(leak) for leak in leaks], leaks_kept=keep_leaks,
-        flipped=flips, not_flipped=dict(doubts), left_out=dict(left_out),
+        flipped=flips, not_flipped=dict(doubts), left_out=dict(+left_out),
     )
 
 
@@ -94,7 +91,7 @@ def _amodal(root: Path, keep_leaks: bool) -> dict:
         task="amodal", samples=sum(map(len, kept)), paper_samples=PAPER_TRAIN_SAMPLES["amodal"],
         images=count_images(kept), paper_images=PAPER_AMODAL_TRAIN_IMAGES,
         leakage=[dataclasses.asdict(leak) for leak in leaks], leaks_kept=keep_leaks,
-        boxes_outside=dict(cuts), left_out=dict(left_out), min_occlusion=MIN_OCCLUSION,
+        boxes_outside=dict(cuts), left_out=dict(+left_out), min_occlusion=MIN_OCCLUSION,
     )
 
 

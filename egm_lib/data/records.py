@@ -1,10 +1,12 @@
 """The one record every data source is turned into, and its JSONL files."""
 
 import json
+import logging
 import os
 import tempfile
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -19,6 +21,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 Task = Literal["vanilla", "amodal"]
+
+log = logging.getLogger(__name__)
 
 
 class GroundingSample(TypedDict):
@@ -253,6 +257,14 @@ def _boxes(column: pa.ListArray, unusable_N: np.ndarray) -> np.ndarray:
     usable = column.filter(pa.array(~unusable_N))
     boxes_N_4[~unusable_N] = pc.list_flatten(usable).to_numpy(zero_copy_only=False).reshape(-1, 4)
     return boxes_N_4
+
+
+def report_left_out(source: str, left_out: Counter, counts: Counter | None) -> None:
+    """Say what a reader left out of a source and why, and add it to the caller's counts."""
+    if left_out:
+        log.warning("%s: left out %s", source, dict(left_out))
+    if counts is not None:
+        counts.update(left_out)
 
 
 def read_json(path: str | Path, object_hook=None) -> typing.Any:

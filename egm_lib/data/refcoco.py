@@ -1,6 +1,5 @@
 """RefCOCO, RefCOCO+ and RefCOCOg as published: `refs(<split_by>).p` and COCO's `instances.json`."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -10,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from egm_lib.data.plain_pickle import load_plain_pickle
-from egm_lib.data.records import SampleError, join_image, read_json, rows_to_dataset, xywh_to_xyxy
+from egm_lib.data.records import SampleError, join_image, read_json, report_left_out, rows_to_dataset, xywh_to_xyxy
 
 SPLITS = {
     ("refcoco", "unc"): ("train", "val", "testA", "testB"),
@@ -20,8 +19,6 @@ SPLITS = {
     ("refcocog", "google"): ("train", "val"),  # its val shares pictures with its train: umd is the default
 }
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
-
-log = logging.getLogger(__name__)
 
 
 def load_refcoco(root: str | Path, *, dataset: str, split: str, split_by: str | None = None,
@@ -38,15 +35,14 @@ def load_refcoco(root: str | Path, *, dataset: str, split: str, split_by: str | 
         known = "; ".join(f"{name} ({by}): {', '.join(of)}" for (name, by), of in SPLITS.items())
         raise ValueError(f"no split {split!r} of {dataset!r} by {split_by!r}; there are {known}")
     folder = Path(root) / dataset
-    refs_path, counts = folder / f"refs({split_by}).p", Counter() if counts is None else counts
+    refs_path, left_out = folder / f"refs({split_by}).p", Counter()
     refs = _cached(load_plain_pickle, refs_path)
     if not isinstance(refs, list):
         raise SampleError(f"{refs_path}: a list of references is expected, not {type(refs).__name__}")
     images, annotations, kinds = _cached(_read_instances, folder / "instances.json")
-    rows = _rows(refs, images, annotations, kinds, dataset, split, image_root, str(refs_path), counts)
+    rows = _rows(refs, images, annotations, kinds, dataset, split, image_root, str(refs_path), left_out)
     samples = rows_to_dataset(rows, f"{refs_path} [{split}]")
-    if counts:
-        log.warning("%s %s: left out %s", dataset, split, dict(counts))
+    report_left_out(f"{refs_path} [{split}]", left_out, counts)
     return samples
 
 
