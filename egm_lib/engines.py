@@ -24,18 +24,24 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from egm_lib.models import DTYPES, load_model, load_processor
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES, Family
+from egm_lib.vision_cache import freeze_vision
 
 THINK_END = "</think>"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one picture; prompt is the user's text, without chat template."""
+    """One question about one picture; prompt is the user's text, without chat template.
+
+    begun: what the assistant has written already, after the template's own opener; the answer goes on from there.
+    """
 
     image: Image.Image
     prompt: str
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,12 @@ class Answer:
 
 
 class Engine(Protocol):
-    """batch_size: requests that are answered together; `answer` may be given any number of them."""
+    """batch_size: requests that are answered together; `answer` may be given any number. seed: of sampled answers."""
 
     family: Family
     revision: str | None
     batch_size: int
+    seed: int
 
     def answer(
         self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
@@ -155,17 +162,16 @@ class AnswerForm:
         return allowed
 
 
-def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning: bool) -> tuple[list[str], str]:
-    """The chat text of each request, and what of the assistant's turn it has begun (a parser must see that too)."""
-    texts = [
-        processor.apply_chat_template(family.messages(request.prompt), tokenize=False, add_generation_prompt=True)
-        for request in requests
-    ]
-    opener = family.reasoning_opener
-    begun = opener if opener and texts and texts[0].endswith(opener) else ""
-    if not reasoning:
-        texts, begun = [text + family.no_reasoning_prefix for text in texts], begun + family.no_reasoning_prefix
-    return texts, begun
+def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning: bool) -> list[tuple[str, str]]:
+    """(chat text, what of the assistant's turn it has begun: a parser must see that too) of each request."""
+    pairs = []
+    for request in requests:
+        messages = family.messages(request.prompt)
+        chat = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        opener = family.reasoning_opener if chat.endswith(family.reasoning_opener) else ""
+        begun = request.begun + ("" if reasoning else family.no_reasoning_prefix)
+        pairs.append((chat + begun, opener + begun))
+    return pairs
 
 
 # --- transformers --------------------------------------------------------------------------------------------------
@@ -277,22 +283,28 @@ class TransformersEngine:
     """Batches of similar length, a KV cache, float32 or bfloat16; on a CPU or one GPU.
 
     model_path: a checkpoint folder or hub id, or a loaded model with `processor` beside it.
+    cache_vision: on a CPU a picture with several expressions goes through a Qwen3-VL's vision tower once; not for
+    measuring latency.
     """
 
     def __init__(
         self, model_path, family: str, dtype: str = "float32", batch_size: int = 64, *, processor=None,
         revision: str | None = None, max_pixels: int | None = None, device: str | None = None, seed: int = 0,
+        cache_vision: bool = True,
     ):  # fmt: skip
         self.family, self.revision, self.batch_size, self.seed = FAMILIES[family], revision, batch_size, seed
-        self.dtype = getattr(torch, dtype)
+        self.dtype = DTYPES[dtype]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if isinstance(model_path, torch.nn.Module):
             model = model_path
         else:
-            from egm_lib.models import load_model, load_processor
-
-            model, processor = load_model(model_path, self.dtype), processor or load_processor(model_path, family)
+            hub = {} if revision is None else {"revision": revision}
+            model = load_model(model_path, dtype, **hub)
+            processor = processor or load_processor(model_path, family)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
+        self.cache_vision = cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
+        if self.cache_vision:
+            freeze_vision(self.model)
         if max_pixels is not None:
             self.processor.image_processor.size = {**self.processor.image_processor.size, "longest_edge": max_pixels}
         tokenizer = self.processor.tokenizer
@@ -309,7 +321,7 @@ class TransformersEngine:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return {
             "engine": "transformers", "device": name, "dtype": str(self.dtype).removeprefix("torch."),
-            "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "cache_vision": self.cache_vision,
         }  # fmt: skip
 
     def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
@@ -337,9 +349,9 @@ class TransformersEngine:
 
     def _decode(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
         start = time.perf_counter()
-        texts, begun = chat_texts(self.processor, self.family, requests, reasoning)
+        texts, begun = zip(*chat_texts(self.processor, self.family, requests, reasoning), strict=True)
         inputs = self.processor(
-            text=texts, images=[[request.image] for request in requests], padding=True, padding_side="left",
+            text=list(texts), images=[[request.image] for request in requests], padding=True, padding_side="left",
             return_tensors="pt",
         ).to(self.device)  # fmt: skip
         if "pixel_values" in inputs:
@@ -356,10 +368,10 @@ class TransformersEngine:
         first_token_ms = (decoded.first_token_at - start) * 1000 if alone else None
         prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
         answers = []
-        for ids, finish, num_prompt in zip(decoded.tokens, decoded.finish, prompt_tokens, strict=True):
+        for ids, finish, num_prompt, opening in zip(decoded.tokens, decoded.finish, prompt_tokens, begun, strict=True):
             num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
             answers.append(Answer(
-                begun + self._text(ids), num_prompt, num_reasoning, len(ids) - num_reasoning, finish, latency_ms,
+                opening + self._text(ids), num_prompt, num_reasoning, len(ids) - num_reasoning, finish, latency_ms,
                 first_token_ms,
             ))  # fmt: skip
         return answers
@@ -391,7 +403,7 @@ class OpenAIEngine:
     def __init__(
         self, base_url: str, model: str, family: str, batch_size: int = 64, *, extra_sampling: bool = True,
         opens_reasoning: bool = False, revision: str | None = None, timeout_s: float = 600.0, max_retries: int = 5,
-        client=None,
+        seed: int = 0, client=None,
     ):  # fmt: skip
         import os
 
@@ -399,6 +411,7 @@ class OpenAIEngine:
 
         self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
         self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
+        self.seed = seed
         self.opener = self.family.reasoning_opener if opens_reasoning else ""
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = client or OpenAI(base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key)
@@ -415,6 +428,8 @@ class OpenAIEngine:
     def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
         from openai import OpenAIError
 
+        if request.begun:
+            raise ValueError("a chat endpoint cannot go on from a begun answer; use the engine transformers or vllm")
         start = time.perf_counter()
         extra = {}
         if self.extra_sampling:
@@ -434,7 +449,8 @@ class OpenAIEngine:
         try:
             completion = self.client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": content}], temperature=sampling.temperature,
-                top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, extra_body=extra or None, **options,
+                top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=self.seed, extra_body=extra or None,
+                **options,
             )  # fmt: skip
         except OpenAIError as error:
             return Answer.failed(error)
@@ -505,7 +521,9 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
-        texts, begun = chat_texts(self.processor, self.family, requests, reasoning)
+        if not requests:
+            return
+        texts, begun = zip(*chat_texts(self.processor, self.family, requests, reasoning), strict=True)
         pattern = ANSWER_PATTERNS[self.family.name]
         params = SamplingParams(
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=self.seed,
@@ -522,7 +540,7 @@ class VLLMEngine:
         latency_ms = (time.perf_counter() - start) * 1000 if len(requests) == 1 else None
         think_end_id = self.processor.tokenizer.convert_tokens_to_ids(THINK_END)
         eos = self.processor.tokenizer.eos_token
-        for output in outputs:
+        for output, opening in zip(outputs, begun, strict=True):
             completion = output.outputs[0]
             ids = list(completion.token_ids)
             text = completion.text.removesuffix(eos)
@@ -530,6 +548,5 @@ class VLLMEngine:
             if not reasoning:
                 check_bound(text, pattern, finished=finish == "stop")
             num_reasoning = len(ids) - ids[::-1].index(think_end_id) if think_end_id in ids else 0
-            yield Answer(
-                begun + text, len(output.prompt_token_ids), num_reasoning, len(ids) - num_reasoning, finish, latency_ms
-            )
+            num_answer, num_prompt = len(ids) - num_reasoning, len(output.prompt_token_ids)
+            yield Answer(opening + text, num_prompt, num_reasoning, num_answer, finish, latency_ms)

@@ -22,13 +22,14 @@ import transformers
 
 from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
 from egm_lib.data.records import FEATURES, atomic_open
-from egm_lib.engines import Answer, Engine, OpenAIEngine, Request, TransformersEngine, VLLMEngine
+from egm_lib.decoding import decoded_as
+from egm_lib.engines import Answer, ConstraintIgnored, Engine, OpenAIEngine, Request, TransformersEngine, VLLMEngine
 from egm_lib.evaluation import read_rows
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import Model, Profile, ProfileError, Run, Sampling, load_profile
 
 NO_REASONING = "-no-reasoning"  # a model name with this ending is its model, reasoning switched off (Table 10)
-WINDOW_BATCHES = 8  # samples are sorted by length within this many batches, and written together
+WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
 
 
 class Prediction(TypedDict):
@@ -209,33 +210,35 @@ def measure_latency(
 
 def model_of(run: Run, model: str, task: str) -> Model:
     """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained for this task."""
-    models = run.profile.models
+    models, plain = run.profile.models, model.partition("@")[0]  # after the @: egm_lib.decoding
     bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
     if models.egm is not None:
         bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}
     if model in bases:
         return bases[model]
-    path = run.checkpoint(task, model.removesuffix(NO_REASONING))
+    path = run.checkpoint(task, plain.removesuffix(NO_REASONING))
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint {path}; train it first, or use one of {', '.join(bases)}")
     small = models.small
     return Model(path=str(path), family=small.family, dtype=small.dtype, max_pixels=small.max_pixels)
 
 
-def make_engine(profile: Profile, model: Model, seed: int = 0) -> Engine:
-    """The profile's engine for a checkpoint."""
+def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: bool = False) -> Engine:
+    """The profile's engine for a checkpoint; for_latency: nothing is remembered between requests."""
     generation = profile.generation
     if generation.engine == "openai":
         if generation.base_url is None:
             raise ProfileError(f"{profile.name}: generation.engine is openai, so generation.base_url is needed")
         return OpenAIEngine(
-            generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision
+            generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision, seed=seed
         )
-    engine = {"transformers": TransformersEngine, "vllm": VLLMEngine}[generation.engine]
-    return engine(
-        model.location, model.family, model.dtype, generation.batch_size, revision=model.revision,
-        max_pixels=model.max_pixels, seed=seed,
-    )  # fmt: skip
+    common = {
+        "dtype": model.dtype, "batch_size": generation.batch_size, "revision": model.revision,
+        "max_pixels": model.max_pixels, "seed": seed,
+    }  # fmt: skip
+    if generation.engine == "vllm":
+        return VLLMEngine(model.location, model.family, **common)
+    return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -257,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         for model in args.model:
             for task in ("vanilla",) if args.latency else (args.task or profile.tasks):
                 _predict_task(run, model, task, args)
-    except (ProfileError, FileNotFoundError, ValueError, ImportError, EngineFailure) as error:
+    except (ProfileError, FileNotFoundError, ValueError, ImportError, EngineFailure, ConstraintIgnored) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -272,9 +275,9 @@ def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> 
     splits = [pair for pair in eval_splits(task) if not args.split or split_id(*pair) in args.split]
     if not splits:
         return
-    engine = make_engine(profile, model_of(run, model, task), run.seed)
+    engine = decoded_as(make_engine(profile, model_of(run, model, task), run.seed, for_latency=args.latency), model)
     common = {"model": model, "root": root, "sampling": profile.generation.sampling}
-    common["reasoning"] = not model.endswith(NO_REASONING)
+    common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]
         out = run.root / "latency" / f"{model}.jsonl"

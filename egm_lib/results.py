@@ -24,9 +24,11 @@ def paper(name: str) -> dict:
     return json.loads((PAPER_DIR / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def paper_model(model: str) -> str:
-    """The paper's model beside which a run's model stands; a name of the paper stands for itself."""
-    return {row["name"]: row["paper"] for row in paper("models")["rows"]}.get(model, model)
+def paper_models(profile: str) -> tuple[dict[str, str], bool]:
+    """The paper's model beside each of a profile's, and whether they are the same (else: a miniature's)."""
+    matching = [row for row in paper("models")["rows"] if profile.startswith(row["profiles"])]
+    best = max(matching, key=lambda row: len(row["profiles"]))
+    return best["models"], best["same"]
 
 
 class Results:
@@ -46,6 +48,7 @@ class Results:
         if len(names) > 1:
             raise ValueError(f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at a time")
         self.profile = names.pop()
+        self.paper_models, self.same_models = paper_models(self.profile)
         self.seeds = [int(tail) if (tail := root.name.rpartition("-")[2]).isdigit() else tail for root in self.roots]
 
     @cached_property
@@ -77,9 +80,15 @@ class Results:
 
     @cached_property
     def models(self) -> list[str]:
-        """Names with predictions: the run's own in the order of the story, then any other by name."""
-        found = set(self.predictions["model"])
+        """Names with predictions: the run's own in the order of the story, then any other by name; no variants."""
+        found = {model for model in set(self.predictions["model"]) if "@" not in model}
         return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """Names of models decoded otherwise, such as small-egm@budget-16, by way and number."""
+        found = {model for model in set(self.predictions["model"]) if "@" in model}
+        return sorted(found, key=lambda model: (model.rpartition("-")[0], int(model.rpartition("-")[2])))
 
     @cached_property
     def _by_model_and_task(self) -> dict[tuple[str, str], pd.DataFrame]:

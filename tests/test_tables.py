@@ -7,10 +7,9 @@ import math
 import pytest
 
 from egm_lib.data import eval_splits, split_id
-from egm_lib.results import Results, paper, paper_model
+from egm_lib.results import Results, paper, paper_models
 from egm_lib.tables import TABLES, build_tables
 from egm_lib.tables.cells import Number, Row, Table, to_latex, to_markdown
-from egm_lib.tables.published import fleiss_kappa
 
 PER_SPLIT = 10
 
@@ -91,6 +90,7 @@ def test_failures_by_the_majority_of_judges(run_root, tmp_path):
     third_judge = tables["table12"].columns.index("ours: c")
     [other] = [row for row in tables["table12"].rows if row.label == "OTHER"]
     assert other.cells[third_judge].value == 100
+    assert "0.0 % unanimous" in (tmp_path / "out" / "table12.md").read_text()  # judge c never agrees
 
 
 def test_of_the_bases_failures_how_many_are_solved_and_what_is_lost(run_root, tmp_path):
@@ -195,25 +195,25 @@ def test_paper_rows_average_to_what_the_paper_prints():
             if row["mean_printed"] is not None:  # two rows of the paper are off by one digit's rounding
                 assert math.isclose(row["mean_of_splits"], row["mean_printed"], abs_tol=0.06)
     names = {row["name"] for row in paper("table4")["rows"]} | {row["name"] for row in paper("table10")["rows"]}
-    assert {
-        paper_model(model) for model in ("small-base", "small-egm", "small-egm-no-reasoning", "large-base")
-    } <= names
+    for row in paper("models")["rows"]:
+        assert set(row["models"].values()) <= names
 
 
-def test_fleiss_kappa_on_a_case_worked_by_hand(tmp_path):
-    import pandas as pd
+def test_a_profile_of_real_models_stands_beside_those_models_and_says_how_far_off_it_is(run_root, tmp_path):
+    assert paper_models("paper-qwen3vl-2b-released")[0]["small-egm"] == "EGM-Qwen3-VL-2B"
+    assert paper_models("mini-full") == paper_models("smoke")
+    real = run_root.rename(tmp_path / "eval-egm-4b-0")
+    table = build_tables([real], tmp_path / "out", draws=99, only=["table4"])["table4"]
+    assert cells(table, "small-egm", "ours - paper")[0].value == pytest.approx(80 - 93.5)
+    assert "miniature" not in (tmp_path / "out" / "table4.md").read_text()
 
-    def judged(*causes_by_judge):
-        return pd.DataFrame([
-            {"seed": 0, "sample_id": number, "judge": judge, "cause": cause}
-            for judge, causes in enumerate(causes_by_judge)
-            for number, cause in enumerate(causes)
-        ])  # fmt: skip
 
-    assert fleiss_kappa(judged("xxyy", "xxyy")) == 1
-    assert fleiss_kappa(judged("xy", "yx")) == pytest.approx(-1)  # never the same, where half would be chance
-    assert fleiss_kappa(judged("xxyy", "xxyx")) == pytest.approx((0.75 - 34 / 64) / (1 - 34 / 64))
-    assert fleiss_kappa(judged("xxyy")) is None
+def test_counts_of_the_traces(run_root, tmp_path):
+    rows = [{"sample_id": f"t{n}", "image_id": str(n // 3), "reasoning": "one two three"} for n in range(7)]
+    write_rows(run_root / "traces" / "vanilla.jsonl", rows)
+    table = build_tables([run_root], tmp_path / "out", draws=99, only=["table3"])["table3"]
+    assert [cells(table, name)[0].value for name in ("samples", "images", "words a trace, mean")] == [7, 3, 3]
+    assert cells(table, "samples")[1] is None and cells(table, "samples", "paper")[0].value == 575_208
 
 
 def test_markdown_and_latex_escape_what_would_break_them():

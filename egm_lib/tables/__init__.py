@@ -1,6 +1,6 @@
 """Tables 1-12, the comparisons that the paper lacks, and summary.json: functions of a run's files, no model needed.
 
-    python -m egm_lib.tables --profile mini [--rule vlmevalkit] [--only 4]
+    python -m egm_lib.tables --profile mini [--rule vlmevalkit] [--only table4]
 
 Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX; the same files give the same bytes.
 """
@@ -24,6 +24,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "table4_kinds": own.table_kinds,
     "table4_rules": own.table_rules,
     "table4_answers": own.table_answers,
+    "table4_decoding": own.table_decoding,
     "table4_latency": own.table_latency,
 }
 

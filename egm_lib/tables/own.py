@@ -109,6 +109,28 @@ def table_answers(results: Results) -> Table:
     return table
 
 
+def table_decoding(results: Results) -> Table:
+    """Accuracy against the number of generated tokens and the way of decoding (variants of `egm_lib.decoding`)."""
+    columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
+    table = Table("table4_decoding", "Other ways to decode", columns)
+    plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or ["small-egm"]
+    for model in plain:
+        for name in [model, *(each for each in results.variants if each.partition("@")[0] == model)]:
+            rows = results.of(name)
+            if rows.empty:
+                table.rows.append(Row(name, "ours", [None] * 4))
+                continue
+            tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
+            difference = "" if name == model else percent(gain(results, name, model))
+            accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
+            table.rows.append(Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))]))
+    table.notes.append(
+        "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; majority-N: of N "
+        "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as in Table 8."
+    )
+    return table
+
+
 def table_latency(results: Results) -> Table:
     """Fig. 5's numbers: latency by the protocol beside accuracy."""
     columns = ["ms, mean", "ms, median", "ms, p95", "first token, ms", "tokens", "accuracy", "n", "measured on"]

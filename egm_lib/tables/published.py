@@ -6,14 +6,12 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
+from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
 from egm_lib.evaluation import Difference, Estimate, estimate, paired_difference, read_rows, split_keys
 from egm_lib.profile import GRPO, ProfileError, Sampling, load_profile
-from egm_lib.results import Results, paper, paper_model
+from egm_lib.results import Results, paper
 from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, percent, published
-
-MINIATURE = "A miniature stands beside the paper's models: compare directions, not numbers."
-
 
 # --- Sec. 3 ----------------------------------------------------------------------------------------------------------
 
@@ -91,24 +89,23 @@ def table12(results: Results) -> Table:
     for row in source["rows"]:
         ours = [None if shares[judge] is None else percent(shares[judge][row["name"]]) for judge in judges]
         table.rows.append(Row(row["name"], "paper | ours", [*map(published, row["values"]), *ours]))
-    kappa = fleiss_kappa(failures)
-    agreement = NOT_RUN if kappa is None else f"{kappa:.2f}"
-    table.notes += [f"Agreement of our judges (Fleiss' kappa): {agreement}.", f"Paper: {source['source']}."]
+    table.notes += [f"Agreement of our judges: {_agreement(failures)}.", f"Paper: {source['source']}."]
     return table
 
 
-def fleiss_kappa(failures: pd.DataFrame) -> float | None:
-    """Agreement beyond chance of several judges on the same failures; None with fewer than two judges."""
-    if failures.empty or failures["judge"].nunique() < 2:
-        return None
-    counts = failures.groupby(["seed", "sample_id"])["cause"].value_counts().unstack(fill_value=0).to_numpy(float)
-    counts = counts[counts.sum(1) == failures["judge"].nunique()]
-    if not len(counts):
-        return None
-    raters = counts[0].sum()
-    observed = ((counts**2).sum(1) - raters).mean() / (raters * (raters - 1))
-    expected = ((counts.sum(0) / counts.sum()) ** 2).sum()
-    return 1.0 if expected == 1 else float((observed - expected) / (1 - expected))
+def _agreement(failures: pd.DataFrame) -> str:
+    if failures["judge"].nunique() < 2:
+        return NOT_RUN
+    apart = failures.assign(sample_id=failures["seed"].astype(str) + ":" + failures["sample_id"])
+    pictures = dict(zip(apart["sample_id"], apart["image_id"], strict=True))
+    table = agreement(apart, pictures)
+    if "all" not in table.index:
+        return "no failure was judged by all"
+    everyone = table.loc["all"]
+    return (
+        f"{everyone['percent']:.1f} % unanimous, Fleiss' kappa {everyone['kappa']:.2f} "
+        f"[{everyone['low']:.2f}, {everyone['high']:.2f}], n = {everyone['n']:.0f}"
+    )
 
 
 # --- Sec. 4: data ----------------------------------------------------------------------------------------------------
@@ -128,8 +125,7 @@ def table3(results: Results) -> Table:
                 cells.append(None)
             continue
         ours["samples"].append(count(len(rows)))
-        images = {row.get("image_id", row.get("image")) for row in rows}
-        ours["images"].append(count(len(images)) if None not in images else None)
+        ours["images"].append(count(len({row["image_id"] for row in rows})))
         ours["words a trace, mean"].append(Number(float(np.mean([len(row["reasoning"].split()) for row in rows]))))
     table.rows += [Row(name, "ours", cells) for name, cells in ours.items()]
     for stats in results.jsons("curation_stats.json")[:1]:
@@ -138,16 +134,9 @@ def table3(results: Results) -> Table:
 
 
 def _trace_rows(results: Results, task: str) -> list[dict]:
-    """The traces of the first seed that has some, with the fields of their samples where the run keeps those."""
-    for root in results.roots:
-        path = root / "traces" / f"{task}.jsonl"
-        if path.is_file():
-            rows = [row for row in read_rows(path) if row.get("reasoning")]
-            known = {}
-            for file in sorted((root / "samples").glob("*.jsonl")):
-                known |= {row["sample_id"]: row for row in read_rows(file)}
-            return [{**known.get(row["sample_id"], {}), **row} for row in rows]
-    return []
+    """Samples with their traces, of the first seed that has some."""
+    paths = [root / "traces" / f"{task}.jsonl" for root in results.roots]
+    return next((read_rows(path) for path in paths if path.is_file()), [])
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
@@ -243,37 +232,46 @@ def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
     source = paper(name)
     table = Table(name, source["title"], [*source["columns"], "mean of 8", "n"])
     published_rows = {row["name"]: row for row in source["rows"]}
-    listed = set()
+    listed = []
     for model in models:
-        beside = published_rows.get(paper_model(model))
+        beside = published_rows.get(results.paper_models.get(model))
         if beside is not None:
             table.rows.append(_published_row(beside))
-            listed.add(beside["name"])
-        cells = accuracy_cells(results, model)
-        table.rows.append(Row(model, "ours", [*cells, count(len(results.of(model)) or None)]))
-        if model == "small-egm":
-            table.rows.append(_published_gain(published_rows, model, "small-base", len(source["columns"])))
-            table.rows.append(_split_gains(results, model, "small-base"))
-        elif beside is not None and paper_model(model) == model:  # a published checkpoint: the numbers must agree
+            listed.append(beside["name"])
+        ours = accuracy_cells(results, model)
+        table.rows.append(Row(model, "ours", [*ours, count(len(results.of(model)) or None)]))
+        if beside is not None and results.same_models:
             values = [*beside["values"], beside["mean_of_splits"]]
-            cells = [_minus(cell, value) for cell, value in zip(cells, values, strict=True)]
-            table.rows.append(Row(model, "ours - paper", [*cells, None]))
+            off = [_minus(cell, value) for cell, value in zip(ours, values, strict=True)]
+            table.rows.append(Row(model, "ours - paper", [*off, None]))
+        if model == "small-egm":
+            base = published_rows.get(results.paper_models["small-base"])
+            if base is not None and beside is not None:
+                table.rows.append(_published_gain(beside, base))
+            table.rows.append(_split_gains(results, model, "small-base"))
     table.rows += [_published_row(row) for row in source["rows"] if row["name"] not in listed]
-    table.notes.append(f"Accuracy at IoU > 0.5, percent; rule: {results.rule}. Paper: {source['source']}. {MINIATURE}")
+    table.notes.append(
+        f"Accuracy at IoU > 0.5, percent; rule: {results.rule}. Paper: {source['source']}.{miniature(results)}"
+    )
     return table
+
+
+def miniature(results: Results) -> str:
+    """The warning that belongs below a table whose models are not the paper's."""
+    return (
+        "" if results.same_models else " A miniature stands beside the paper's models: compare directions, not numbers."
+    )
 
 
 def _published_row(row: dict) -> Row:
     return Row(row["name"], "paper", [*map(published, row["values"]), published(row["mean_of_splits"]), UNKNOWN])
 
 
-def _published_gain(rows: dict, a: str, b: str, num_splits: int) -> Row:
-    above, below = rows[paper_model(a)], rows[paper_model(b)]
+def _published_gain(above: dict, below: dict) -> Row:
     values = [x - y for x, y in zip(above["values"], below["values"], strict=True)]
     values.append(above["mean_of_splits"] - below["mean_of_splits"])
-    return Row(
-        f"{above['name']} - {below['name']}", "paper, gain", [*(Number(v, signed=True) for v in values), UNKNOWN]
-    )
+    gains = [Number(value, signed=True) for value in values]
+    return Row(f"{above['name']} - {below['name']}", "paper, gain", [*gains, UNKNOWN])
 
 
 def _split_gains(results: Results, a: str, b: str) -> Row:
@@ -319,7 +317,7 @@ def table5(results: Results) -> Table:
         cells = accuracy_cells(results, model, "amodal")
         lift = "" if model == "small-base" else percent(gain(results, model, "small-base", "amodal"))
         table.rows.append(Row(model, "ours", [*cells, lift, count(len(results.of(model, "amodal")) or None)]))
-    table.notes.append(f"Paper: {source['source']}. {MINIATURE}")
+    table.notes.append(f"Paper: {source['source']}.{miniature(results)}")
     return table
 
 
@@ -337,7 +335,7 @@ def table9(results: Results) -> Table:
         pairs = [(chain[1], chain[0]), (chain[2], chain[1]), (chain[2], chain[0])]
         gains = [percent(gain(results, a, b, task)) for a, b in pairs]
         table.rows.append(Row(f"small, {task}", "ours", [*means, *gains]))
-    table.notes.append(f"Paper: {source['source']}. {MINIATURE}")
+    table.notes.append(f"Paper: {source['source']}.{miniature(results)}")
     return table
 
 
