@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from egm_lib.data.records import atomic_open
 from egm_lib.drawing import draw_picture
+from egm_lib.figures import build_figures
 from egm_lib.palette import look, new_figure, styled
 from egm_lib.profile import Run
 from egm_lib.tables import build_tables
@@ -25,10 +26,14 @@ def show_tables(run: Run, *names: str) -> None:
         display(Markdown((run.figures / f"{name}.md").read_text(encoding="utf-8")))
 
 
-def show_pictures(*paths: Path, width_px: int = 760) -> None:
-    """Shows PNG files; one that is not there is said to be not run."""
-    for path in paths:
-        display(Image(path, width=width_px) if path.exists() else Markdown(f"`{path.stem}`: not run"))
+def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
+    """Redraws figures (such as "fig5") from the files of all seeds that were run; shows them with their captions."""
+    for drawn in build_figures(run.roots, run.figures, rule=run.profile.evaluation.rule, only=names):
+        if drawn.not_run:
+            display(Markdown(f"*{drawn.title}*: not run ({drawn.not_run})"))
+        else:
+            display(Image((run.figures / f"{drawn.name}.png").read_bytes(), width=width_px))
+            display(Markdown(f"*{drawn.title}.* {drawn.caption}"))
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:

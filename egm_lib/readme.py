@@ -1,6 +1,6 @@
-"""The numbers in README.md: paper beside ours, between two markers, from figures/mini-full/summary.json.
+"""What README.md shows of the committed results: the picture at its top, and the numbers, paper beside ours.
 
-`python -m egm_lib.readme` rewrites them (`make tables PROFILE=mini-full` does).
+`python -m egm_lib.readme` writes both between their markers, from figures/mini-full (`make tables` does).
 """
 
 import json
@@ -11,7 +11,6 @@ from egm_lib.data.records import atomic_open
 from egm_lib.profile import project_root
 from egm_lib.results import MODELS, paper, paper_models
 
-BEGIN, END = "<!-- numbers: written by `python -m egm_lib.readme` -->", "<!-- end of numbers -->"
 PROFILE = "mini-full"
 
 
@@ -40,19 +39,33 @@ def _cell(summary: dict | None, key: str, model: str) -> str:
     return f"{100 * value['mean']:.1f}{interval}"
 
 
-def rewritten(text: str, table: str) -> str:
-    """A README with the table between its markers. ValueError where a marker is missing."""
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"README.md lacks its marker {BEGIN if BEGIN not in text else END}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+def picture(root: Path) -> str:
+    """The overview figure, as an image of the README; nothing where it was not drawn."""
+    path = Path("figures") / PROFILE / "overview.png"
+    return f"![EGM at a glance: the miniature's results]({path})" if (root / path).exists() else ""
+
+
+def rewritten(text: str, block: str, content: str) -> str:
+    """A README with `content` between the markers of a block. ValueError where a marker is missing."""
+    begin, end = f"<!-- {block}: written by `python -m egm_lib.readme` -->", f"<!-- end of {block} -->"
+    for marker in (begin, end):
+        if text.count(marker) != 1:
+            raise ValueError(f"README.md must have the marker {marker} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def committed_readme(root: Path) -> str:
+    """README.md as the committed results want it."""
+    source = root / "figures" / PROFILE / "summary.json"
+    summary = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
+    text = rewritten((root / "README.md").read_text(encoding="utf-8"), "picture", picture(root))
+    return rewritten(text, "numbers", numbers(summary))
 
 
 def main() -> int:
-    path, source = project_root() / "README.md", project_root() / "figures" / PROFILE / "summary.json"
-    summary = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
-    text = rewritten(path.read_text(encoding="utf-8"), numbers(summary))
-    with atomic_open(Path(path)) as file:
+    text = committed_readme(project_root())
+    with atomic_open(project_root() / "README.md") as file:
         file.write(text)
     return 0
 

@@ -29,6 +29,7 @@ import papermill
 
 from egm_lib.data.records import atomic_open
 from egm_lib.profile import ProfileError, Run, load_profile, project_root
+from egm_lib.tables import build_tables
 
 KERNEL = "python3"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "deepspeed", "numpy", "papermill")
@@ -240,7 +241,9 @@ def _cpu_name() -> str:
 
 
 def _show_results(run: Run) -> None:
-    """The paper beside ours, and where to look further."""
+    """The paper beside ours, and where to look further. Tables are made once more: the manifest is complete only now."""
+    evaluation = run.profile.evaluation
+    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
     for name in SHOWN_TABLES:
         path = run.figures / f"{name}.md"
         if path.exists():
