@@ -241,7 +241,7 @@ def _cpu_name() -> str:
 
 
 def _show_results(run: Run) -> None:
-    """The paper beside ours, and where to look further. Tables are made once more: the manifest is complete only now."""
+    """The paper beside ours, and where to look further; tables anew, since the manifest is complete only now."""
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
     for name in SHOWN_TABLES:
