@@ -71,6 +71,7 @@ def misbehave(folder: Path, count: int = 2000) -> dict:
         "rows": len(rows),
         "status": dict(Counter(row["status"] for row in rows)),
         "filters": dict(Counter(row["filter"] for row in rows if row["filter"])),
+        "errors": dict(Counter(row["error"][:120] for row in rows if row["error"])),
         "exit": done.returncode,
         "wall_s": round(wall_s, 1),
     }
@@ -80,7 +81,7 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
     """SIGKILL at random moments, resumed each time; then compared with an undisturbed run."""
     make_samples(folder, count)
     rng, log, ledger = random.Random(1), folder / "paid.log", folder / "out.ledger.jsonl"
-    lost = 0
+    lost, marks = 0, []
     with running("--delay-ms", "600", "--log", str(log)) as url:
         call = command(folder, url, folder / "out.jsonl", 30.0)
         for _ in tqdm(range(number), mininterval=10):
@@ -94,8 +95,12 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
             process.send_signal(signal.SIGKILL)
             process.wait()
             lost += len(before - answered(ledger))
+            time.sleep(0.2)  # the server logs what was still on its way to it
+            marks.append((len(log.read_text().splitlines()), answered(ledger)))
         finished = subprocess.run(call, capture_output=True, text=True)
         charged = paid(log)
+        lines = [line.split()[0] for line in log.read_text().splitlines()]
+        again = sum(sample_id in had for at, had in marks for sample_id in lines[at:])
         calm = subprocess.run(command(folder, url, folder / "calm.jsonl", 30.0), capture_output=True)
     disturbed, undisturbed = (
         sorted(map(json.dumps, JsonlSamples(folder / name))) for name in ("out.jsonl", "calm.jsonl")
@@ -104,6 +109,7 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
         "samples": count,
         "kills": number,
         "answers_lost": lost,
+        "asked_although_answered": again,
         "paid_twice": sum(charged.values()) - len(charged),
         "most_in_flight_at_kills": CONCURRENCY * number,
         "paid_most_often": max(charged.values()),
@@ -113,11 +119,11 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
 
 
 def answered(ledger: Path) -> set[str]:
-    """Keys of the whole lines in a ledger."""
+    """Samples that the whole lines of a ledger answer."""
     if not ledger.exists():
         return set()
     whole = ledger.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    return {record["key"] for record in map(json.loads, filter(None, whole)) if record["status"] == "answered"}
+    return {record["sample_id"] for record in map(json.loads, filter(None, whole)) if record["status"] == "answered"}
 
 
 def throughput(folder: Path, count: int = 2000) -> dict:

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="without a byte from the service"
     )
-    parser.add_argument("--max-retries", type=int, default=8)
+    parser.add_argument("--max-retries", type=int, default=12)
     parser.add_argument("--skip-filter", action="append", default=[], metavar="NAME")
     parser.add_argument("--batch", action="store_true", help="OpenAI's Batch API: half the price, within a day")
     parser.add_argument("--dry-run", action="store_true", help="say what it would cost; ask nothing")

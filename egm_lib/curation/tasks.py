@@ -102,19 +102,16 @@ def messages(task: Task, sample: Mapping, image: Path) -> list[dict]:
     Raises FileNotFoundError or egm_lib.data.pictures.PictureError, ValueError where the picture has another size than
     the sample says.
     """
-    url = (
-        "data:image/jpeg;base64,"
-        + base64.b64encode(marked_jpeg(open_image(image), task.marks(sample), sample)).decode()
-    )
-    return [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": task.prompt(sample)},
-            ],
-        }
-    ]
+    stat = image.stat()
+    picture = _opened(str(image), stat.st_size, stat.st_mtime_ns)
+    url = "data:image/jpeg;base64," + base64.b64encode(marked_jpeg(picture, task.marks(sample), sample)).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": task.prompt(sample)}]
+    return [{"role": "user", "content": content}]
+
+
+@lru_cache(maxsize=4)  # neighbouring samples share a picture, and decoding is most of the work
+def _opened(path: str, size: int, mtime_ns: int) -> Image.Image:
+    return open_image(path)
 
 
 def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
@@ -123,8 +120,8 @@ def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> byt
         said, seen = f"{sample['width']} x {sample['height']}", f"{picture.width} x {picture.height}"
         raise ValueError(f"the record says {said} px, the picture has {seen}: boxes would be drawn in the wrong place")
     scale = min(1.0, MAX_SIDE_PX / max(picture.size))
-    if scale < 1:
-        picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
+    size = (round(picture.width * scale), round(picture.height * scale))
+    picture = picture.resize(size) if scale < 1 else picture.copy()
     draw = ImageDraw.Draw(picture)
     for box, colour, label in marks:
         x1, y1, x2, y2 = (value * scale for value in box)
