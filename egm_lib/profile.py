@@ -144,6 +144,7 @@ class Selection:
 
     num_easy: Literal["equal", "none"]
     easy: Literal["uniform", "iou-buckets"]
+    fill_to: int = 0  # fewer are filled up with others of the pool: a smoke test's models are too weak to select by
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ def answer_pool(run: Run, role: str) -> Path:
 def select(run: Run) -> dict:
     """Writes the RL samples of each task (samples/rl_<task>.jsonl) and selection.json; returns what that holds.
 
-    Counts: pool, both (solve it), learnable (the reference alone), learner_only, neither, easy (drawn), kept.
+    Counts: pool, both (solve it), learnable (the reference alone), learner_only, neither, easy (drawn), filled
+    (up to the profile's `selection.fill_to`), kept.
     Raises FileNotFoundError before both roles have answered.
     """
     counts: dict[str, dict] = {}
@@ -75,12 +76,15 @@ def _select_vanilla(run: Run) -> dict[str, int]:
         easy=selection.easy, learner_iou_N=learner["iou"].to_numpy(),
     )  # fmt: skip
     easy = easy if selection.num_easy == "equal" else easy[:0]
+    chosen = {*hard.tolist(), *easy.tolist()}
+    others = [row for row in range(len(learner_N)) if row not in chosen]
+    filled = others[: max(0, selection.fill_to - len(chosen))]
     pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
-    kept = write_samples(run.samples("rl_vanilla"), pool.select(sorted([*hard.tolist(), *easy.tolist()])))
+    kept = write_samples(run.samples("rl_vanilla"), pool.select(sorted([*chosen, *filled])))
     return {
         "pool": len(learner_N), "both": int((learner_N & reference_N).sum()), "learnable": len(hard),
         "learner_only": int((learner_N & ~reference_N).sum()), "neither": int((~learner_N & ~reference_N).sum()),
-        "easy": len(easy), "kept": kept,
+        "easy": len(easy), "filled": len(filled), "kept": kept,
     }  # fmt: skip
 
 
