@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PROFILE ?= mini
 PYTHON ?= python3
+PRETRAIN ?= data/runs/pretrain
 READY := .venv/.ready
 RUN := .venv/bin/python
 # A wheel folder or a package index to take torch from, such as https://download.pytorch.org/whl/cpu (small, no CUDA).
@@ -59,9 +60,10 @@ gallery: $(READY) ## figures/PROFILE/gallery.html, one page to look through
 	@$(RUN) -m egm_lib.gallery --profile $(PROFILE)
 
 pretrain-mini: $(READY) ## the miniature's base models from nothing (hours; shipped in data/mini)
-	@$(RUN) -m egm_lib.mini.pretrain align --out data/mini
-	@$(RUN) -m egm_lib.mini.pretrain base --out data/mini --size small
-	@$(RUN) -m egm_lib.mini.pretrain base --out data/mini --size large
+	@$(RUN) -m egm_lib.mini.vision --out $(PRETRAIN)
+	@$(RUN) -m egm_lib.mini.pretrain align --out $(PRETRAIN)
+	@for size in small large; do for stage in base export; do \
+	  $(RUN) -m egm_lib.mini.pretrain $$stage --out $(PRETRAIN) --size $$size || exit 1; done; done
 
 bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done

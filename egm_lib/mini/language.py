@@ -331,7 +331,7 @@ WORDS = sorted(
          *SIDES.values(), *EDGE.values(), *(f for forms in PARAPHRASES.values() for f in forms),
          *(word for _, word in DEGREES), "above below left right up down",
          "the is at from so size distance middle it seen to hides nothing extend",
-         "Locate Detect List Count What all in of amodally visible full box no none"]
+         "Locate Detect List Describe What all in picture amodally"]
     ).replace("{", " ").replace("}", " ").split())
     - {"kind", "axis", "ordinal", "edge", "side", "anchor", "other"}
 )

@@ -16,7 +16,7 @@ PATCH_PX, MERGE, WIDTH = 8, 2, 128
 CELLS = SIZE_PX // (PATCH_PX * MERGE)  # merged cells per side: 8 x 8 = 64 image tokens
 LANGUAGE = {
     "small": {"num_hidden_layers": 4, "intermediate_size": 256},
-    "large": {"num_hidden_layers": 10, "intermediate_size": 640},
+    "large": {"num_hidden_layers": 8, "intermediate_size": 704},
 }
 
 

@@ -3,7 +3,7 @@
 A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour, shape, boxes, centre)
 in the language model's own embeddings, through throw-away square adapters. `small` and `large` both start from these.
 Base: some fifteen questions a picture, packed so that each question sees the picture and itself only:
-detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
+descriptions, detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
 Both sizes see the same pictures and questions in the same order with the same schedule.
 """
 
@@ -41,7 +41,7 @@ from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.vision import GRID_1000, cell_of, level, optimizers, rate_factor, scene_batch
 from egm_lib.prompts import FAMILIES
 
-EASY_SHARE = 0.12  # of the steps: naming and finding come before selecting
+EASY_SHARE = 0.3  # of the steps: describing and finding come before selecting; without, selection is never learnt
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
 SPELLED = {
@@ -126,6 +126,12 @@ def ordered_list(scene: Scene, kind: Kind, axis: str) -> str | None:
     ) + "."
 
 
+def description(scene: Scene, axis: str) -> str:
+    """`red circle at 120 300, blue star at 200 480, ...`: everything there is, in order."""
+    seen = sorted((t for t in scene.things if t.visible_box_px is not None), key=lambda t: _sort_value(t, axis))
+    return ", ".join(f"{Kind(t.colour, t.shape).name()} {place(t)}" for t in seen) + "."
+
+
 def locate(query: Query, scene: Scene, index: int, rng: Random, task: str = "vanilla") -> tuple[str, str]:
     """(prompt, direct answer) for an expression."""
     thing = scene.things[index]
@@ -134,16 +140,18 @@ def locate(query: Query, scene: Scene, index: int, rng: Random, task: str = "van
 
 
 def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one picture, in random order; easy: hardly any expression needs a selection."""
+    """(group, prompt, answer) for one picture, in random order; easy: no expression needs a selection."""
     found: list[tuple[str, str, str]] = []
     kinds = [Kind(*key) for key, members in scene.members.items() if len(members) <= MAX_CANDIDATES]
     crowded = [k for k in kinds if len(k.members(scene)) > 1] or kinds
-    for number in range(4 if easy else 2):
+    for side in rng.sample(("left", "right", "top", "bottom"), 3 if easy else 1):
+        found.append(("describe", f"Describe the picture from the {side}.", "</think>\n\n" + description(scene, side)))
+    for number in range(2):
         kind = rng.choice(crowded if number else kinds)
         boxes = '},\n\t{"bbox_2d": '.join(box_text(scene.things[i].visible_box_px) for i in kind.members(scene))
         prompt = f"Detect all {kind.name(plural=True)}, output their bbox coordinates using JSON format."
         found.append(("detect", prompt, f'</think>\n\n```json\n[\n\t{{"bbox_2d": {boxes}}}\n]\n```'))
-    for _ in range(3):
+    for _ in range(1 if easy else 3):
         kind, axis = rng.choice(crowded), rng.choice(AXES)
         answer = ordered_list(scene, kind, axis)
         if answer:
@@ -152,12 +160,12 @@ def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, 
     thing = scene.things[rng.choice(seen)]
     name = Kind(thing.colour, thing.shape).name()
     found.append(("name", f"What is in {box_text(thing.visible_box_px)}?", "</think>\n\n" + name + "."))
-    for hops in (0, 0, 0, 0, 1) if easy else (0, 0, 1, 1, 1, 2, 2, 3):
+    for hops in (0, 0, 0) if easy else (0, 0, 1, 1, 1, 2, 2, 3):
         drawn = sample_query(rng, scene, hops)
         if drawn:
             found.append((drawn[0].prompt_kind, *locate(*drawn[:1], scene, drawn[1], rng)))
     hidden = [i for i in seen if scene.things[i].visible_share < 0.98]
-    for _ in range(2):
+    for _ in range(0 if easy else 2):
         drawn = sample_query(rng, scene, rng.randrange(3), tries=30)
         if drawn and (not hidden or drawn[1] in hidden or rng.random() < 0.3):
             found.append(("amodal", *locate(*drawn[:1], scene, drawn[1], rng, "amodal")))
@@ -306,13 +314,11 @@ def first_coordinate_hits(batch, scores: Tensor, groups: list[str], tokenizer) -
 
 
 def base(args: argparse.Namespace) -> None:
-    """Stage Base for one size: writes <size>/ checkpoints, resumable."""
+    """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on."""
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
     model = load_aligned(args.size, args.out, args.seed, tokenizer)
-    model.model.visual.requires_grad_(False)
-    model.model.visual.merger.requires_grad_(True)  # as in SFT: tower frozen, mergers and language model learn
-    model.model.visual.deepstack_merger_list.requires_grad_(True)
+    model.model.visual.requires_grad_(False)  # so that both sizes look through the very same eyes
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     opts = optimizers(named, args.rate)
     folder = args.out / args.size
@@ -332,7 +338,8 @@ def base(args: argparse.Namespace) -> None:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 100)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            merged, deepstack = encode_pictures(model.model.visual, patchify(pictures))
+            with torch.no_grad():
+                merged, deepstack = encode_pictures(model.model.visual, patchify(pictures))
             loss, _ = packed_loss(model, batch, merged, deepstack)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
@@ -344,11 +351,18 @@ def base(args: argparse.Namespace) -> None:
             print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             print(json.dumps({"step": step + 1, "held_out": evaluate(model, held_out, tokenizer)}), flush=True)
-            save(model, folder / "model")
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1,
                      "minutes": (time.time() - start) / 60}
             torch.save(state, folder / "state.pt.new")
             (folder / "state.pt.new").replace(state_file)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the trained base of one size as a checkpoint (bfloat16, tokenizer and processor beside it)."""
+    model = build(args.size, build_tokenizer(), args.seed)
+    model.load_state_dict(torch.load(args.out / args.size / "state.pt", weights_only=True)["model"])
+    save(model.to(torch.bfloat16), args.to / args.size)
+    print(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.to / args.size}")
 
 
 @torch.no_grad()
@@ -368,10 +382,11 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
 
 
 def main() -> None:
-    """`python -m egm_lib.mini.pretrain align|base --out FOLDER [--size small|large]`."""
+    """`python -m egm_lib.mini.pretrain align|base|export --out FOLDER [--size small|large]`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("stage", choices=["align", "base"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("stage", choices=["align", "base", "export"])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the work in progress")
+    parser.add_argument("--to", type=Path, default=Path("data/mini"), help="export: folder of the shipped checkpoints")
     parser.add_argument("--size", choices=["small", "large"], default="small")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=None)
@@ -381,13 +396,13 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--held-out", type=int, default=20, help="batches")
     args = parser.parse_args()
-    defaults = {"align": (450, 32, 3e-3), "base": (4000, 8, 2e-3)}[args.stage]
+    defaults = {"align": (300, 32, 3e-3), "base": (4000, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
     args.steps, args.batch, args.rate = (
         given if given is not None else default
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)
     )
     torch.set_num_threads(args.threads)
-    (align if args.stage == "align" else base)(args)
+    {"align": align, "base": base, "export": export}[args.stage](args)
 
 
 if __name__ == "__main__":
