@@ -2,8 +2,8 @@
 
 A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour, shape, boxes, centre)
 in the language model's own embeddings, through throw-away square adapters. `small` and `large` both start from these.
-Base: some fifteen questions a picture, packed so that each question sees the picture and itself only:
-descriptions, detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
+Base: some fifteen questions a picture, packed so that each question sees the picture and itself only: descriptions,
+detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
 Both sizes see the same pictures and questions in the same order with the same schedule.
 """
 
