@@ -157,20 +157,23 @@ def _digest(value: object) -> str:
 
 
 def _open_manifest(run: Run) -> dict:
-    """The run's manifest, new or as it was left; the profile's values must be those that the run began with."""
-    profile = json.loads(json.dumps(run.profile.as_dict()))
-    manifest = {"profile": run.profile.name, "seed": run.seed, "values": profile, "stages": {}, "wall_seconds": {}}
+    """The run's manifest, new or as it was left; profile and base models must be those that the run began with."""
+    values = json.loads(json.dumps(run.profile.as_dict()))
+    manifest = {"profile": run.profile.name, "seed": run.seed, "values": values, "models": _model_revisions(run)}
+    manifest |= {"stages": {}, "wall_seconds": {}}
     if run.manifest.exists():
+        now = manifest
         try:
             manifest = json.loads(run.manifest.read_text(encoding="utf-8"))
         except json.JSONDecodeError:
             raise ReproduceError(f"{run.manifest} is not JSON; delete it, and the run goes on with its files") from None
-        if changed := _changes(manifest["values"], profile):
+        changed = [text for key in ("values", "models") for text in _changes(manifest[key], now[key], key)]
+        if changed:
             raise ReproduceError(
-                f"{run.root} was begun with other values of the profile: {'; '.join(changed)}. Delete that folder to "
-                "begin anew, or put the profile back."
+                f"{run.root} was begun with another profile or other base models: {'; '.join(changed)}. Delete that "
+                "folder to begin anew, or put them back."
             )
-    manifest |= {"git": _git(), "versions": _versions(), "hardware": _hardware(), "models": _model_revisions(run)}
+    manifest |= {"git": _git(), "versions": _versions(), "hardware": _hardware()}
     _write_manifest(run, manifest)
     return manifest
 

@@ -136,8 +136,16 @@ def test_a_changed_profile_is_refused_with_what_changed(project):
     run, _, _, _ = project
     reproduce(run)
     other = Run(replace(run.profile, grpo=replace(run.profile.grpo, beta=0.5)), 0)
-    with pytest.raises(ReproduceError, match="grpo.beta was 0.005, is 0.5"):
+    with pytest.raises(ReproduceError, match="values.grpo.beta was 0.005, is 0.5"):
         reproduce(other)
+
+
+def test_a_changed_base_model_is_refused(project, monkeypatch):
+    run, _, _, _ = project
+    reproduce(run)
+    monkeypatch.setattr(module, "_weights_digest", lambda folder: "another")
+    with pytest.raises(ReproduceError, match="models.large was .*, is 'another'"):
+        reproduce(run)
 
 
 def test_a_broken_manifest_is_named(project):
