@@ -183,7 +183,7 @@ def reasoning_and_answer(row: Mapping) -> tuple[str | None, str]:
     raw = row.get("raw_answer") or ""
     reasoning, start = split_reasoning(raw)
     if row.get("status") == "unclosed_reasoning" or start is None:
-        return reasoning or raw.strip() or None, ""
+        return reasoning or raw.removeprefix("<think>").strip() or None, ""
     return row.get("reasoning") or reasoning, raw[start:].strip()
 
 
