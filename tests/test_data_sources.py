@@ -22,7 +22,7 @@ from egm_lib.data import (
     resolve_image,
 )
 from egm_lib.data.amodal import fit_to_picture
-from egm_lib.data.jsonl import load_rl_parquet
+from egm_lib.data.jsonl import image_ids, load_rl_parquet
 from egm_lib.parsing import parse_completion
 from egm_lib.prompts import FAMILIES
 
@@ -453,3 +453,16 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
     (tmp_path / "c.json").write_text("[" * 100_000)
     with pytest.raises(SampleError, match="not JSON"):
         load_tao_amodal(tmp_path / "c.json", split="train")
+
+
+@pytest.mark.parametrize(
+    ("image", "image_id"),
+    [
+        ("train2014/COCO_train2014_000000000057.jpg", "57"),
+        ("val2017/000000000057.jpg", "57"),  # the same picture in COCO 2017
+        ("COCO_train2014_000000000000.png", "0"),
+        ("frames/0391.jpg", "frames/0391.jpg"),  # a frame's number is no COCO number
+    ],
+)
+def test_a_picture_has_one_id_whatever_its_folder(image, image_id):
+    assert image_ids(pa.chunked_array([[image]])).to_pylist() == [image_id]

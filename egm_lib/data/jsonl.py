@@ -74,7 +74,8 @@ def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vani
 def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:
     """The COCO number in a picture's file name (12 digits before the suffix), without leading zeros; else its path."""
     found = pc.struct_field(pc.extract_regex(images, r"(?:^|[/_])(?P<number>\d{12})\.\w+$"), "number")
-    return pc.coalesce(pc.utf8_ltrim(found, "0"), images)
+    number = pc.utf8_ltrim(found, "0")
+    return pc.coalesce(pc.if_else(pc.equal(number, ""), "0", number), images)
 
 
 _MIRRORED_FOLDER = r"(^|/)\w*_flip/"  # the authors' coco_flip/, our train2014_flip/

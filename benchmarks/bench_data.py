@@ -1,0 +1,70 @@
+"""Time and memory of samples at scale: `python benchmarks/bench_data.py 57000 575000 5750000`, one process each.
+
+Prints markdown: wall and CPU seconds per step and the peak memory so far. Goal at 575k: first row under 2 s, stats
+under 20 s, peak under 1.5 GB, cost growing linearly.
+"""
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from egm_lib.data import load_jsonl, read_samples
+from egm_lib.data.leakage import remove_leakage
+from egm_lib.data.survey import describe
+
+SAMPLES_PER_IMAGE = 23  # Table 3: 575,208 / 24,407
+
+
+def write_rows(folder: Path, count: int) -> tuple[Path, Path]:
+    """`count` synthetic samples as our records and in the evaluators' form."""
+    rng = random.Random(0)
+    ours, theirs = folder / "samples.jsonl", folder / "evaluator.jsonl"
+    with open(ours, "w") as samples, open(theirs, "w") as lines:
+        for number in range(count):
+            picture = rng.randrange(max(count // SAMPLES_PER_IMAGE, 1))
+            x, y = round(rng.random() * 300, 2), round(rng.random() * 200, 2)
+            common = dict(image=f"train2014/COCO_train2014_{picture:012d}.jpg", width=640, height=480)
+            box, words = [x, y, x + 100, y + 80], "second woman from the left in a blue coat"
+            lines.write(json.dumps(common | dict(sent=words, bbox=box)) + "\n")
+            samples.write(json.dumps(common | dict(
+                sample_id=f"s{number}", dataset="refcoco", split="train", task="vanilla", expression=words, gt_box=box,
+                modal_box=None, image_id=str(picture), ann_id=str(number), ref_id=str(number), flipped=False)) + "\n")
+    return ours, theirs
+
+
+def measure(count: int) -> None:
+    def step(name, work):
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        print(f"| {count:,} | {name} | {wall:.2f} | {cpu:.2f} | {peak_gb:.2f} |", flush=True)
+        return result
+
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = write_rows(Path(folder), count)
+        samples = step("load, first row", lambda: _first(read_samples(ours)))
+        step("remove leakage", lambda: remove_leakage([samples], [samples.select(range(count // 50))]))
+        step("shuffle, first row", lambda: _first(samples.shuffle(seed=0)))
+        step("stats", lambda: describe(samples))
+        step("load_jsonl, first row", lambda: _first(load_jsonl(theirs, dataset="refcoco", split="train")))
+
+
+def _first(samples):
+    _ = samples[0]
+    return samples
+
+
+if __name__ == "__main__":
+    counts = [int(argument) for argument in sys.argv[1:]] or [57_000, 575_000]
+    if len(counts) == 1:
+        measure(counts[0])
+    else:
+        print("| rows | step | wall, s | CPU, s | peak so far, GB |\n|---|---|---|---|---|", flush=True)
+        for each in counts:
+            subprocess.run([sys.executable, __file__, str(each)], check=True)
