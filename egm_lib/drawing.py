@@ -14,13 +14,13 @@ from egm_lib.comparison import Answer, Comparison, picture_of, reasoning_and_ans
 from egm_lib.palette import FAILED, FAINT, GROUND_TRUTH, INK, SOLVED, Look, look, new_figure, styled
 
 
-def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.8) -> None:
-    """A box with a white halo, so that it shows on any picture and in grey; box: xyxy px."""
+def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.3, layer: int = 4) -> None:
+    """A box, its white halo beneath all boxes, so that it shows on any picture and in grey; box: xyxy px."""
     x1, y1, x2, y2 = box
     shared = {"xy": (x1, y1), "width": x2 - x1, "height": y2 - y1, "fill": False}
-    ax.add_patch(Rectangle(**shared, edgecolor="white", linewidth=width + 1.8, alpha=0.9))
+    ax.add_patch(Rectangle(**shared, edgecolor="white", linewidth=width + 1.6, alpha=0.85, zorder=2))
     line = (0, style.dash) if style.dash else "solid"
-    ax.add_patch(Rectangle(**shared, edgecolor=style.colour, linewidth=width, linestyle=line))
+    ax.add_patch(Rectangle(**shared, edgecolor=style.colour, linewidth=width, linestyle=line, zorder=layer))
 
 
 def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
@@ -33,7 +33,7 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
     codes = [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
     hidden = Outline(ring(amodal) + ring(modal)[::-1], codes * 2)
     ax.add_patch(PathPatch(hidden, facecolor=(1, 1, 1, 0.35), edgecolor=GROUND_TRUTH.colour, hatch="////", linewidth=0))
-    draw_box(ax, modal, Look("visible part", GROUND_TRUTH.colour, (1, 1.5), "s"), 1.0)
+    draw_box(ax, modal, Look("visible part", GROUND_TRUTH.colour, (1, 1.5), "s"), 0.8)
 
 
 def draw_picture(ax: Axes, sample: Mapping, answers: Sequence[tuple[Box | None, Look]], root: str | Path) -> None:
@@ -52,7 +52,7 @@ def draw_picture(ax: Axes, sample: Mapping, answers: Sequence[tuple[Box | None, 
     if gt is not None:
         if modal is not None:
             draw_hidden(ax, tuple(gt), tuple(modal))
-        draw_box(ax, tuple(gt), GROUND_TRUTH, 4.2)  # wider than answers: it shows beneath a perfect one
+        draw_box(ax, tuple(gt), GROUND_TRUTH, 2.8, 3)  # wider than answers: it shows beneath a perfect one
     shown = [box for box, _ in answers if box is not None]
     for box, style in answers:
         if box is not None:

@@ -205,10 +205,12 @@ def fig2_examples(material: Material) -> tuple[Figure, str]:
         picked += [(row["name"], each) for each in lot(own, 1)]
     if not picked:
         raise NotRun("the judged failures have no prediction rows")
-    figure = new_figure(2.2 * max(len(picked), 2), 3.1)
+    figure = new_figure(2.2 * max(len(picked), 2), 3.2)
     for ax, (cause, each) in zip(figure.subplots(1, len(picked), squeeze=False)[0], picked, strict=True):
         draw_picture(ax, each.sample, [(each.answers[SMALL].box, look(SMALL))], material.root)
-        ax.set_title(f"{cause}\n" + _quote(each, 27), fontsize=7.5, fontweight="normal")
+        ax.set_title(cause, fontsize=8)
+        ax.text(0, -0.03, textwrap.fill(f"“{each.sample['expression']}”", 32), va="top", fontsize=7.5,
+                transform=ax.transAxes)  # fmt: skip
     _legend(figure, [SMALL])
     return figure, "A failure of the small base by cause, drawn by lot."
 
@@ -386,7 +388,7 @@ def solved_share(material: Material) -> tuple[Figure, str]:
     ax.set(xticks=range(len(labels)), xticklabels=labels, ylabel="solved by small + EGM, %", ylim=(0, 100),
            title="Of the base's failures, how many are solved")  # fmt: skip
     ax.set_xlabel("IoU of the small base", labelpad=16)
-    ax.legend(loc="upper left")
+    figure.legend(loc="outside lower center", ncols=2)
     ax.grid(True, axis="y")
     count = f"{len(failed):,} failures of the small base"
     return figure, f"Share of the {count} that small + EGM solves, by the IoU of the base (Table 11)."
@@ -421,10 +423,10 @@ def lookalikes(material: Material) -> tuple[Figure, str]:
                         color=style.colour, marker=style.marker, markersize=5, linewidth=1.3, elinewidth=0.9,
                         linestyle=joined if stratum == "num_lookalikes" else "none", label=style.label)  # fmt: skip
         names = [f"{value:g}" if isinstance(value, int | float) else str(value) for value in values]
-        ax.set(xticks=range(len(values)), xticklabels=names, ylabel="accuracy at IoU > 0.5, %",
+        ax.set(xticks=range(len(values)), xticklabels=names, ylabel="accuracy at IoU > 0.5, %", ylim=(0, 102),
                title={"num_lookalikes": "by look-alikes", "prompt_kind": "by kind of prompt"}[stratum])  # fmt: skip
         if stratum == "prompt_kind" and len(values) > 4:
-            ax.tick_params(axis="x", rotation=35)
+            ax.set_xticks(range(len(values)), names, rotation=35, ha="right", rotation_mode="anchor")
         ax.grid(True, axis="y")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
     return figure, "Accuracy on the vanilla splits by what makes a prompt hard; bars: 95 %, clustered on pictures."
@@ -475,20 +477,15 @@ def _down_up(values: Sequence[Estimate]) -> np.ndarray:
     ).reshape(-1, 2).clip(min=0).T
 
 
-def _quote(each: Comparison, width: int) -> str:
-    return textwrap.fill(f"“{each.sample['expression']}”", width)
-
-
 def _say(ax: Axes, paragraphs: Sequence[tuple[str, str, int, float, str]]) -> None:
     """Paragraphs (text, colour, letters a line, size in points, weight) from the top down."""
     ax.set_axis_off()
-    y = 0.98
-    height_pt = ax.get_figure().get_size_inches()[1] * 72 * ax.get_position().height
+    down_pt = 2.0
     for text, colour, letters, size, weight in paragraphs:
         lines = textwrap.wrap(text, letters)
-        ax.text(0.02, y, "\n".join(lines), va="top", color=colour, fontsize=size, fontweight=weight, linespacing=1.25,
-                transform=ax.transAxes)  # fmt: skip
-        y -= (len(lines) * 1.35 + 0.7) * size / height_pt
+        ax.annotate("\n".join(lines), (0.02, 1), (0, -down_pt), "axes fraction", "offset points", va="top",
+                    color=colour, fontsize=size, fontweight=weight, linespacing=1.2)  # fmt: skip
+        down_pt += (1.25 * len(lines) + 0.6) * size
 
 
 def _legend(figure: Figure, models: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from egm_lib.comparison import Comparison, models_in, view_of
 from egm_lib.data.records import atomic_open
 from egm_lib.figures import EGM, LARGE, SMALL, Material, data_root, lot
+from egm_lib.palette import look
 from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, read_json
 
@@ -87,7 +88,7 @@ def _headline(summary: dict | None) -> str:
             f"<dt>{label}</dt><dd>{_percent(summary[key].get(name))}</dd>"
             for label, key in (("RefCOCO splits", "acc_at_50"), ("amodal", "amodal_acc_at_50"))
         ]
-        cells.append(f'<div class="fact {name}"><h3>{html.escape(name)}</h3><dl>{"".join(shown)}</dl></div>')
+        cells.append(f'<div class="fact {name}"><h3>{html.escape(look(name).label)}</h3><dl>{"".join(shown)}</dl></div>')
     note = '<p class="small">Accuracy at IoU &gt; 0.5, percent; 95 % intervals.</p>'
     return f'<div class="facts">{"".join(cells)}</div>{note}'
 
@@ -108,7 +109,7 @@ def _figure(drawn: dict, folder: Path) -> str:
     data = base64.b64encode(file.read_bytes()).decode()
     caption = html.escape(drawn["caption"])
     return (
-        f'<figure><h3>{title}</h3><img loading="lazy" alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure><h3>{title}</h3><div class="scroll"><img alt="{caption}" src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -167,7 +168,10 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 .kinds { display: flex; flex-wrap: wrap; gap: 6px; margin: 8px 0; }
 .kinds button { font: inherit; font-size: 14px; padding: 5px 10px; border: 1px solid #bbb; border-radius: 16px; background: #fff; cursor: pointer; }
 .kinds button[aria-pressed="true"] { background: #0072B2; border-color: #0072B2; color: #fff; }
-@media (max-width: 520px) { main { padding: 10px; } h1 { font-size: 22px; } .egm-viewer { padding: 8px; } }
+@media (max-width: 520px) {
+  main { padding: 10px; } h1 { font-size: 22px; } .egm-viewer { padding: 8px; } figure img { min-width: 620px; }
+  th:first-child, td:first-child { white-space: normal; min-width: 8em; max-width: 38vw; overflow-wrap: anywhere; }
+}
 """  # noqa: E501
 
 # A stand-in for the kernel: the viewer's script talks to it as it talks to Python in a notebook.
@@ -221,8 +225,8 @@ _PAGE = """<!DOCTYPE html>
 <nav><a href="#traces-title">Traces</a><a href="#figures">Figures</a><a href="#tables">Tables</a></nav>
 {headline}
 <h2 id="traces-title">Traces</h2>
-<p class="small">Drawn by lot from all samples of a kind (their number in brackets). Arrow keys page; point at a model to
-light up its box. Tinted: <mark style="background:#CFE5F5">places</mark> and
+<p class="small">Drawn by lot from all samples of a kind (their number in brackets). Arrow keys page; point at a model
+to light up its box. Tinted: <mark style="background:#CFE5F5">places</mark> and
 <mark style="background:#FBE3A6">counts and look-alikes</mark>.</p>
 <div class="kinds" id="kinds"></div>
 <div id="viewer"></div>

@@ -44,9 +44,10 @@ STYLE = {
     "axes.titlelocation": "left", "axes.labelsize": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.color": INK,
     "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "grid.color": GRID, "grid.linewidth": 0.7, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6,
-    "savefig.facecolor": "white", "figure.facecolor": "white", "pdf.fonttype": 42, "svg.fonttype": "none",
-    "svg.hashsalt": "egm", "hatch.linewidth": 0.8,
+    "grid.color": GRID, "grid.linewidth": 0.7, "lines.linewidth": 1.6, "hatch.linewidth": 0.8,
+    "legend.edgecolor": "white", "legend.framealpha": 0.85, "legend.fontsize": 8.5,
+    "figure.constrained_layout.h_pad": 0.07, "savefig.facecolor": "white", "figure.facecolor": "white",
+    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "egm",
 }  # fmt: skip
 
 

@@ -24,15 +24,18 @@ function svg(tag, attributes = {}, ...children) {
 
 const rectOf = ([x1, y1, x2, y2]) => ({ x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
 
-// A box with a white halo; strokes keep their width in screen pixels whatever the picture's size.
-function box(xyxy, { colour, dash = [], width = 2.5, name, hit = false }) {
+// A box; strokes keep their width in screen pixels whatever the picture's size.
+function box(xyxy, { colour, dash = [], width, name, hit = false }) {
   const shared = { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke" };
   const dashes = dash.map((length) => length * width).join(" ");
   return svg("g", { class: "egm-box", "data-box": name },
-    svg("rect", { ...shared, stroke: "white", "stroke-width": width + 2.2, "stroke-opacity": 0.9 }),
     svg("rect", { ...shared, stroke: colour, "stroke-width": width, "stroke-dasharray": dashes }),
     ...(hit ? [svg("rect", { ...shared, stroke: "transparent", "stroke-width": 14, "pointer-events": "stroke" })] : []));
 }
+
+// White beneath all boxes, so that they show on any picture.
+const halo = (xyxy, width) =>
+  svg("rect", { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", stroke: "white", "stroke-width": width + 2.5, "stroke-opacity": 0.85 });
 
 function hidden(amodal, modal, id) {
   const ring = ([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`;
@@ -64,10 +67,10 @@ function picture(view, models, { thin = false } = {}) {
     drawing.append(svg("image", { href: view.picture, x: 0, y: 0, width: view.width, height: view.height, preserveAspectRatio: "none", style: crisp }));
   }
   if (view.gt_box && view.modal_box) drawing.append(hidden(view.gt_box, view.modal_box, `egm-hatch-${serial++}`));
-  if (view.gt_box) drawing.append(box(view.gt_box, { colour: "#111", width: thin ? 3.4 : 5, name: "ground truth" }));
-  for (const m of models) {
-    if (m.box) drawing.append(box(m.box, { colour: m.colour, dash: m.dash, width: thin ? 1.6 : 2.4, name: m.model, hit: !thin }));
-  }
+  const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [3, 1.4] : [4.4, 2];
+  drawing.append(...boxed.map((m) => halo(m.box, slim)), ...(view.gt_box ? [halo(view.gt_box, wide)] : []));
+  if (view.gt_box) drawing.append(box(view.gt_box, { colour: "#111", width: wide, name: "ground truth" }));
+  for (const m of boxed) drawing.append(box(m.box, { colour: m.colour, dash: m.dash, width: slim, name: m.model, hit: !thin }));
   return drawing;
 }
 

@@ -27,8 +27,8 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
             write_rows(path, [row for row in own if (row["dataset"], row["split"]) == split])
         milliseconds = {SMALL: 20, EGM: 70, LARGE: 90}[model]
         write_rows(root / "latency" / f"{model}.jsonl", [
-            {"sample_id": row["sample_id"], "model": model, "latency_ms": milliseconds + rng.random() * 9, "device": "CPU",
-             "first_token_ms": 9.0, "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
+            {"sample_id": row["sample_id"], "model": model, "latency_ms": milliseconds + rng.random() * 9,
+             "device": "CPU", "first_token_ms": 9.0, "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
             for row in own[:12]
         ])  # fmt: skip
     for model, weights in ((SMALL, (12, 4, 1, 1, 1)), (LARGE, (4, 4, 2, 2, 2))):
@@ -38,8 +38,8 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
         ])  # fmt: skip
     for task in ("vanilla", "amodal"):
         write_rows(root / "traces" / f"{task}.jsonl", [
-            {**sample, "reasoning": "Three squares share this colour. Counting from the left the one meant is next to the "
-             "edge; extend downward from the visible part considerably."}
+            {**sample, "reasoning": "Three squares share this colour. Counting from the left the one meant is next "
+             "to the edge; extend downward from the visible part considerably."}
             for sample in samples if sample["task"] == task
         ])  # fmt: skip
     write_rows(root / "logs" / "sft-vanilla.jsonl",

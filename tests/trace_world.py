@@ -1,4 +1,4 @@
-"""A drawn world of a few shapes with prediction rows, small enough for a test: what viewer, figures and gallery show."""
+"""A drawn world of a few shapes with prediction rows: what the tests of viewer, figures and gallery show."""
 
 import json
 import random
@@ -38,8 +38,8 @@ def draw_world(root: Path, count: int = 6, size: int = 128, seed: int = 0) -> li
             "image": f"images/{number}.png", "width": size, "height": size, "image_id": str(number),
             "expression": f"{PLACES[place]} {colour} square from the left", "gt_box": gt,
             "modal_box": modal if amodal else None, "ann_id": None, "ref_id": None, "flipped": False,
-            "prompt_kind": "ordinal" if number % 2 else "relational", "num_lookalikes": 2 + number % 3, "boxes_all": boxes,
-            "place": place,
+            "prompt_kind": "ordinal" if number % 2 else "relational", "num_lookalikes": 2 + number % 3,
+            "boxes_all": boxes, "place": place,
         })  # fmt: skip
     return samples
 
@@ -63,8 +63,8 @@ def predictions_of(samples: list[dict], seed: int = 0) -> list[dict]:
     rows = []
     for sample in samples:
         trace = (
-            f"There are three squares of this colour. From the left, the {PLACES[sample['place']]} one is below the dot; "
-            "the others do not count."
+            "There are three squares of this colour. "
+            f"From the left, the {PLACES[sample['place']]} one is below the dot; the others do not count."
         )
         rows.append(answer_row(sample, SMALL, sample["boxes_all"][0], None, seed))
         rows.append(answer_row(sample, EGM, sample["gt_box"], trace, seed))
