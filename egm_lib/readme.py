@@ -1,6 +1,7 @@
 """What README.md shows of the committed results: the picture at its top, and the numbers, paper beside ours.
 
-`python -m egm_lib.readme` writes both between their markers, from figures/mini-full (`make tables` does).
+`python -m egm_lib.readme` writes both between their markers, from figures/mini-full or, until
+that has been run, figures/mini (`make tables` does).
 """
 
 import json
@@ -11,13 +12,13 @@ from egm_lib.data.records import atomic_open
 from egm_lib.profile import project_root
 from egm_lib.results import MODELS, paper, paper_models
 
-PROFILE = "mini-full"
+PROFILES = ("mini-full", "mini")
 
 
 def numbers(summary: dict | None) -> str:
     """The table as Markdown; a cell that was not run says so."""
     published = {row["name"]: row for row in paper("table4")["rows"]}
-    counterparts, _ = paper_models(PROFILE)
+    counterparts, _ = paper_models(PROFILES[0])
     lines = ["| paper | accuracy | miniature | RefCOCO-like | amodal |", "|---|---|---|---|---|"]
     for model in MODELS:
         theirs = counterparts.get(model)
@@ -41,8 +42,14 @@ def _cell(summary: dict | None, key: str, model: str) -> str:
 
 def picture(root: Path) -> str:
     """The overview figure, as an image of the README; nothing where it was not drawn."""
-    path = Path("figures") / PROFILE / "overview.png"
+    path = committed(root).relative_to(root) / "overview.png"
     return f"![EGM at a glance: the miniature's results]({path})" if (root / path).exists() else ""
+
+
+def committed(root: Path) -> Path:
+    """The folder of the results that the README shows: the first of PROFILES that was run."""
+    folders = [root / "figures" / name for name in PROFILES]
+    return next((folder for folder in folders if (folder / "summary.json").exists()), folders[0])
 
 
 def rewritten(text: str, block: str, content: str) -> str:
@@ -57,7 +64,7 @@ def rewritten(text: str, block: str, content: str) -> str:
 
 def committed_readme(root: Path) -> str:
     """README.md as the committed results want it."""
-    source = root / "figures" / PROFILE / "summary.json"
+    source = committed(root) / "summary.json"
     summary = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
     text = rewritten((root / "README.md").read_text(encoding="utf-8"), "picture", picture(root))
     return rewritten(text, "numbers", numbers(summary))
