@@ -88,7 +88,8 @@ def _headline(summary: dict | None) -> str:
             f"<dt>{label}</dt><dd>{_percent(summary[key].get(name))}</dd>"
             for label, key in (("RefCOCO splits", "acc_at_50"), ("amodal", "amodal_acc_at_50"))
         ]
-        cells.append(f'<div class="fact {name}"><h3>{html.escape(look(name).label)}</h3><dl>{"".join(shown)}</dl></div>')
+        label = html.escape(look(name).label)
+        cells.append(f'<div class="fact {name}"><h3>{label}</h3><dl>{"".join(shown)}</dl></div>')
     note = '<p class="small">Accuracy at IoU &gt; 0.5, percent; 95 % intervals.</p>'
     return f'<div class="facts">{"".join(cells)}</div>{note}'
 
