@@ -5,7 +5,7 @@
 the minutes of SFT and GRPO together; `--control sft` writes `small-sft-control`: SFT continued for GRPO's minutes.
 
 The loss covers the assistant's answer and its end token only. With the vision frozen, pictures come from the vision
-cache and prompts about one picture share its prefix; without, or on several processes, TRL's own data path is used.
+cache and prompts about one picture share its prefix; without, or on several processes, TRL's plain forward is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
@@ -149,6 +149,34 @@ class SharedPrefixCollator:
         }
 
 
+class PlainCollator:
+    """Rows -> one batch as any model takes it: picture, question and answer in a row, padded on the right."""
+
+    def __init__(self, processor, eos_id: int):
+        self.processor, self.eos_id = processor, eos_id
+
+    def __call__(self, rows: list[dict]) -> dict:
+        encoded, ids, labels, kinds = [], [], [], []
+        for row in rows:
+            text = chat_text(self.processor, row["prompt"])
+            inputs = self.processor(images=[open_image(row["image"])], text=[text], return_tensors="pt")
+            question = inputs.pop("input_ids")[0].tolist()
+            answer = self.processor.tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
+            ids.append(torch.tensor([*question, *answer, self.eos_id]))
+            labels.append(torch.tensor([-100] * len(question) + [*answer, self.eos_id]))
+            if "mm_token_type_ids" in inputs:
+                kinds.append(torch.tensor(inputs.pop("mm_token_type_ids")[0].tolist() + [0] * (len(answer) + 1)))
+            inputs.pop("attention_mask")
+            encoded.append(inputs)
+        batch = {key: torch.cat([inputs[key] for inputs in encoded]) for key in encoded[0]}
+        batch |= {"mm_token_type_ids": pad_sequence(kinds, batch_first=True)} if kinds else {}
+        return batch | {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+
+
 class SharedPrefixSFT(TimedSchedule, SFTTrainer):
     """SFTTrainer on SharedPrefixCollator's batches: the same loss, each picture read once a batch."""
 
@@ -175,7 +203,7 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
 
 
 class PlainSFT(TimedSchedule, SFTTrainer):
-    """TRL's SFTTrainer with our clock."""
+    """TRL's SFTTrainer with our clock, on PlainCollator's batches."""
 
     def __init__(self, *args, clock: Clock, **kwargs):
         self.clock = clock
@@ -202,7 +230,8 @@ def make_trainer(
             train_dataset=dataset, data_collator=collator, reader=reader, together=together, **arguments
         )
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
-    return PlainSFT(train_dataset=dataset.cast_column("image", Image()), **arguments)
+    collator = PlainCollator(processor, processor.tokenizer.eos_token_id)
+    return PlainSFT(train_dataset=dataset, data_collator=collator, **arguments)
 
 
 def minutes_for(run: Run, task: str, control: str | None) -> float | None:

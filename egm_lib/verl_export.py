@@ -107,7 +107,8 @@ def export(run: Run, task: str) -> Path:
     lines = [f"{name}={_hydra(value)}" for name, value in overrides.items()]
     write_text(out / "overrides.txt", "\n".join(lines) + "\n")
     command = " \\\n  ".join(["python -m verl.trainer.main_ppo", *map(shlex.quote, lines)])
-    write_text(out / "run.sh", f"#!/bin/sh\n# Where verl and this project (`pip install -e .`) are installed.\n{command}\n")
+    heading = "#!/bin/sh\n# Where verl and this project (`pip install -e .`) are installed.\n"
+    write_text(out / "run.sh", f"{heading}{command}\n")
     return out
 
 
