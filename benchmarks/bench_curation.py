@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -131,27 +132,29 @@ def throughput(folder: Path, count: int = 2000) -> dict:
     make_samples(folder, count)
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
-    rates: dict[str, list[float]] = {"client": [], "bare": [], "bare, draws pictures": []}
+    rates: dict[str, list[float]] = {}
+    cpu_ms: dict[str, list[float]] = {}
+
+    def measure(name: str, work: Callable[[], object]) -> None:
+        started, cpu = time.monotonic(), time.process_time()
+        work()
+        rates.setdefault(name, []).append(count / (time.monotonic() - started))
+        cpu_ms.setdefault(name, []).append(1000 * (time.process_time() - cpu) / count)
+
     with running("--delay-ms", "20") as url:
         teacher = Teacher(base_url=url, model="fake", temperature=0.7, max_tokens=800, concurrency=CONCURRENCY)
         plan = Plan(task, samples, teacher, folder)
         requests = [plan.request(sample) for sample in samples]
         bodies = [plan.body(request) for request in requests]
         for trial in range(3):
-            started = time.monotonic()
-            out, ledger = folder / f"{trial}.jsonl", folder / f"{trial}.ledger"
-            report = run_task(task, samples, teacher, out=out, ledger=ledger, root=folder, progress=False)
-            rates["client"].append(count / (time.monotonic() - started))
-            assert report.kept == count, report
-            for name, work in (
-                ("bare", bodies.__getitem__),
-                ("bare, draws pictures", lambda i: plan.body(requests[i])),
-            ):
-                started = time.monotonic()
-                asyncio.run(bare_loop(url, work, count))
-                rates[name].append(count / (time.monotonic() - started))
-    result = {f"{name}, answers/s": round(max(values), 1) for name, values in rates.items()}
-    for name in ("bare", "bare, draws pictures"):
+            paths = {"out": folder / f"{trial}.jsonl", "ledger": folder / f"{trial}.ledger", "root": folder}
+            measure("client", lambda paths=paths: run_task(task, samples, teacher, progress=False, **paths))
+            measure("bare", lambda: asyncio.run(bare_loop(url, bodies.__getitem__, count)))
+            drawing = lambda number: plan.body(requests[number])  # noqa: E731
+            measure("bare, drawing", lambda drawing=drawing: asyncio.run(bare_loop(url, drawing, count)))
+    result = {f"{name}: answers/s": round(max(values), 1) for name, values in rates.items()}
+    result |= {f"{name}: CPU ms an answer": round(min(values), 2) for name, values in cpu_ms.items()}
+    for name in ("bare", "bare, drawing"):
         result[f"ratio to {name}"] = round(max(rates["client"]) / max(rates[name]), 3)
     return result
 
