@@ -12,6 +12,7 @@ The first step of every sitting compares the trainer's log-probs with the sample
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -343,6 +344,19 @@ def make_trainer(
     return PlainGRPO(train_dataset=dataset.cast_column("image", Image()), **arguments)
 
 
+def check_rollout(options: GRPO) -> None:
+    """Raises TrainingError, before anything long starts, where this machine cannot sample as the profile says."""
+    if options.rollout == "transformers":
+        return
+    if not torch.cuda.is_available():
+        raise TrainingError(
+            f"grpo.rollout is {options.rollout!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
+            "or set grpo.rollout to transformers."
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise TrainingError(f"grpo.rollout is {options.rollout!r}, and vLLM is missing: `pip install -e .[gpu]`.")
+
+
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it is."""
     from egm_lib.models import load_model, load_processor
@@ -351,6 +365,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     if is_finished(out):
         return out
     family, options = FAMILIES[profile.models.small.family], profile.grpo
+    check_rollout(options)
     start = str(require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`"))
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.

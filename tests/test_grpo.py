@@ -216,6 +216,13 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
         trl_options(grpo_options(per_device_train_batch_size=7), tmp_path, seed=1)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+def test_vllm_without_a_gpu_is_said_before_anything_starts():
+    grpo_module.check_rollout(grpo_options())
+    with pytest.raises(TrainingError, match="sees no GPU here"):
+        grpo_module.check_rollout(grpo_options(rollout="vllm-colocate"))
+
+
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):
     with pytest.raises(TrainingError, match="no RL sample"):
         trainer_of((world[0], [], world[2]), tmp_path)
