@@ -107,3 +107,14 @@ def test_scene_batches_are_a_function_of_seed_and_index():
     first, second = scene_batch(3, 4, 2)[1], scene_batch(3, 4, 2)[1]
     assert np.array_equal(first, second)
     assert not np.array_equal(first, scene_batch(3, 5, 2)[1])
+
+
+def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
+    tokenizer = build_tokenizer()
+    large = build("large", tokenizer, seed=2).eval()
+    pretrain.grow(tiny.state_dict(), large)
+    ids = torch.tensor([tokenizer("Locate red circle left of the blue star").input_ids])
+    with torch.no_grad():
+        torch.testing.assert_close(tiny(input_ids=ids).logits, large(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    new = [p for n, p in large.named_parameters() if ".layers.1." in n and "o_proj" in n]
+    assert new and not new[0].any(), "a new layer starts silent"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,8 @@ from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.vision import GRID_1000, cell_of, level, optimizers, rate_factor, scene_batch
 from egm_lib.prompts import FAMILIES
 
-EASY_SHARE = 0.3  # of the steps: describing and finding come before selecting; without, selection is never learnt
+EASY_SHARE = 0.25  # of the steps: describing and finding come before selecting; without, selection is never learnt
+TRUNK_SHARE = 0.58  # of the steps, before `large` is grown out of `small`
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
 SPELLED = {
@@ -313,8 +315,37 @@ def first_coordinate_hits(batch, scores: Tensor, groups: list[str], tokenizer) -
     return hits
 
 
+def grow(small: dict[str, Tensor], large) -> None:
+    """Load a small model's weights into the large one so that it computes the same function (LLaMA Pro, Net2Net).
+
+    Every second layer is new and adds nothing (its output projections are zero), as do the new units of the others.
+    """
+    state = large.state_dict()
+    for name, value in state.items():
+        parts = name.split(".")
+        if "layers" not in parts:
+            state[name] = small[name]
+            continue
+        at = parts.index("layers") + 1
+        number, fresh = divmod(int(parts[at]), 2)
+        old = small[".".join([*parts[:at], str(number), *parts[at + 1 :]])]
+        if fresh:
+            state[name] = torch.zeros_like(value) if parts[-2] in ("o_proj", "down_proj") else value
+        elif parts[-2] == "down_proj":
+            state[name] = torch.cat([old, torch.zeros(len(old), value.shape[1] - old.shape[1])], dim=1)
+        elif parts[-2] in ("gate_proj", "up_proj"):
+            state[name] = torch.cat([old, value[len(old) :]])
+        else:
+            state[name] = old
+    large.load_state_dict(state)
+
+
 def base(args: argparse.Namespace) -> None:
-    """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on."""
+    """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
+
+    The first TRUNK_SHARE of the steps is common: `small` leaves its state there in trunk.pt, from which `large` is grown;
+    trained from nothing it does not learn to find things in the pictures that `small` needs for it.
+    """
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
     model = load_aligned(args.size, args.out, args.seed, tokenizer)
@@ -324,7 +355,14 @@ def base(args: argparse.Namespace) -> None:
     folder = args.out / args.size
     folder.mkdir(parents=True, exist_ok=True)
     state_file, first, spent = folder / "state.pt", 0, 0.0
-    if state_file.exists():
+    trunk = args.out / "trunk.pt"
+    if args.size == "large" and not state_file.exists():
+        if not trunk.exists():
+            raise SystemExit(f"{trunk} is missing: run `base --size small` first, the large model grows out of it")
+        state = torch.load(trunk, weights_only=True)
+        grow(state["model"], model)
+        first = state["step"]
+    elif state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
@@ -355,6 +393,8 @@ def base(args: argparse.Namespace) -> None:
                      "minutes": (time.time() - start) / 60}
             torch.save(state, folder / "state.pt.new")
             (folder / "state.pt.new").replace(state_file)
+            if args.size == "small" and not trunk.exists() and step + 1 >= TRUNK_SHARE * args.steps:
+                shutil.copy(state_file, trunk)
 
 
 def export(args: argparse.Namespace) -> None:
@@ -393,10 +433,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=None)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--save-every", type=int, default=250)
-    parser.add_argument("--held-out", type=int, default=20, help="batches")
+    parser.add_argument("--save-every", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=24, help="batches")
     args = parser.parse_args()
-    defaults = {"align": (300, 32, 3e-3), "base": (4000, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
+    defaults = {"align": (300, 32, 3e-3), "base": (3400, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
     args.steps, args.batch, args.rate = (
         given if given is not None else default
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)
