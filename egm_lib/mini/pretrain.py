@@ -344,7 +344,7 @@ def base(args: argparse.Namespace) -> None:
     """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
 
     The first TRUNK_SHARE of the steps is common: `small` leaves its state there in trunk.pt, from which `large` is
-    grown. Trained from nothing, `large` could not yet find a plain thing after as many pictures as `small` needed for it.
+    grown. Trained from nothing, `large` did not find plain things yet after as many pictures as `small` needed for it.
     """
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
