@@ -126,7 +126,9 @@ def models_in(comparisons: Iterable[Comparison]) -> list[str]:
 
 def picture_of(sample: Mapping, root: str | Path) -> Image.Image:
     """The sample's picture as RGB; its `image` may be a PIL picture, a path, or a path relative to root."""
-    image = sample["image"]
+    image = sample.get("image")
+    if not image:
+        raise ValueError("the row names no image")
     return image.convert("RGB") if isinstance(image, Image.Image) else open_image(resolve_image(sample, root))
 
 
@@ -201,7 +203,7 @@ def view_of(
     sample = comparison.sample
     view = {name: sample.get(name) for name in _FACTS}
     view |= {"width": sample.get("width"), "height": sample.get("height"), "picture": None, "error": None,
-             "gt_box": _plain_box(sample.get("gt_box")), "modal_box": _plain_box(sample.get("modal_box")),
+             "gt_box": plain_box(sample.get("gt_box")), "modal_box": plain_box(sample.get("modal_box")),
              "causes": dict(causes or {})}  # fmt: skip
     try:
         picture = picture_of(sample, root)
@@ -224,7 +226,7 @@ def _answer_view(answer: Answer | None, model: str, place: int) -> dict:
         return view
     row = answer.row
     reasoning, text = reasoning_and_answer(row)
-    gt = _plain_box(row.get("gt_box"))
+    gt = plain_box(row.get("gt_box"))
     return view | {
         "box": answer.box and list(answer.box), "num_boxes": len(row.get("boxes") or ()), "iou": answer.iou,
         "success": answer.success, "status": answer.status, "error": answer.error,
@@ -264,7 +266,8 @@ def _advantages(rewards: Sequence[float]) -> list[float]:
     return group_advantages(torch.tensor(rewards, dtype=torch.float32), len(rewards)).tolist()
 
 
-def _plain_box(box) -> list[float] | None:
+def plain_box(box) -> list[float] | None:
+    """A box as a list; None where it is none that can be drawn."""
     try:
         return None if box is None else list(check_box(box))
     except ValueError:

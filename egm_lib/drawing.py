@@ -10,7 +10,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
 from egm_lib.boxes import Box
-from egm_lib.comparison import Answer, Comparison, picture_of, reasoning_and_answer
+from egm_lib.comparison import Answer, Comparison, picture_of, plain_box, reasoning_and_answer
 from egm_lib.palette import FAILED, FAINT, GROUND_TRUTH, INK, SOLVED, Look, look, new_figure, styled
 
 
@@ -39,7 +39,7 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
 def draw_picture(ax: Axes, sample: Mapping, answers: Sequence[tuple[Box | None, Look]], root: str | Path) -> None:
     """The picture, the ground truth (hatched where hidden) and each answer's box; the view grows to boxes outside."""
     ax.set_axis_off()
-    gt, modal = sample.get("gt_box"), sample.get("modal_box")
+    gt, modal = plain_box(sample.get("gt_box")), plain_box(sample.get("modal_box"))
     try:
         picture = picture_of(sample, root)
         width, height = sample.get("width") or picture.width, sample.get("height") or picture.height

@@ -372,22 +372,21 @@ def solved_share(material: Material) -> tuple[Figure, str]:
     figure = new_figure(6.4, 3.1)
     ax = figure.subplots()
     groups = [(label, failed[bins == label]) for label in labels]
-    for place, (_label, rows) in enumerate(groups):
+    for place, (_, rows) in enumerate(groups):
         value = estimate(rows, "b", draws=DRAWS)
         if value is None:
             ax.text(place, 1, "none", ha="center", fontsize=7.5, color=FAINT)
             continue
         ax.bar(place, 100 * value.mean, 0.72, color=SOLVED, alpha=0.85)
         ax.errorbar(place, 100 * value.mean, _down_up([value]), fmt="none", color=INK, linewidth=0.9)
-        below = ax.get_xaxis_transform()
-        ax.text(place, -0.13, f"n = {value.n}", ha="center", fontsize=7, color=FAINT, transform=below)
     overall = 100 * failed["b"].mean()
     published = paper("table11")["rows"][0]["values"][2]
     ax.axhline(overall, color=SOLVED, linewidth=1.2, label=f"all failures: {overall:.1f} %")
     ax.axhline(published, color=FAINT, linewidth=1.2, linestyle="--", label=f"paper, Table 11: {published} %")
-    ax.set(xticks=range(len(labels)), xticklabels=labels, ylabel="solved by small + EGM, %", ylim=(0, 100),
+    counted = [f"{label}\nn = {len(rows)}" for label, rows in groups]
+    ax.set(xticks=range(len(labels)), xticklabels=counted, ylabel="solved by small + EGM, %", ylim=(0, 100),
+           xlim=(-0.6, len(labels) - 0.4), xlabel="IoU of the small base",
            title="Of the base's failures, how many are solved")  # fmt: skip
-    ax.set_xlabel("IoU of the small base", labelpad=16)
     figure.legend(loc="outside lower center", ncols=2)
     ax.grid(True, axis="y")
     count = f"{len(failed):,} failures of the small base"
