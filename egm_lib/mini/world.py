@@ -26,6 +26,7 @@ from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookal
 from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
 from egm_lib.profile import Data, ProfileError, load_profile
 
+VERSION = 2  # of what the recipes draw: a world of another version is made anew
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
 SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}  # as people / objects
@@ -157,8 +158,8 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
 
     The folder appears whole or not at all: it is written beside its place and moved there.
     """
-    done = out / "world.json"
-    if done.is_file() and json.loads(done.read_text()) == wanted:
+    done, made = out / "world.json", {"version": VERSION, "samples": wanted}
+    if done.is_file() and json.loads(done.read_text()) == made:
         return wanted
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
@@ -179,7 +180,7 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
                     rows += found
                     teacher.writelines(json.dumps(truth) + "\n" for truth in truths)
                 write_samples(scratch / name, rows)
-        (scratch / "world.json").write_text(json.dumps(wanted, indent=1))
+        (scratch / "world.json").write_text(json.dumps(made, indent=1))
         if out.exists():
             shutil.rmtree(out)
         scratch.rename(out)
