@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +87,12 @@ def run_side_by_side(jobs: Sequence[Job], workers: int) -> None:
             process.stop()
 
 
+def _end_with_parent() -> None:
+    """A kernel that is killed takes its processes along; else a second run would train beside an orphan."""
+    pr_set_pdeathsig = 1  # <sys/prctl.h>
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 class _Process:
     def __init__(self, job: Job, environment: dict[str, str]):
         self.job, self.began, self.reported = job, time.monotonic(), time.monotonic()
@@ -93,7 +101,7 @@ class _Process:
             self.start = log.tell()
             self.process = subprocess.Popen(
                 job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                cwd=project_root(),
+                cwd=project_root(), preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )  # fmt: skip
         print(f"{job.name}: started", flush=True)
 

@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
         papermill.execute_notebook(
             str(notebook), str(executed), {"profile": run.profile.name, "seed": run.seed}, kernel_name=KERNEL,
             progress_bar=False, stdout_file=sys.stdout, cwd=str(notebook.parent),
+            extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings would bury our lines
         )  # fmt: skip
         finished = True
     except papermill.PapermillExecutionError as error:
@@ -264,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
     parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         profile = load_profile(args.profile)
         for seed in args.seed or profile.seeds:
