@@ -22,6 +22,8 @@ from transformers import TrainerCallback
 
 from egm_lib import grpo, sft
 from egm_lib.data import read_train
+from egm_lib.mini.models import build, save
+from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.models import load_model, load_processor
 from egm_lib.profile import load_profile
 from egm_lib.prompts import FAMILIES
@@ -52,6 +54,12 @@ def half_random(group_size: int):
     return reward
 
 
+def random_small(folder: Path) -> str:
+    """The miniature's small model with random weights: it rarely ends an answer, so every way writes as many tokens."""
+    save(build("small", build_tokenizer(), seed=0), folder)
+    return str(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=("sft", "grpo"))
@@ -63,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     profile, family = load_profile("mini"), FAMILIES["qwen3-vl"]
-    place = profile.models.small.location
+    place = random_small(Path(tempfile.mkdtemp()))
     model, processor = load_model(place), load_processor(place, family.name)
     samples = list(read_train(profile.data.path, "vanilla", "selection", 256))
     scratch = Path(tempfile.mkdtemp())

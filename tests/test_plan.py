@@ -1,0 +1,76 @@
+"""The plan's arithmetic against models that exist: counted parameters, what is trained, and what several GPUs share."""
+
+from dataclasses import replace
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from tiny_qwen import tiny_qwen
+from transformers import Qwen3VLConfig
+
+from egm_lib.plan import Hardware, PlanError, count_parameters, estimate, lora_parameters
+from egm_lib.profile import Lora, load_profile
+from egm_lib.prompts import FAMILIES
+from egm_lib.training import freeze_tower, lora_config
+
+ONE = Hardware(gpus=1, memory_gib=80, tflops=312)
+
+
+def profile(**sft):
+    base = load_profile("paper-qwen3vl-8b")
+    return replace(base, sft=replace(base.sft, **sft))
+
+
+@pytest.mark.parametrize(("tower", "merger"), [(True, True), (True, False), (False, False)])
+def test_parameters_are_those_of_the_model(tower, merger):
+    model = tiny_qwen()[0]
+    freeze_tower(model, FAMILIES["qwen3-vl"], tower=tower, merger=merger)
+    plan = estimate(profile(freeze_vision=tower, freeze_merger=merger), model.config, "sft", ONE, samples=100)
+    assert plan.parameters == model.num_parameters()
+    assert plan.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count_parameters(model.config)["vision"] == sum(p.numel() for p in model.model.visual.parameters())
+
+
+def test_lora_is_what_peft_makes_of_it():
+    model = tiny_qwen()[0]
+    peft_model = get_peft_model(model, LoraConfig(**{**lora_config(Lora(r=4, alpha=8)).to_dict()}))
+    made = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    assert lora_parameters(model.config, 4) == made
+
+
+def test_several_gpus_share_the_state_and_the_work():
+    config = tiny_qwen()[0].config
+    one = estimate(profile(), config, "sft", ONE, samples=1000)
+    eight = estimate(profile(), config, "sft", replace(ONE, gpus=8), samples=1000)
+    for part in ("weights_gib", "gradients_gib", "optimizer_gib"):
+        assert getattr(eight, part) == pytest.approx(getattr(one, part) / 8)
+    assert eight.activations_gib == one.activations_gib
+    assert eight.hours == pytest.approx(one.hours / 8)
+    assert one.optimizer_gib == pytest.approx(8 * one.trained_parameters / 2**30)
+
+
+def test_real_sizes_say_what_everyone_knows():
+    """An 8B model's full training does not fit one GPU of 80 GiB, fits eight; LoRA fits one."""
+    config = Qwen3VLConfig(
+        text_config={"vocab_size": 151_936, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
+                     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12_288},
+        vision_config={"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
+                       "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    full, lora = profile(), profile(lora=Lora(r=16, alpha=32))
+    assert 8.0e9 < estimate(full, config, "sft", ONE, samples=1000).parameters < 9.5e9
+    assert not estimate(full, config, "sft", ONE, samples=1000).fits
+    assert estimate(full, config, "sft", replace(ONE, gpus=8), samples=1000).fits
+    assert estimate(lora, config, "sft", ONE, samples=1000).fits
+
+
+def test_steps_are_the_profile_s():
+    config, profile_ = tiny_qwen()[0].config, load_profile("paper-qwen3vl-8b")
+    plan = estimate(profile_, config, "grpo", replace(ONE, gpus=8), samples=83_989)
+    assert plan.steps == 329 * 5  # 83,989 prompts in steps of 256, five epochs
+    assert estimate(profile_, config, "sft", replace(ONE, gpus=8), samples=575_208).steps == 4494  # batches of 128
+
+
+def test_no_gpu_is_no_plan():
+    with pytest.raises(PlanError, match="at least one GPU"):
+        Hardware(gpus=0, memory_gib=80, tflops=312)
