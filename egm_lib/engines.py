@@ -132,7 +132,10 @@ class AnswerForm:
         self.pattern, self.decode, self.eos_ids = regex.compile(pattern), decode, eos_ids
 
     def bind(self, written: list[int], logits_V: torch.Tensor, keep: int) -> torch.Tensor:
-        """logits_V with all but the `keep` likeliest admissible tokens at -inf; RuntimeError where none is."""
+        """logits_V with all but the `keep` likeliest admissible tokens at -inf.
+
+        A vocabulary of words (the miniature's) can come to where none is admissible: the answer ends there.
+        """
         before = self.decode(written)
         allowed: list[int] = []
         for width in (64, logits_V.numel()):
@@ -141,10 +144,11 @@ class AnswerForm:
             allowed = [token for token in allowed if logits_V[token] > -torch.inf]
             if len(allowed) >= keep:
                 break
-        if not allowed:
-            raise RuntimeError(f"no token of this vocabulary continues the answer {before!r} in the required form")
         bound_V = torch.full_like(logits_V, -torch.inf)
-        bound_V[allowed] = logits_V[allowed]
+        if allowed:
+            bound_V[allowed] = logits_V[allowed]
+        else:
+            bound_V[list(self.eos_ids)] = 0.0
         return bound_V
 
     def _admissible(self, tokens: list[int], written: list[int], before: str, keep: int) -> list[int]:
