@@ -5,7 +5,7 @@ PYTHON ?= python3
 PRETRAIN ?= data/runs/pretrain
 READY := .venv/.ready
 RUN := .venv/bin/python
-# A wheel folder or a package index to take torch from, such as https://download.pytorch.org/whl/cpu (small, no CUDA).
+# A folder of wheels, or a package index, to take torch from: PyTorch has one of CPU builds (small, no CUDA).
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,--extra-index-url) $(TORCH_INDEX))
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 

@@ -118,3 +118,15 @@ def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
         torch.testing.assert_close(tiny(input_ids=ids).logits, large(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     new = [p for n, p in large.named_parameters() if ".layers.1." in n and "o_proj" in n]
     assert new and not new[0].any(), "a new layer starts silent"
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_the_shipped_bases_speak_the_language_of_this_code(size):
+    folder = pretrain.SHIPPED / size
+    assert load_processor(folder, "qwen3-vl").tokenizer.get_vocab() == build_tokenizer().get_vocab()
+
+
+def test_the_shipped_bases_look_through_the_same_eyes():
+    small, large = (load_model(pretrain.SHIPPED / size).model.visual.state_dict() for size in ("small", "large"))
+    assert small.keys() == large.keys()
+    assert all(torch.equal(small[name], large[name]) for name in small)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
+from egm_lib.curation.tasks import DEGREES, extensions
 from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing
 from egm_lib.mini.vision import GRID_1000, level
 
@@ -38,7 +39,7 @@ PARAPHRASES = {
     "side_rank": ("{ordinal} {kind} {side} the {anchor}", "{side} the {anchor} the {ordinal} {kind}"),
 }
 MAX_CANDIDATES = 7  # keeps traces short enough for a tiny model
-DEGREES = ((0.15, "slightly"), (0.3, "a bit"), (0.5, "moderately"), (0.8, "considerably"), (math.inf, "significantly"))
+TOWARDS = {"upward": "up", "downward": "down", "to the left": "left", "to the right": "right"}  # one token each
 
 
 @dataclass(frozen=True)
@@ -235,12 +236,8 @@ class Query:
 
 
 def extension(thing: Thing) -> list[tuple[str, str]]:
-    """(direction, degree) by which the full box reaches beyond the visible one; degree relative to the visible side."""
-    v, f = thing.visible_box_px, thing.full_box_px
-    width, height = v[2] - v[0], v[3] - v[1]
-    gaps = {"left": (v[0] - f[0]) / width, "right": (f[2] - v[2]) / width,
-            "up": (v[1] - f[1]) / height, "down": (f[3] - v[3]) / height}
-    return [(d, next(word for limit, word in DEGREES if g <= limit)) for d, g in gaps.items() if g > 0.04]
+    """(direction, degree) by which the full box reaches beyond the visible one, in the miniature's words."""
+    return [(TOWARDS[way], degree) for way, degree in extensions(thing.visible_box_px, thing.full_box_px)]
 
 
 def hidden_by(scene: Scene, index: int) -> Thing | None:

@@ -40,12 +40,14 @@ from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify, 
 from egm_lib.mini.scenes import SIZE_PX, Scene, Thing
 from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.vision import GRID_1000, cell_of, level, optimizers, rate_factor, scene_batch
+from egm_lib.profile import project_root
 from egm_lib.prompts import FAMILIES
 
 EASY_SHARE = 0.25  # of the steps: describing and finding come before selecting; without, selection is never learnt
 TRUNK_SHARE = 0.58  # of the steps, before `large` is grown out of `small`
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
+SHIPPED = project_root() / "data" / "mini"
 SPELLED = {
     "colour": " {}", "shape": " {}",
     **{f"{box}_{c}": "{}" if c == "x1" else ", {}" for box in ("visible", "full") for c in ("x1", "y1", "x2", "y2")},
@@ -426,7 +428,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=["align", "base", "export"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the work in progress")
-    parser.add_argument("--to", type=Path, default=Path("data/mini"), help="export: folder of the shipped checkpoints")
+    parser.add_argument("--to", type=Path, default=SHIPPED, help="export: folder of the shipped checkpoints")
     parser.add_argument("--size", choices=["small", "large"], default="small")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=None)
