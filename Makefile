@@ -74,9 +74,8 @@ test-vllm: $(READY) ## greedy answers of vLLM equal transformers' (needs vLLM)
 test-browser: $(READY) ## viewer and gallery in a headless Chromium (needs node and playwright-core)
 	@$(RUN) -m pytest -q -m browser
 
-submit: ## notebooks 04-06 of PROFILE on a GPU node through SLURM
-	@command -v sbatch >/dev/null || { echo "no sbatch here; make reproduce PROFILE=$(PROFILE) runs the same locally"; exit 1; }
-	@sbatch --export=ALL,PROFILE=$(PROFILE) egm_lib/configs/slurm.sbatch
+submit: $(READY) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
+	@$(RUN) -m egm_lib.submit --profile $(PROFILE)
 
 lock: $(READY) ## newest set that requirements.in allows -> requirements.txt
 	@$(PYTHON) -m venv --clear .venv-lock

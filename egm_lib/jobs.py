@@ -39,6 +39,14 @@ def job(run: Run, module: str, *arguments: str) -> Job:
     return Job(name, [sys.executable, "-m", f"egm_lib.{module}", *options], run.log(f"{name}.txt"))
 
 
+def prediction_jobs(run: Run, models: Sequence[str]) -> list[Job]:
+    """`egm_lib.generate` for several models, dealt out to one job a worker: a process loads its libraries once."""
+    count = min(_workers(run), len(models))
+    hands = [models[place::count] for place in range(count)]
+    jobs = [job(run, "generate", *(word for model in hand for word in ("--model", model))) for hand in hands]
+    return [Job(f"generate-{place}", each.command, run.log(f"generate-{place}.txt")) for place, each in enumerate(jobs)]
+
+
 def training_job(run: Run, module: str, *arguments: str) -> Job:
     """As `job`, through `accelerate launch` where the profile has a configuration of several processes."""
     plain, launch = job(run, module, *arguments), run.profile.launch
@@ -62,7 +70,11 @@ def data_job(run: Run) -> Job:
 
 def run_jobs(run: Run, jobs: Sequence[Job]) -> None:
     """Runs the jobs: side by side on one thread each where the profile says so, else one after another."""
-    run_side_by_side(jobs, workers=(os.cpu_count() or 1) if run.profile.launch.side_by_side else 1)
+    run_side_by_side(jobs, _workers(run))
+
+
+def _workers(run: Run) -> int:
+    return (os.cpu_count() or 1) if run.profile.launch.side_by_side else 1
 
 
 def run_side_by_side(jobs: Sequence[Job], workers: int) -> None:
