@@ -60,7 +60,7 @@ async function gallery() {
 async function lab() {
   await page.goto(job.url);
   await page.waitForSelector(".jp-Notebook .jp-Cell");
-  await page.locator('.jp-mod-commandPalette, [data-command="notebook:run-cell-and-select-next"]').first().waitFor({ state: "attached" });
+  await page.waitForFunction(() => document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")); // the kernel
   await page.locator(".jp-Notebook .jp-Cell .cm-content").first().click();
   await page.keyboard.press("Shift+Enter");
   await page.waitForSelector(".egm-picture");
@@ -98,6 +98,7 @@ async function lab() {
   seen.search_keeps_focus = await page.evaluate(() => document.activeElement.className === "egm-search");
   await page.fill(".egm-search", "");
   await page.selectOption('select[aria-label="which samples"]', "all");
+  await page.waitForFunction((whole) => document.querySelector(".egm-of").innerText === whole, seen.first.of);
   await page.locator(".egm-group").scrollIntoViewIfNeeded();
   seen.tiles = await page.locator(".egm-tile").count();
   await page.locator(".egm-tile").nth(1).hover();
