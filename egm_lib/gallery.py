@@ -151,7 +151,7 @@ body { margin: 0; color: #222; background: #fff; font: 16px/1.5 system-ui, "Sego
 main { max-width: 1080px; margin: 0 auto; padding: 16px; }
 h1 { font-size: 26px; line-height: 1.2; margin: 8px 0; } h2 { font-size: 21px; margin: 34px 0 8px; } h3 { font-size: 15px; margin: 0 0 4px; }
 nav a { margin-right: 14px; color: #0059A0; } a:focus-visible, button:focus-visible, summary:focus-visible { outline: 2px solid #0072B2; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 10px; margin: 14px 0 4px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 10px; margin: 14px 0 4px; }
 .fact { border: 1px solid #ddd; border-top: 5px solid #888; border-radius: 6px; padding: 8px 12px; }
 .fact.small-base { border-top-color: #D55E00; } .fact.small-sft { border-top-color: #E69F00; }
 .fact.small-egm { border-top-color: #0072B2; } .fact.large-base { border-top-color: #009E73; }

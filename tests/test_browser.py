@@ -16,9 +16,9 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from toy_run import write_run
-from trace_world import EGM, SMALL, draw_world, group_of, predictions_of, write_rows
+from trace_world import BACKGROUND, EGM, SMALL, draw_world, group_of, predictions_of, write_rows
 
 from egm_lib.figures import build_figures
 from egm_lib.gallery import build_gallery
@@ -121,21 +121,17 @@ def test_viewer_in_jupyterlab(lab, tmp_path):
 
 
 def assert_export_has_boxes(path: Path, sample: dict) -> None:
-    """In the PNG export, EGM's box lies where the small base's box and the rows say."""
+    """In the PNG export, each box's colour has its middle where the row says, measured from the picture's corner."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the picture; the text is at its right
 
-    def centre(model: str) -> tuple[float, float, float]:
-        colour = look(model).colour
-        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        ys, xs = np.nonzero(abs(pixels - wanted).sum(axis=2) < 25)
-        return (xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2, xs.max() - xs.min()
+    def extent(colour: tuple[int, ...]) -> tuple[int, int, int, int]:
+        ys, xs = np.nonzero(abs(pixels - colour).sum(axis=2) < 25)
+        return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
-    def expected(box: list[float]) -> tuple[float, float, float]:
-        return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0]
-
-    small, egm = centre(SMALL), centre(EGM)
-    small_px, egm_px = expected(sample["boxes_all"][0]), expected(sample["gt_box"])
-    scale = small[2] / small_px[2]
-    assert (egm[0] - small[0]) / scale == pytest.approx(egm_px[0] - small_px[0], abs=1.5)
-    assert (egm[1] - small[1]) / scale == pytest.approx(egm_px[1] - small_px[1], abs=1.5)
+    left, top, right, _ = extent(BACKGROUND)
+    scale = (right - left) / sample["width"]
+    for model, (x1, y1, x2, y2) in ((SMALL, sample["boxes_all"][0]), (EGM, sample["gt_box"])):
+        at = extent(ImageColor.getrgb(look(model).colour))
+        middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
+        assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 COLOURS = {"red": "#c0392b", "blue": "#2c6fbb", "green": "#3a9d5d"}
+BACKGROUND = (226, 222, 210)
 PLACES = ("first", "second", "third")
 SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
 
@@ -18,7 +19,7 @@ def draw_world(root: Path, count: int = 6, size: int = 128, seed: int = 0) -> li
     samples = []
     for number in range(count):
         colour = rng.choice(list(COLOURS))
-        image = Image.new("RGB", (size, size), (226, 222, 210))
+        image = Image.new("RGB", (size, size), BACKGROUND)
         draw = ImageDraw.Draw(image)
         boxes = []
         for column in range(3):
