@@ -18,8 +18,8 @@ PROFILES = ("mini-full", "mini")
 def numbers(summary: dict | None) -> str:
     """The table as Markdown; a cell that was not run says so."""
     published = {row["name"]: row for row in paper("table4")["rows"]}
-    counterparts, _ = paper_models(PROFILES[0])
-    lines = ["| paper | accuracy | miniature | RefCOCO-like | amodal |", "|---|---|---|---|---|"]
+    counterparts, _ = paper_models(summary["profile"] if summary else PROFILES[0])
+    lines = ["| paper | accuracy | ours | accuracy | amodal |", "|---|---|---|---|---|"]
     for model in MODELS:
         theirs = counterparts.get(model)
         row = published.get(theirs)

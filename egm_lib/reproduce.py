@@ -30,6 +30,7 @@ import papermill
 
 from egm_lib.data.records import atomic_open
 from egm_lib.profile import ProfileError, Run, load_profile, project_root
+from egm_lib.readme import numbers
 from egm_lib.tables import build_tables
 
 KERNEL = "python3"
@@ -37,7 +38,6 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "v
 OUTPUTS = (  # folders that stages fill
     "samples", "curation", "traces", "failures", "selection", "checkpoints", "predictions", "latency",
 )  # fmt: skip
-SHOWN_TABLES = ("table4", "table5", "table4_differences")
 
 
 class ReproduceError(RuntimeError):
@@ -79,11 +79,10 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
 
 
 def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
-    """Executes a notebook and records it; the seconds of earlier, unfinished sittings count too."""
+    """Executes a notebook and records it; the seconds of all sittings count, since their long work is not done again."""
     name, executed = notebook.stem, run.notebook(notebook.name)
     executed.parent.mkdir(parents=True, exist_ok=True)
     old = manifest["stages"].get(name, {})
-    before_s = 0.0 if old.get("finished") else old.get("seconds", 0.0)
     files, began, finished = _files(run), time.monotonic(), False
     try:
         papermill.execute_notebook(
@@ -101,7 +100,7 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
     finally:
         if executed.exists():
             clean(executed)
-        seconds = before_s + time.monotonic() - began
+        seconds = old.get("seconds", 0.0) + time.monotonic() - began
         made = sorted(_files(run) - files | (set(old.get("files", [])) & _files(run)))
         manifest["stages"][name] = {
             "key": key, "finished": finished, "seconds": round(seconds, 1), "git": _git(), "files": made,
@@ -249,11 +248,10 @@ def _show_results(run: Run) -> None:
     """The paper beside ours, and where to look further; tables anew, since the manifest is complete only now."""
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    for name in SHOWN_TABLES:
-        path = run.figures / f"{name}.md"
-        if path.exists():
-            print(f"\n{path.read_text(encoding='utf-8').strip()}")
-    print(f"\nTables and figures: {run.figures}")
+    summary = json.loads((run.figures / "summary.json").read_text(encoding="utf-8"))
+    print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
+    print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
+    print(f"Tables and figures: {run.figures}")
     gallery = run.figures / "gallery.html"
     print(f"Gallery: {gallery}" if gallery.exists() else "Gallery: not made")
 
