@@ -55,8 +55,8 @@ def draw_picture(ax: Axes, sample: Mapping, answers: Sequence[tuple[Box | None, 
         draw_box(ax, tuple(gt), GROUND_TRUTH, 2.8, 3)  # wider than answers: it shows beneath a perfect one
     shown = [box for box, _ in answers if box is not None]
     for box, style in answers:
-        if box is not None:
-            draw_box(ax, box, style)
+        if box is not None:  # dashes above solid lines: they show where two answers are the same
+            draw_box(ax, box, style, layer=5 if style.dash else 4)
     boxes = [*shown, *([gt] if gt is not None else [])]
     pad = 0.012 * max(width, height)
     x1, y1 = (min([0, *(box[side] - pad for box in boxes)]) for side in (0, 1))

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from egm_lib.comparison import Comparison, compare, reasoning_and_answer, rows_of
 from egm_lib.data.records import atomic_open
@@ -84,9 +85,9 @@ def lot(items: Sequence, count: int) -> list:
 def fig5(material: Material) -> tuple[Figure, str]:
     results = material.results
     points = {
-        model: (stats, value)
+        model: (latency, value)
         for model in results.models
-        if (stats := latency_stats(results, model))
+        if (latency := latency_stats(results, model))
         and (value := estimate(results.of(model), over_splits=True, draws=DRAWS))
     }
     if not points:
@@ -96,11 +97,11 @@ def fig5(material: Material) -> tuple[Figure, str]:
     _published_latency(left)
     sizes = [material.parameters.get(model) for model in points]
     largest = max((size for size in sizes if size), default=None)
-    for (model, (stats, value)), size in zip(points.items(), sizes, strict=True):
+    for (model, (latency, value)), size in zip(points.items(), sizes, strict=True):
         style = look(model)
         area = 380 * size / largest if size else 60
-        _errors(right, stats["mean"], stats["ci95"], value, style.colour)
-        right.scatter(stats["mean"], 100 * value.mean, s=max(area, 18), color=style.colour, marker=style.marker,
+        _errors(right, latency["mean"], latency["ci95"], value, style.colour)
+        right.scatter(latency["mean"], 100 * value.mean, s=max(area, 18), color=style.colour, marker=style.marker,
                       edgecolor="white", zorder=3, label=f"{style.label}{_millions(size)}")  # fmt: skip
     right.set(title="This run", xlabel="latency of one request, ms", ylabel="accuracy at IoU > 0.5, %")
     right.margins(0.18)
@@ -288,52 +289,60 @@ def fig12(material: Material) -> tuple[Figure, str]:
 
 # --- training ---
 
-CURVES = ("loss", "mean_token_accuracy", "reward", "frac_reward_zero_std", "kl", "entropy", "completions/mean_length",
-          "grad_norm", "learning_rate")  # fmt: skip
+CURVES = (
+    "loss", "mean_token_accuracy", "grad_norm", "reward", "frac_reward_zero_std", "kl", "entropy",
+    "completions/mean_length",
+)  # fmt: skip
+TASKS = {"vanilla": ("#0072B2", "-"), "amodal": ("#009E73", "--")}
 
 
 def training(material: Material) -> tuple[Figure, str]:
-    logs: dict[str, list[pd.DataFrame]] = {}
+    logs: dict[str, dict[str, list[pd.DataFrame]]] = {}  # stage -> task -> a log a seed
     for root in material.results.roots:
         for file in sorted((root / "logs").glob("*.jsonl")):
             frame = pd.DataFrame(read_rows(file))
-            if "step" in frame and any(column in frame for column in CURVES):
-                logs.setdefault(file.stem, []).append(frame)
+            stage, _, task = file.stem.rpartition("-")
+            if task in TASKS and "step" in frame and any(column in frame for column in CURVES):
+                logs.setdefault(stage, {}).setdefault(task, []).append(frame)
     if not logs:
         raise NotRun("no training logs (notebooks 04 and 06)")
-    shown = {name: [c for c in CURVES if any(c in frame for frame in frames)] for name, frames in logs.items()}
-    columns = max(map(len, shown.values()))
-    figure = new_figure(max(2.05 * columns, 4.2), 1.75 * len(shown))
-    axes = figure.subplots(len(shown), columns, squeeze=False)
-    for row, (name, own) in zip(axes, shown.items(), strict=True):
-        for ax in row[len(own) :]:
-            ax.set_axis_off()
-        for ax, column in zip(row, own, strict=False):
-            _curve(ax, [frame.dropna(subset=column) for frame in logs[name] if column in frame], column)
-            ax.set_title(column, fontsize=8, fontweight="normal")
-            ax.tick_params(labelsize=7)
-            ax.grid(True)
-        row[0].set_ylabel(name, fontweight="bold")
-    seeds = max(map(len, logs.values()))
+    panels = [
+        (stage, column, {task: own for task, frames in tasks.items() if (own := [f for f in frames if column in f])})
+        for stage, tasks in sorted(logs.items(), key=lambda item: (item[0] != "sft", item[0] != "grpo", item[0]))
+        for column in CURVES
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    columns = min(5, len(panels))
+    figure = new_figure(max(2.05 * columns, 4.2), 1.75 * -(-len(panels) // columns) + 0.4)
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).ravel()
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (stage, column, by_task) in zip(axes, panels, strict=False):
+        for task, frames in by_task.items():
+            _curve(ax, [frame.dropna(subset=column) for frame in frames], column, task)
+        ax.set_title(f"{stage}: {column}", fontsize=7.5, fontweight="normal")
+        ax.tick_params(labelsize=7)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    seeds = max(len(frames) for tasks in logs.values() for frames in tasks.values())
     band = "mean of the seeds, 95 % interval (t)" if seeds > 1 else "one seed: no interval"
     return figure, f"Training logs against steps; faint: as logged; line: running mean of a tenth of the steps, {band}."
 
 
-def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str) -> None:
-    from scipy import stats
-
+def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str, task: str) -> None:
+    colour, line = TASKS[task]
     smooth = []
     for frame in frames:
         series = frame.drop_duplicates("step", keep="last").set_index("step")[column].astype(float)
-        ax.plot(series.index, series, color="#9DBCD4", linewidth=0.6)
+        ax.plot(series.index, series, color=colour, alpha=0.3, linewidth=0.6)
         smooth.append(series.rolling(max(1, len(series) // 10), min_periods=1, center=True).mean())
-    table = pd.concat(smooth, axis=1, join="inner") if smooth else pd.DataFrame()
-    mean = table.mean(axis=1)
-    style = look(EGM)
-    ax.plot(mean.index, mean, color=style.colour, linewidth=1.5, marker=style.marker if len(mean) == 1 else None)
-    if table.shape[1] > 1:
-        half = stats.t.ppf(0.975, table.shape[1] - 1) * table.std(axis=1) / np.sqrt(table.shape[1])
-        ax.fill_between(mean.index, mean - half, mean + half, color=style.colour, alpha=0.18, linewidth=0)
+    table = pd.concat(smooth, axis=1, join="inner")
+    mean, count = table.mean(axis=1), table.shape[1]
+    ax.plot(mean.index, mean, line, color=colour, linewidth=1.5, marker="o" if len(mean) == 1 else None, label=task)
+    if count > 1:
+        half = stats.t.ppf(0.975, count - 1) * table.std(axis=1) / np.sqrt(count)
+        ax.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
 
 
 # --- where the gain is ---

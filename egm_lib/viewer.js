@@ -70,6 +70,7 @@ function picture(view, models, { thin = false } = {}) {
   const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [3, 1.4] : [4.4, 2];
   drawing.append(...boxed.map((m) => halo(m.box, slim)), ...(view.gt_box ? [halo(view.gt_box, wide)] : []));
   if (view.gt_box) drawing.append(box(view.gt_box, { colour: "#111", width: wide, name: "ground truth" }));
+  boxed.sort((a, b) => a.dash.length - b.dash.length); // dashes last: they show on a solid line in the same place
   for (const m of boxed) drawing.append(box(m.box, { colour: m.colour, dash: m.dash, width: slim, name: m.model, hit: !thin }));
   return drawing;
 }
