@@ -70,12 +70,13 @@ def grid_length(length_px: float) -> int:
     return min(round(length_px / SIZE_PX * 1000 / GRID_1000) * GRID_1000, 1000)
 
 
-def _sort_value(thing: Thing, axis: str) -> float:
+def sort_value(thing: Thing, axis: str) -> float:
+    """What things are sorted by, ascending, when they are counted from an end of AXES."""
     x, y = thing.centre_px
     return {"left": x, "right": -x, "top": y, "bottom": -y, "largest": -thing.side_px, "smallest": thing.side_px}[axis]
 
 
-def _clear_order(values: list[float], axis: str, upto: int) -> bool:
+def clear_order(values: list[float], axis: str, upto: int) -> bool:
     """Whether the first `upto` of the sorted values are told apart from each other and from the next."""
     for a, b in zip(values[:upto], values[1 : upto + 1], strict=False):
         if axis in ("largest", "smallest"):
@@ -88,7 +89,7 @@ def _clear_order(values: list[float], axis: str, upto: int) -> bool:
 
 def _is_beside(thing: Thing, anchor: Thing, side: str) -> bool | None:
     """Whether the thing lies on that side of the anchor; None when it is too close to call."""
-    offset = _sort_value(anchor, side) - _sort_value(thing, side)
+    offset = sort_value(anchor, side) - sort_value(thing, side)
     if abs(offset) < SIDE_MARGIN_PX:
         return None
     return offset > 0
@@ -181,9 +182,9 @@ class Query:
             axis = self.axis
             if self.how == "side_rank":  # counted outwards from the anchor
                 axis = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[axis]
-            ordered = sorted(members, key=lambda i: _sort_value(things[i], axis))
-            values = [_sort_value(things[i], axis) for i in ordered]
-            if self.number > len(ordered) or not _clear_order(values, axis, self.number):
+            ordered = sorted(members, key=lambda i: sort_value(things[i], axis))
+            values = [sort_value(things[i], axis) for i in ordered]
+            if self.number > len(ordered) or not clear_order(values, axis, self.number):
                 return None
             return ordered[self.number - 1]
         if self.how == "side":
@@ -216,7 +217,7 @@ class Query:
                 members = [i for i in members if _is_beside(things[i], anchors[0], axis)]
                 heading = f"{kinds} {SIDES[axis]} it:"
                 axis = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}[axis]
-            ordered = sorted(members, key=lambda i: _sort_value(things[i], axis))[: self.number]
+            ordered = sorted(members, key=lambda i: sort_value(things[i], axis))[: self.number]
             size = axis in ("largest", "smallest")
             listed = ", ".join(
                 f"{ORDINALS[n]} {place(things[i])}" + (f" size {grid_length(things[i].side_px)}" if size else "")

@@ -30,11 +30,11 @@ from egm_lib.mini.language import (
     ORDINALS,
     Kind,
     Query,
-    _clear_order,
-    _sort_value,
+    clear_order,
     grid_length,
     place,
     sample_query,
+    sort_value,
 )
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify, save
 from egm_lib.mini.scenes import SIZE_PX, Scene, Thing
@@ -121,8 +121,8 @@ def box_text(box_px) -> str:
 
 def ordered_list(scene: Scene, kind: Kind, axis: str) -> str | None:
     """`first at 120 300, second at ...`: all of a kind in order, or None where the order is unclear."""
-    things = sorted((scene.things[i] for i in kind.members(scene)), key=lambda t: _sort_value(t, axis))
-    if not things or len(things) > len(ORDINALS) or not _clear_order([_sort_value(t, axis) for t in things], axis, 9):
+    things = sorted((scene.things[i] for i in kind.members(scene)), key=lambda t: sort_value(t, axis))
+    if not things or len(things) > len(ORDINALS) or not clear_order([sort_value(t, axis) for t in things], axis, 9):
         return None
     size = axis in ("largest", "smallest")
     return ", ".join(
@@ -132,7 +132,7 @@ def ordered_list(scene: Scene, kind: Kind, axis: str) -> str | None:
 
 def description(scene: Scene, axis: str) -> str:
     """`red circle at 120 300, blue star at 200 480, ...`: everything there is, in order."""
-    seen = sorted((t for t in scene.things if t.visible_box_px is not None), key=lambda t: _sort_value(t, axis))
+    seen = sorted((t for t in scene.things if t.visible_box_px is not None), key=lambda t: sort_value(t, axis))
     return ", ".join(f"{Kind(t.colour, t.shape).name()} {place(t)}" for t in seen) + "."
 
 
