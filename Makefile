@@ -35,7 +35,9 @@ reproduce: $(READY) ## all notebooks of PROFILE, in order; started again, it goe
 test: $(READY) ## ruff, pytest, and the light notebook
 	@$(RUN) -m ruff check .
 	@$(RUN) -m pytest -q
-	@$(RUN) -m pytest -q --nbval-lax notebooks/00_data_and_boxes.ipynb
+	@mkdir -p data/runs/smoke-0
+	@$(RUN) -m papermill --prepare-only --log-level ERROR -p profile smoke notebooks/00_data_and_boxes.ipynb data/runs/smoke-0/light.ipynb
+	@$(RUN) -m pytest -q --nbval-lax data/runs/smoke-0/light.ipynb
 
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.

@@ -79,7 +79,7 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
 
 
 def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
-    """Executes a notebook and records it; the seconds of all sittings count, since their long work is not done again."""
+    """Executes a notebook and records it; the seconds of all sittings count: their long work is not done again."""
     name, executed = notebook.stem, run.notebook(notebook.name)
     executed.parent.mkdir(parents=True, exist_ok=True)
     old = manifest["stages"].get(name, {})
@@ -112,16 +112,35 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
 
 
 def clean(path: Path) -> None:
-    """Strips what must not be stored from a notebook: widget state (its PNG stays) and papermill's machine paths."""
+    """Strips what must not be stored from a notebook: widget state (its PNG stays), and the paths of this machine."""
+    root = f"{project_root()}/"
     book = nbformat.read(path, as_version=4)
     book.metadata.pop("widgets", None)
     book.metadata.pop("papermill", None)
     for cell in book.cells:
         cell.metadata.pop("papermill", None)
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+            data = output.get("data", {})
+            data.pop("application/vnd.jupyter.widget-view+json", None)
+            for holder, field in ((output, "text"), (data, "text/plain"), (data, "text/html")):
+                if field in holder:
+                    holder[field] = holder[field].replace(root, "")
     with atomic_open(path) as file:
         nbformat.write(book, file)
+
+
+def publish(run: Run) -> None:
+    """Puts the run's executed notebooks in the place of the stored ones, outputs and all, without papermill's cell."""
+    for notebook in stages():
+        executed = run.notebook(notebook.name)
+        if not executed.exists():
+            raise ReproduceError(f"{executed} is missing: run the whole profile before its notebooks are published")
+        book = nbformat.read(executed, as_version=4)
+        book.cells = [cell for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        if _code(book) != _sources(notebook):
+            raise ReproduceError(f"{notebook.name} was changed since it was run: run the profile again first")
+        with atomic_open(notebook) as file:
+            nbformat.write(book, file)
 
 
 @contextlib.contextmanager
@@ -147,7 +166,11 @@ def _missing(run: Run, done: dict) -> bool:
 
 
 def _sources(notebook: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    return _code(nbformat.read(notebook, as_version=4))
+
+
+def _code(book: nbformat.NotebookNode) -> list[str]:
+    return [cell.source for cell in book.cells if cell.cell_type == "code"]
 
 
 def _digest(value: object) -> str:
@@ -263,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", default="00", metavar="NN", help="number of the first notebook")
     parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
     parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
+    parser.add_argument("--publish", action="store_true", help="store the executed notebooks, with their outputs")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
@@ -271,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
             run = Run(profile, seed)
             print(f"{profile.title}: profile {profile.name}, seed {seed} -> {run.root}", flush=True)
             reproduce(run, first=args.first, last=args.last, fresh=args.fresh)
+        if args.publish:
+            publish(Run(profile, (args.seed or profile.seeds)[0]))
     except (ProfileError, ReproduceError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

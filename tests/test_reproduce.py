@@ -12,7 +12,7 @@ import pytest
 from egm_lib import profile as profiles
 from egm_lib import reproduce as module
 from egm_lib.profile import Run, load_profile
-from egm_lib.reproduce import ReproduceError, clean, reproduce
+from egm_lib.reproduce import ReproduceError, clean, publish, reproduce
 
 
 def write_notebook(path, *sources):
@@ -168,7 +168,8 @@ def test_the_manifest_says_what_ran(project):
 
 def test_clean_strips_widget_state_and_keeps_the_picture(tmp_path):
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "aGk="}
-    cell = nbformat.v4.new_code_cell("viewer", outputs=[nbformat.v4.new_output("display_data", data=data)])
+    said = nbformat.v4.new_output("stream", text=f"saved to {module.project_root()}/data/runs/x.jsonl")
+    cell = nbformat.v4.new_code_cell("viewer", outputs=[nbformat.v4.new_output("display_data", data=data), said])
     cell.metadata["papermill"] = {"duration": 1.0}
     book = nbformat.v4.new_notebook(cells=[cell])
     book.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"version_major": 2}}
@@ -176,9 +177,26 @@ def test_clean_strips_widget_state_and_keeps_the_picture(tmp_path):
     nbformat.write(book, tmp_path / "07.ipynb")
     clean(tmp_path / "07.ipynb")
     text = (tmp_path / "07.ipynb").read_text()
-    assert "aGk=" in text
+    assert "aGk=" in text and "saved to data/runs/x.jsonl" in text
     assert not any(word in text for word in ("widget", "papermill", "/home/someone"))
     nbformat.validate(nbformat.read(tmp_path / "07.ipynb", as_version=4))
+
+
+def test_published_notebooks_have_outputs_and_the_same_code(project):
+    run, ran, _, root = project
+    reproduce(run)
+    executed = nbformat.read(run.notebook("01_b.ipynb"), as_version=4)
+    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text="seen")]
+    executed.cells.insert(1, nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]}))
+    nbformat.write(executed, run.notebook("01_b.ipynb"))
+    before = module._sources(root / "notebooks" / "01_b.ipynb")
+    publish(run)
+    assert module._sources(root / "notebooks" / "01_b.ipynb") == before
+    assert "seen" in (root / "notebooks" / "01_b.ipynb").read_text()
+    assert again(run, ran) == []
+    write_notebook(root / "notebooks" / "02_c.ipynb", "print('newer')")
+    with pytest.raises(ReproduceError, match="02_c.ipynb was changed since it was run"):
+        publish(run)
 
 
 def test_command_line_says_one_sentence(capsys):
