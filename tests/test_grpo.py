@@ -122,7 +122,6 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tm
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # before the first step the policy is the reference
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_mean_reward_rises_and_falls_with_the_sign_of_the_reward(world, tmp_path, seed):
     def flipped(completions, **kwargs):
