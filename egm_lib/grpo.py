@@ -30,7 +30,7 @@ from trl.trainer.utils import RepeatSampler
 
 from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.loss import group_advantages, grpo_loss
-from egm_lib.profile import GRPO, Profile, ProfileError, Run, load_profile
+from egm_lib.profile import GRPO, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
 from egm_lib.reward import egm_reward
 from egm_lib.shared_prefix import Reader, SamplingOptions, sample, suffix_logps
@@ -45,6 +45,7 @@ from egm_lib.training import (
     lora_config,
     require_checkpoint,
     require_file,
+    stage_command,
     train_to,
     work_folder,
 )
@@ -390,23 +391,15 @@ def dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m egm_lib.grpo", description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", default="mini")
-    parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
-    parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
     parser.add_argument("--output", help=f"name of the model; {MODEL} where it is not given")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
-    args = parser.parse_args(argv)
-    try:
-        profile = load_profile(args.profile)
-        seed = profile.seeds[0] if args.seed is None else args.seed
+
+    def act(run: Run, args: argparse.Namespace) -> object:
         if args.dry_run:
-            print(json.dumps(dry_run(profile, seed, args.task, args.output), indent=2))
-            return 0
-        print(run_grpo(Run(profile, seed), args.task, output=args.output))
-    except (ProfileError, TrainingError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+            return json.dumps(dry_run(run.profile, run.seed, args.task, args.output), indent=2)
+        return run_grpo(run, args.task, output=args.output)
+
+    return stage_command(parser, argv, act)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
 from egm_lib.data import open_image, read_train, resolve_image
-from egm_lib.profile import SFT, Profile, ProfileError, Run, load_profile
+from egm_lib.profile import SFT, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
 from egm_lib.shared_prefix import Reader, suffix_logps
 from egm_lib.training import (
@@ -40,6 +40,7 @@ from egm_lib.training import (
     lora_config,
     require_checkpoint,
     require_file,
+    stage_command,
     train_to,
     work_folder,
 )
@@ -287,24 +288,16 @@ def dry_run(profile: Profile, seed: int, task: str, control: str | None, output:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m egm_lib.sft", description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", default="mini")
-    parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
-    parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
     parser.add_argument("--control", choices=("direct", "sft"))
     parser.add_argument("--output", help="name of the model; small-sft or the control's name where it is not given")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
-    args = parser.parse_args(argv)
-    try:
-        profile = load_profile(args.profile)
-        seed = profile.seeds[0] if args.seed is None else args.seed
+
+    def act(run: Run, args: argparse.Namespace) -> object:
         if args.dry_run:
-            print(json.dumps(dry_run(profile, seed, args.task, args.control, args.output), indent=2))
-            return 0
-        print(run_sft(Run(profile, seed), args.task, control=args.control, output=args.output))
-    except (ProfileError, TrainingError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+            return json.dumps(dry_run(run.profile, run.seed, args.task, args.control, args.output), indent=2)
+        return run_sft(run, args.task, control=args.control, output=args.output)
+
+    return stage_command(parser, argv, act)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from egm_lib.profile import Lora, Run
+from egm_lib.profile import Lora, ProfileError, Run, load_profile
 from egm_lib.prompts import Family
 
 
@@ -184,3 +187,23 @@ def logged_minutes(log: Path) -> float:
     """Minutes of training that a finished stage's log tells."""
     lines = require_file(log, "the stage that writes it").read_text(encoding="utf-8").splitlines()
     return max(json.loads(line)["elapsed_s"] for line in lines) / 60
+
+
+def stage_command(
+    parser: argparse.ArgumentParser, argv: list[str] | None, act: Callable[[Run, argparse.Namespace], object]
+) -> int:
+    """Runs a stage from the command line: adds --profile, --seed and --task, and prints what act(run, args) returns.
+
+    Returns the exit code: 2, with one sentence on stderr, where the stage cannot start or go on.
+    """
+    parser.add_argument("--profile", default="mini")
+    parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
+    parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
+    args = parser.parse_args(argv)
+    try:
+        profile = load_profile(args.profile)
+        print(act(Run(profile, profile.seeds[0] if args.seed is None else args.seed), args))
+    except (ProfileError, TrainingError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

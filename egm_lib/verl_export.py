@@ -17,9 +17,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from egm_lib.data import read_samples, resolve_image
-from egm_lib.profile import GRPO, Profile, ProfileError, Run, load_profile
+from egm_lib.profile import GRPO, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
-from egm_lib.training import TrainingError, require_file, write_text
+from egm_lib.training import TrainingError, require_file, stage_command, write_text
 
 REWARD = Path(__file__).with_name("reward.py")
 
@@ -118,17 +118,7 @@ def _hydra(value: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m egm_lib.verl_export", description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", required=True)
-    parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
-    parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
-    args = parser.parse_args(argv)
-    try:
-        profile = load_profile(args.profile)
-        print(export(Run(profile, profile.seeds[0] if args.seed is None else args.seed), args.task))
-    except (ProfileError, TrainingError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return stage_command(parser, argv, lambda run, args: export(run, args.task))
 
 
 if __name__ == "__main__":

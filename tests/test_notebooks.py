@@ -12,7 +12,7 @@ from egm_lib.readme import committed_readme, numbers, rewritten
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MACHINE = re.compile(rf"{re.escape(str(ROOT))}|/home/|/root/|/Users/|/tmp/|[A-Z]:\\")  # paths of one machine
+MACHINE = re.compile(rf"{re.escape(str(ROOT))}|/(?:home|root|Users|tmp)/|[A-Z]:\\")  # paths of one machine
 MAX_LINES, MAX_BYTES = 15, 2_000_000  # GitHub shows no larger ones
 
 
