@@ -216,6 +216,15 @@ def test_counts_of_the_traces(run_root, tmp_path):
     assert cells(table, "samples")[1] is None and cells(table, "samples", "paper")[0].value == 575_208
 
 
+def test_what_the_curation_dropped_is_a_share_of_what_was_answered(run_root, tmp_path):
+    rows = [{"sample_id": f"t{n}", "status": status} for n, status in enumerate(("ok", "ok", "filtered", "failed"))]
+    write_rows(run_root / "curation" / "verify-train.jsonl", rows)
+    table = build_tables([run_root], tmp_path / "out", draws=99, only=["table3"])["table3"]
+    vanilla, amodal = cells(table, "expressions not verified, %")
+    assert amodal.value == pytest.approx(100 / 3) and amodal.n == 3  # a failed sample was not judged
+    assert vanilla == "" and cells(table, "traces dropped by filters, %") == [None, None]
+
+
 def test_markdown_and_latex_escape_what_would_break_them():
     table = Table("table1", "50 % & more", ["a_b"], [Row("x|y", "ours", [Number(1.25, (1.0, 1.5))])], ["<note>"])
     assert "| x/y | ours | 1.2 [1.0, 1.5] |" in to_markdown(table, "stamp")

@@ -1,14 +1,14 @@
 """Tables 1-12 of the paper, our numbers beside the published ones."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-import numpy as np
 import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation import Difference, Estimate, estimate, paired_difference, read_rows, split_keys
+from egm_lib.evaluation import Difference, Estimate, estimate, iter_rows, paired_difference, split_keys
 from egm_lib.profile import GRPO, ProfileError, Sampling, load_profile
 from egm_lib.results import Results, paper
 from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, percent, published
@@ -111,32 +111,52 @@ def _agreement(failures: pd.DataFrame) -> str:
 # --- Sec. 4: data ----------------------------------------------------------------------------------------------------
 
 
+# What is dropped on the way to the SFT data: the stage of the run's curation, by column of Table 3; no number is the
+# paper's, in no text that we have.
+DROPPED = {
+    "expressions dropped by filters, %": ("", "amodal-expression-train"),
+    "expressions not verified, %": ("", "verify-train"),
+    "traces dropped by filters, %": ("trace", "amodal-trace-train"),
+}
+
+
 def table3(results: Results) -> Table:
-    """Counts of the SFT data."""
+    """Counts of the SFT data, and what the filters dropped on the way to it."""
     source = paper("table3")
     tasks = source["columns"]
     table = Table("table3", source["title"], tasks)
     table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
-    ours: dict[str, list[Cell]] = {"samples": [], "images": [], "words a trace, mean": []}
-    for task in tasks:
-        rows = _trace_rows(results, task)
-        if not rows:
-            for cells in ours.values():
-                cells.append(None)
-            continue
-        ours["samples"].append(count(len(rows)))
-        ours["images"].append(count(len({row["image_id"] for row in rows})))
-        ours["words a trace, mean"].append(Number(float(np.mean([len(row["reasoning"].split()) for row in rows]))))
-    table.rows += [Row(name, "ours", cells) for name, cells in ours.items()]
-    for stats in results.jsons("curation_stats.json")[:1]:
-        table.rows += [Row(name, "ours", [value, ""]) for name, value in _flat(stats)]
+    counted = [_count_traces(results, task) for task in tasks]
+    for label in ("samples", "images", "words a trace, mean"):
+        table.rows.append(Row(label, "ours", [counts and counts[label] for counts in counted]))
+    for label, stages in DROPPED.items():
+        table.rows.append(Row(label, "paper", [UNKNOWN if stage else "" for stage in stages]))
+        table.rows.append(Row(label, "ours", [_dropped(results, stage) if stage else "" for stage in stages]))
     return table
 
 
-def _trace_rows(results: Results, task: str) -> list[dict]:
-    """Samples with their traces, of the first seed that has some."""
-    paths = [root / "traces" / f"{task}.jsonl" for root in results.roots]
-    return next((read_rows(path) for path in paths if path.is_file()), [])
+def _dropped(results: Results, stage: str) -> Cell:
+    """Share of a curation stage's answers that its filters dropped, in the first seed that has it."""
+    outcomes = Counter(row["status"] for row in _first_seeds_rows(results, f"curation/{stage}.jsonl"))
+    answered = outcomes["ok"] + outcomes["filtered"]
+    return Number(100 * outcomes["filtered"] / answered, n=answered) if answered else None
+
+
+def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
+    """Table 3's counts of the samples with traces of a task, None where there are none."""
+    samples, words, images = 0, 0, set()
+    for row in _first_seeds_rows(results, f"traces/{task}.jsonl"):
+        samples, words = samples + 1, words + len(row["reasoning"].split())
+        images.add(row["image_id"])
+    if not samples:
+        return None
+    return {"samples": count(samples), "images": count(len(images)), "words a trace, mean": Number(words / samples)}
+
+
+def _first_seeds_rows(results: Results, relative: str) -> Iterator[dict]:
+    """Rows of a file of the first seed that has it, one at a time."""
+    paths = [root / relative for root in results.roots]
+    return next((iter_rows(path) for path in paths if path.is_file()), iter(()))
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
