@@ -1,6 +1,7 @@
 """The client against a local server and the miniature teacher: nothing lost, nothing paid twice, no key leaked."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from curation_server import reply_text, running
 from PIL import Image
 
 from egm_lib.curation import batch, client, prompts
+from egm_lib.curation.__main__ import main
 from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.plan import Plan
 from egm_lib.curation.results import JsonlSamples, examples, filter_quality, kept, kept_and_dropped
@@ -182,7 +184,7 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
     ]
     Image.new("RGB", (128, 96), "white").save(tmp_path / sample["image"])
     others.append(key())  # the picture's content
-    changed = TASKS["trace"].__class__(**{**TASKS["trace"].__dict__, "template": prompts.TRACE + " Please."})
+    changed = dataclasses.replace(TASKS["trace"], template=prompts.TRACE + " Please.")
     monkeypatch.setitem(TASKS, "trace", changed)
     others.append(key())
     assert len({first, *others}) == 1 + len(others)
@@ -240,6 +242,8 @@ def test_the_estimate_asks_nothing_and_learns_from_the_ledger(tmp_path, run):
     ({"gt_box": None}, "no 'gt_box'"),
     ({"gt_box": [5, 5, 1, 9]}, "is no box"),
     ({"modal_box": None}, "no 'modal_box', which amodal-trace needs"),
+    ({"sample_id": 7}, "sample_id = 7 is no str"),
+    ({"width": "128"}, "width = '128' is no int"),
 ])  # fmt: skip
 def test_bad_input_is_named_before_anything_is_paid(tmp_path, run, change, words):
     samples = make_root(tmp_path, 3)
@@ -422,6 +426,25 @@ def test_command_line(tmp_path):
         assert secret not in done.stdout + done.stderr
     missing = cli(tmp_path / "none", "http://127.0.0.1:9/v1")
     assert missing.returncode == 2 and re.search("no file .*samples.jsonl", missing.stderr)
+
+
+@pytest.mark.parametrize("words, reason", [
+    (["--output", "samples.jsonl"], "is the input"),
+    (["--output", "out.jsonl", "--ledger", "samples.jsonl"], "is the input"),
+    (["--output", "out.jsonl", "--ledger", "out.jsonl"], "it is the ledger"),
+    (["--output", "images"], "it is a folder"),
+    (["--output", "out.jsonl", "--ledger", "teacher.jsonl"], "teacher.jsonl is no ledger"),
+    (["--output", "out.jsonl", "--ledger", "images"], "images"),
+    (["--output", "samples.jsonl/out.jsonl"], "cannot write samples.jsonl/out"),
+])  # fmt: skip
+def test_no_file_of_the_users_is_overwritten(tmp_path, monkeypatch, capsys, words, reason):
+    make_root(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    address = ["--base-url", "mini", "--model", "m", "--price", "1", "1"]
+    assert main(["verify", "--input", "samples.jsonl", *address, *words]) == 2
+    assert reason in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     ledger = args.ledger or args.output.with_suffix(".ledger.jsonl")
     try:
+        if args.input.resolve() in (args.output.resolve(), ledger.resolve()):
+            raise CurationError(f"{args.input} is the input: it would be overwritten; name another output and ledger")
         samples = JsonlSamples(args.input)
         root = args.root or _find_root(samples)
         if args.dry_run:
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             timeout_s=args.timeout,
             max_retries=args.max_retries,
         )
-    except (CurationError, LedgerError) as error:
+    except (CurationError, LedgerError, OSError) as error:
         print(f"curation: {error}", file=sys.stderr)
         return 2
     print(report)
@@ -80,8 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _find_root(samples: JsonlSamples) -> Path:
     """The folder, upwards from the input file's, in which the first sample's picture lies."""
     folder = samples.path.resolve().parent
-    image = next(iter(samples), {}).get("image", "")
+    image = str(next(iter(samples), {}).get("image", ""))
     return next((parent for parent in (folder, *folder.parents) if (parent / image).is_file()), folder)
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,12 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="environment variable that holds the key"
     )
-    parser.add_argument("--concurrency", type=int, default=16)
-    parser.add_argument("--limit", type=int, help="only the first so many samples")
+    parser.add_argument("--concurrency", type=positive, default=16)
+    parser.add_argument("--limit", type=positive, help="only the first so many samples")
     parser.add_argument("--budget", type=float, metavar="USD", help="stop before this ledger has cost more")
     parser.add_argument("--price", type=float, nargs=2, metavar=("PROMPT", "COMPLETION"), help="USD per million tokens")
     parser.add_argument("--temperature", type=float)
-    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--max-tokens", type=positive)
     parser.add_argument(
         "--timeout", type=float, default=120.0, metavar="SECONDS", help="without a byte from the service"
     )

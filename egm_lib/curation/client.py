@@ -63,6 +63,10 @@ def run_task(
         raise CurationError(f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile")
     if batch and teacher.base_url == MINI:
         raise CurationError("the miniature world's teacher has no batches; leave --batch out")
+    if Path(out).is_dir():
+        raise CurationError(f"cannot write the output to {out}: it is a folder")
+    if Path(out).resolve() == Path(ledger).resolve():
+        raise CurationError(f"cannot write the output to {out}: it is the ledger; name another file")
     key = key or api_key(teacher.base_url)
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     total = count_checked(task, plan.samples)

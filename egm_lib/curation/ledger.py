@@ -62,17 +62,20 @@ class Ledger:
         self.path = Path(path)
 
     def __enter__(self) -> Ledger:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(f"{self.path}.lock")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             message = f"another process is using {self.path}; wait for it, stop it, or name another ledger"
             raise LedgerError(message) from None
+        except OSError as error:
+            raise LedgerError(f"cannot write {self.path} ({error}); name another ledger") from error
         self._answered, self._failed = OffsetIndex(), OffsetIndex()
         self._usage: dict[tuple[str, str], list[int]] = {}
         self.cost_usd = 0.0
         try:
+            self._refuse_other_files()
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (closed in __exit__)
             self._size = self._repair()
             for offset, record in self._scan():
@@ -120,6 +123,24 @@ class Ledger:
     def records(self) -> Iterator[dict]:
         """All records in order."""
         return (record for _, record in self._scan())
+
+    def _refuse_other_files(self) -> None:
+        """Raise LedgerError, before anything is written or cut off, for a file whose first line is no record."""
+        if not self.path.exists():
+            return
+        try:
+            with open(self.path, "rb") as file:
+                first = file.readline()
+        except OSError as error:
+            raise LedgerError(f"cannot read {self.path} ({error}); name another ledger") from error
+        if not first.endswith(b"\n"):  # nothing yet, or torn
+            return
+        try:
+            record = json.loads(first)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"key", "status", "usage", "cost_usd"} <= set(record):
+            raise LedgerError(f"{self.path} is no ledger: its first line is no record of one; name another file")
 
     def _repair(self) -> int:
         """Cut off a last line that a killed process or a power cut left torn; returns the size in bytes."""

@@ -60,8 +60,11 @@ def count_checked(task: Task, samples: Iterable[Mapping]) -> int:
             if value is None and not (name == "box" and "box" in sample):  # a prediction without a box has null
                 hint = "; give prediction rows, whose `box` is the prediction" if name == "box" else ""
                 raise CurationError(f"{where} has no {name!r}, which {task.name} needs{hint}")
-            if name.endswith("box") and value is not None and not _is_box(value):
-                raise CurationError(f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)")
+            if name.endswith("box"):
+                if value is not None and not _is_box(value):
+                    raise CurationError(f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)")
+            elif not isinstance(value, kind := int if name in ("width", "height") else str):
+                raise CurationError(f"{where}: {name} = {value!r} is no {kind.__name__}")
     return number
 
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class Task:
     def prompt(self, sample: Mapping) -> str:
         return self.template.format(**self.fill(sample))
 
-    @property
+    @cached_property  # part of every request's key
     def prompt_version(self) -> str:
         """Changes with the template's wording and the drawing."""
         return _digest([self.template, LINE_WIDTH_PX, MAX_SIDE_PX, JPEG_QUALITY])[:12]
