@@ -220,6 +220,22 @@ def test_a_broken_archive_is_one_sentence(tmp_path, make):
         unpack(archive, tmp_path / "out")
 
 
+def test_a_gzip_whose_bytes_changed_and_an_encrypted_zip_are_one_sentence(tmp_path):
+    archive = make_tar(tmp_path / "a", {"x": hashlib.sha512(b"1").digest() * 100})
+    data = bytearray(archive.read_bytes())
+    data[-6] ^= 1  # in the checksum, which tarfile alone never looks at
+    archive.write_bytes(data)
+    with pytest.raises(FetchError, match="broken archive"):
+        unpack(archive, tmp_path / "out")
+    archive = make_zip(tmp_path / "b", {"x": b"1"})
+    data = bytearray(archive.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    archive.write_bytes(data)
+    with pytest.raises(FetchError, match="encrypted"):
+        unpack(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_fetch_downloads_unpacks_and_remembers(server, tmp_path):
     path = make_zip(tmp_path / "made", {"refcoco/instances.json": b"{}"})
     server.content = path.read_bytes()

@@ -82,7 +82,9 @@ def test_leaks_and_flips_are_choices(refcoco_root):
 def test_what_is_prepared_is_not_done_again(refcoco_root):
     prepare(refcoco_root, tasks=["vanilla"])
     before = (refcoco_root / "train.jsonl").stat().st_mtime_ns
-    assert prepare(refcoco_root, tasks=["vanilla"], flips=False)["vanilla"]["flipped"] is True
+    assert prepare(refcoco_root, tasks=["vanilla"])["vanilla"]["flipped"] is True
+    with pytest.raises(ValueError, match="flipped = True; delete .*prepare-vanilla.json"):  # not silently another thing
+        prepare(refcoco_root, tasks=["vanilla"], flips=False)
     assert (refcoco_root / "train.jsonl").stat().st_mtime_ns == before
 
 
@@ -121,10 +123,11 @@ def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     (folder / coco_image(3)["file_name"]).unlink()
     Image.new("L", (640, 481)).save(folder / coco_image(5)["file_name"])
     (folder / coco_image(7)["file_name"]).write_text("no picture")
+    Image.new("1", (20_000, 10_000)).save(folder / coco_image(2)["file_name"], format="PNG")  # beyond PIL's own limit
     assert run("check", refcoco_root) == 1
     out = capsys.readouterr().out
     assert f"{coco_image(3)['file_name']} (e.g. sample refcoco-val-10-100): no such file" in out
-    assert "is 640 x 481 px, stated are 640 x 480" in out and "not a readable picture" in out
+    assert "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable picture") >= 2
 
 
 def test_a_turned_picture_has_the_size_it_is_seen_with(refcoco_root):

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from egm_lib.data.fetch import SOURCES, FetchError, fetch
-from egm_lib.data.prepare import prepare
+from egm_lib.data.prepare import prepare, report_path
 from egm_lib.data.records import read_samples
 from egm_lib.data.survey import describe, picture_faults, table3
 
@@ -15,7 +15,7 @@ SHOWN_FAULTS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 fine, 1 something is wrong with the data, 2 wrong usage."""
+    """Returns the exit status: 0 fine, 1 something is wrong with the data, 2 wrong usage, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="python -m egm_lib.data", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     get = verbs.add_parser("fetch", help="download and unpack (all by default); says what a person has to do")
@@ -31,9 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _VERBS[given.verb](given)
-    except (FetchError, FileNotFoundError, ValueError) as error:
+    except (FetchError, OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
 
 
 def _fetch(given: argparse.Namespace) -> int:
@@ -51,9 +54,10 @@ def _fetch(given: argparse.Namespace) -> int:
 
 
 def _prepare(given: argparse.Namespace) -> int:
-    reports = prepare(given.root, tasks=given.task or ("vanilla", "amodal"), flips=not given.no_flips,
-                      keep_leaks=given.keep_leaks)
-    for task, report in reports.items():
+    for task in given.task or ("vanilla", "amodal"):
+        if (before := report_path(given.root, task)).exists():
+            print(f"{task}: prepared before; delete {before} to do it again")
+        report = prepare(given.root, tasks=[task], flips=not given.no_flips, keep_leaks=given.keep_leaks)[task]
         print(json.dumps(report, indent=1))
         verdict = "as in the paper" if report["images"] == report["paper_images"] else "not the paper's number"
         print(f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: {verdict}")

@@ -1,5 +1,6 @@
 """Download, verify and unpack what may be downloaded; say how to get the rest."""
 
+import gzip
 import hashlib
 import shutil
 import stat
@@ -95,8 +96,11 @@ def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
         return _from_hub(source, root)
     target, done = root / source.file, root / "downloads" / f"{source.name}.unpacked"
     if done.exists():
+        print(f"{source.name}: there already; delete {done} to fetch and unpack it again")
         return root / source.unpack_to
-    if not target.exists():
+    if target.exists():
+        print(f"{source.name}: {target} is there already; delete it to fetch it again")
+    else:
         failures = []
         for url in source.urls:
             try:
@@ -242,13 +246,18 @@ def unpack(archive: Path, folder: Path) -> None:
                 _unpack_members(list(_zip_members(opened)), archive, folder)
         else:
             with tarfile.open(archive) as opened:
-                _unpack_members(list(_tar_members(opened)), archive, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                members = list(_tar_members(opened))
+                while opened.fileobj.read(CHUNK_BYTES):
+                    pass  # to the end, which tarfile does not look at: gzip's checksum stands there
+                _unpack_members(members, archive, folder)
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FetchError(f"{archive}: a broken archive ({error}); delete it and fetch it again") from error
 
 
 def _zip_members(opened: zipfile.ZipFile) -> Iterator[_Member]:
     for info in opened.infolist():
+        if info.flag_bits & 1:
+            raise FetchError(f"{opened.filename}: member {info.filename!r} is encrypted; nothing was unpacked")
         kind = stat.S_IFMT(info.external_attr >> 16)
         is_file = not info.is_dir() and kind in (0, stat.S_IFREG)
         yield _Member(info.filename, info.file_size, info.is_dir(), is_file, lambda info=info: opened.open(info))

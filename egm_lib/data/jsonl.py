@@ -119,7 +119,7 @@ def load_rl_parquet(path: str | Path, *, dataset: str, split: str, image_root: s
     try:
         parquet = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise SampleError(f"{path}: not parquet ({error}); fetch it again") from error
+        raise SampleError(f"{path}: not parquet ({error}); delete it and fetch it again") from error
     return rows_to_dataset(_rl_rows(parquet, path, dataset, split, image_root), str(path))
 
 

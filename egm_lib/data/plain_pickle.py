@@ -53,5 +53,5 @@ def load_plain_pickle(path: str | Path) -> Any:
         ) from error
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, OverflowError,
             MemoryError) as error:
-        raise UnsafePickleError(f"{path}: a broken pickle ({error!r}); fetch it again") from error
+        raise UnsafePickleError(f"{path}: a broken pickle ({error!r}); delete it and fetch it again") from error
 

@@ -29,19 +29,28 @@ def prepare(root: str | Path, *, tasks: Sequence[Task] = ("vanilla", "amodal"), 
             keep_leaks: bool = False) -> dict:
     """Write train, selection and evaluation files of the tasks from what `fetch` left in root; returns the counts.
 
-    Already prepared tasks are left as they are (delete prepare-<task>.json to do one again).
-    flips: add mirrored twins, and make their pictures. keep_leaks: do not remove pictures of the evaluation splits.
-    Raises FileNotFoundError where files are missing, and the readers' errors.
+    Already prepared tasks are left as they are (delete their `report_path` to do one again).
+    flips: add mirrored twins of vanilla samples, and make their pictures. keep_leaks: do not remove pictures of the
+    evaluation splits. Raises FileNotFoundError where files are missing, ValueError where a task was prepared with
+    other choices, and the readers' errors.
     """
     root, reports = Path(root), {}
     for task in tasks:
-        path = root / f"prepare-{task}.json"
+        path = report_path(root, task)
         if not path.exists():
             report = _vanilla(root, flips, keep_leaks) if task == "vanilla" else _amodal(root, keep_leaks)
             with atomic_open(path) as file:
                 json.dump(report, file, indent=1)
-        reports[task] = json.loads(path.read_text(encoding="utf-8"))
+        reports[task] = report = json.loads(path.read_text(encoding="utf-8"))
+        chosen = {"flipped": flips, "leaks_kept": keep_leaks}
+        if other := [f"{name} = {report[name]}" for name in chosen if report.get(name, chosen[name]) != chosen[name]]:
+            raise ValueError(f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it again")
     return reports
+
+
+def report_path(root: Path, task: Task) -> Path:
+    """Where `prepare` leaves the counts of a task, last of all: while it is there, the task is prepared."""
+    return root / f"prepare-{task}.json"
 
 
 def _vanilla(root: Path, flips: bool, keep_leaks: bool) -> dict:

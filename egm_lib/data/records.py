@@ -276,7 +276,7 @@ def read_json(path: str | Path, object_hook=None) -> typing.Any:
         with open(path, encoding="utf-8") as file:
             return json.load(file, object_hook=object_hook)
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"{path}: not JSON ({error}); fetch it again") from error
+        raise SampleError(f"{path}: not JSON ({error}); delete it and fetch it again") from error
 
 
 def xywh_to_xyxy(box: typing.Sequence[float]) -> list[float]:

@@ -67,7 +67,7 @@ def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
             size = picture_size(resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root))
         except FileNotFoundError:
             yield f"{where}: no such file below {root}"
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             yield f"{where}: not a readable picture ({error})"
         else:
             if size != (row["width"], row["height"]):
@@ -75,7 +75,7 @@ def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture as it is seen, from its header alone."""
+    """(width, height) of a picture as it is seen, from its header where the format allows it."""
     with Image.open(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION_TAG) in TURNED else (width, height)
