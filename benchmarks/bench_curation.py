@@ -1,12 +1,13 @@
 """The curation client under fire: misbehaving services, kills, throughput, memory. Loopback only.
 
-python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [memory]; without names, all of them.
+python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [dry_run] [memory]; without names, all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import resource
 import signal
@@ -171,6 +172,20 @@ async def bare_loop(url: str, body_of, count: int) -> None:
         await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
 
 
+def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) -> dict:
+    """Peak memory and CPU seconds of `--dry-run` at growing input, imports included."""
+    used = {}
+    for count in counts:
+        make_samples(folder, count, pictures=1)
+        call = [*command(folder, "http://127.0.0.1:9/v1", folder / "out.jsonl", 1.0), "--dry-run"]
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process alone
+        assert status == 0, status
+        cpu_s = round(usage.ru_utime + usage.ru_stime, 1)
+        used[count] = {"peak_mb": round(usage.ru_maxrss / 1024), "cpu_s": cpu_s}
+    return used
+
+
 def memory(folder: Path) -> dict:
     """Peak memory of a resume over an answered ledger at growing input, each in a process of its own."""
     peaks = {}
@@ -206,6 +221,7 @@ def resume(folder: Path, count: int) -> None:
         "imports_mb": round(before_mb),
         "peak_mb": round(peak_mb),
         "seconds": round(time.monotonic() - started, 1),
+        "cpu_s": round(time.process_time(), 1),
     }
     print(json.dumps(result))
 
@@ -214,7 +230,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--resume"]:
         resume(Path(sys.argv[2]), int(sys.argv[3]))
         sys.exit()
-    benches = {bench.__name__: bench for bench in (misbehave, kills, throughput, memory)}
+    benches = {bench.__name__: bench for bench in (misbehave, kills, throughput, dry_run, memory)}
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
             print(name, json.dumps(benches[name](Path(folder)), indent=2), flush=True)
