@@ -88,7 +88,7 @@ def main() -> None:
         options = replace(profile.grpo, max_minutes=None, max_steps=args.steps, prompts_per_step=args.prompts,
                           per_device_train_batch_size=args.rows, max_completion_length=48, dtype=args.dtype)
         rows = grpo.question_rows(samples, family, profile.data.path)
-        common["reward"] = half_random(options.num_generations)
+        common |= {"reward": half_random(options.num_generations), "groups": scratch / "groups.jsonl"}
         trainer = grpo.make_trainer(model, processor, rows, family, options, **common)
     watch = Stopwatch()
     trainer.add_callback(watch)

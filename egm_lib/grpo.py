@@ -1,11 +1,15 @@
 """GRPO (Sec. 4.2) through TRL's GRPOTrainer, with the reward of Eq. 8 and the objective of Eq. 3-7.
 
 `python -m egm_lib.grpo --profile mini --seed 0 --task vanilla` reads the run's RL samples and its `small-sft`, and
-writes `small-egm`. Logged a step (TRL's names where it has one): reward, acc_at_50 and mean_iou of the rollouts,
-frac_reward_zero_std (groups that teach nothing), completions/*, kl, entropy, clip_ratio/*, time/*, tokens_per_second.
+writes `small-egm`. Logged a step (TRL's names where it has one): reward and its parts (acc_at_50, mean_iou), group_std
+and frac_reward_zero_std (groups that teach nothing), completions/*, kl, entropy, clip_ratio/*, seconds of rollout,
+reward and update (time/*), tokens_per_second (sampled). Some of the last groups are kept to be read (egm_lib.groups).
 
-Deviations from TRL, with rollouts by transformers on one process: a group's prompt is read once, in sampling and in the
-update; groups whose rewards are all equal are not trained on (their advantages are zero; only their KL term is lost).
+Deviations from TRL, with rollouts by transformers on one process:
+1. A group's prompt is read once, in sampling and in the update.
+2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and entropy terms are
+   lost, and their tokens do not count in the token-level mean.
+3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL carries it along masked.
 The first step of every sitting compares the trainer's log-probs with the sampler's and stops where they disagree.
 """
 
@@ -29,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from egm_lib.data import open_image, read_samples, resolve_image
+from egm_lib.groups import SAMPLE_FIELDS, GroupKeeper
 from egm_lib.loss import group_advantages, grpo_loss
 from egm_lib.profile import GRPO, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
@@ -75,6 +80,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "lr_scheduler_type": options.lr_scheduler_type,
         "warmup_steps": options.warmup_steps,
         "max_completion_length": options.max_completion_length,
+        "mask_truncated_completions": options.mask_truncated_completions,
         "temperature": options.temperature,
         "top_p": options.top_p,
         "top_k": options.top_k or 0,
@@ -98,20 +104,30 @@ def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Ite
             "image": str(resolve_image(sample_, root)),
             "gt_box": list(sample_["gt_box"]),
             "image_wh": [sample_["width"], sample_["height"]],
-            "sample_id": sample_["sample_id"],
+            "sample": {field: sample_[field] for field in SAMPLE_FIELDS},
         }
 
 
-def make_reward(processor, family: Family, weight: float) -> Callable[..., list[float]]:
-    """TRL's reward function; puts back what the chat template has begun, such as `<think>`, before parsing."""
+def begun_answer(processor, family: Family) -> str:
+    """What the chat template has begun of every answer: `<think>`, or nothing."""
     begun = chat_text(processor, [{"role": "user", "content": "?"}]).endswith(family.reasoning_opener)
-    opener = family.reasoning_opener if begun else ""
+    return family.reasoning_opener if begun else ""
+
+
+def make_reward(processor, family: Family, weight: float) -> Callable[..., list[float]]:
+    """TRL's reward function; puts back what the chat template has begun before parsing."""
+    opener = begun_answer(processor, family)
 
     def reward(completions, gt_box, image_wh, **kwargs) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        return egm_reward([opener + text for text in texts], gt_box, image_wh, frame=family.frame, weight=weight)
+        texts = [opener + text for text in answer_texts(completions)]
+        return egm_reward(texts, gt_box, image_wh, frame=family.frame, weight=weight)
 
     return reward
+
+
+def answer_texts(completions: Sequence) -> list[str]:
+    """Completions as texts; TRL gives those of a chat as messages."""
+    return [each if isinstance(each, str) else each[-1]["content"] for each in completions]
 
 
 def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
@@ -141,11 +157,13 @@ class EpochSampler(RepeatSampler):
 
 
 class _Timed(TimedSchedule, GRPOTrainer):
-    """GRPOTrainer under our clock, with an order of prompts that survives an interruption."""
+    """GRPOTrainer under our clock and log, with an order of prompts that survives an interruption."""
 
-    def __init__(self, *args, clock: Clock, **kwargs):
-        self.clock, self.checked = clock, False  # checked: trainer and sampler have been compared
-        super().__init__(*args, callbacks=[clock], **kwargs)
+    def __init__(self, *args, clock: Clock, keeper: GroupKeeper, reward_weight: float, **kwargs):
+        self.clock, self.keeper, self.reward_weight = clock, keeper, reward_weight
+        self.checked = False  # trainer and sampler have been compared
+        self.sampling_s = self.update_s = 0.0  # in rollout and reward, ever; in forward and backward of this step
+        super().__init__(*args, callbacks=[clock, keeper], **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         return EpochSampler(
@@ -157,9 +175,51 @@ class _Timed(TimedSchedule, GRPOTrainer):
             seed=self.args.seed,
         )
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        began, before = time.perf_counter(), self.sampling_s
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.update_s += time.perf_counter() - began - (self.sampling_s - before)
+        if self.accelerator.sync_gradients:
+            self._note(**{"time/update": self.update_s})
+            self.update_s = 0.0
+        return loss
+
+    def _note(self, **metrics: float) -> None:
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def _note_rollout(self, completions: Sequence[Sequence[int]], seconds: float) -> None:
+        self.sampling_s += seconds
+        self._note(**{"time/rollout": seconds, "tokens_per_second": sum(map(len, completions)) / seconds})
+
+    def _note_rewards(self, rows: Sequence[Mapping], texts: Sequence[str], rewards_B: Tensor, seconds: float) -> None:
+        """rewards_B: of all processes, groups side by side; rows and texts: of this one; the main one's come first."""
+        self.sampling_s += seconds
+        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be read off it.
+        weight = self.reward_weight
+        success_B = (rewards_B > weight + (1 - weight) / 2).float()
+        group_std = rewards_B.view(-1, self.num_generations).std(dim=1).mean().item()
+        self._note(**{"time/reward": seconds, "acc_at_50": success_B.mean().item(), "group_std": group_std})
+        if weight < 1:
+            self._note(mean_iou=((rewards_B - weight * success_B) / (1 - weight)).mean().item())
+        samples = [row["sample"] for row in rows]
+        self.keeper.keep(self.state.global_step + 1, samples, texts, rewards_B, self.num_generations)
+
 
 class PlainGRPO(_Timed):
     """TRL's own rollouts and loss, which equals ours (a test); with the cure for vLLM and the first step's check."""
+
+    def _generate(self, prompts):
+        began = time.perf_counter()
+        generated = super()._generate(prompts)
+        self._note_rollout(generated[1], time.perf_counter() - began)
+        return generated
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        began = time.perf_counter()
+        rewards_B_1 = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._note_rewards(inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began)
+        return rewards_B_1
 
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
         if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
@@ -178,18 +238,14 @@ class PlainGRPO(_Timed):
 class SharedPrefixGRPO(_Timed):
     """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process, frozen vision."""
 
-    def __init__(self, *args, reader: Reader, reward_weight: float, rollout_dtype: str, **kwargs):
-        self.reader, self.reward_weight, self.rollout_dtype, self.waiting = reader, reward_weight, rollout_dtype, []
+    def __init__(self, *args, reader: Reader, rollout_dtype: str, **kwargs):
+        self.reader, self.rollout_dtype, self.waiting = reader, rollout_dtype, []
         super().__init__(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch):
         if not self.waiting:
             self.waiting = self._roll_out(generation_batch)
         return self.waiting.pop(0)
-
-    def _note(self, **metrics: float) -> None:
-        for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
 
     def _policy(self, model):
         model = self.accelerator.unwrap_model(model)
@@ -203,18 +259,13 @@ class SharedPrefixGRPO(_Timed):
         prompts = [self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"])) for row in first]
         completions, logps = self._sample(prompts)
         sampled = time.perf_counter()
+        self._note_rollout(completions, sampled - began)
         texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
-        advantages_B = group_advantages(rewards_B, group_size)
+        self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
         self._note_rollouts(rewards_B, completions)
-        tokens = sum(map(len, completions))
-        self._note(**{
-            "time/rollout": sampled - began, "time/reward": time.perf_counter() - sampled,
-            "tokens_per_second": tokens / (sampled - began),
-        })  # fmt: skip
-        mixed_P = advantages_B.view(-1, group_size).ne(0).any(dim=1)
-        return self._parts(mixed_P.nonzero()[:, 0].tolist(), prompts, completions, logps, advantages_B)
+        return self._parts(prompts, completions, logps, group_advantages(rewards_B, group_size))
 
     def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
         """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
@@ -241,37 +292,45 @@ class SharedPrefixGRPO(_Timed):
         return completions, logps
 
     def _note_rollouts(self, rewards_B: Tensor, completions: list[list[int]]) -> None:
-        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be read off it.
-        weight, groups = self.reward_weight, rewards_B.view(-1, self.num_generations)
-        success_B = (rewards_B > weight + (1 - weight) / 2).float()
+        """What TRL notes itself, under its names."""
+        groups = rewards_B.view(-1, self.num_generations)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
-        ended_B = torch.tensor([tokens[-1] in self.eos_token_ids for tokens in completions])
+        cut = sum(map(self._is_truncated, completions))
         self._note(**{
-            "reward": rewards_B.mean().item(), "reward_std": groups.std(dim=1).mean().item(),
-            "acc_at_50": success_B.mean().item(),
+            "reward": rewards_B.mean().item(), "reward_std": rewards_B.std().item(),
             "frac_reward_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),
             "completions/mean_length": lengths_B.mean().item(), "completions/max_length": lengths_B.max().item(),
-            "completions/clipped_ratio": 1.0 - ended_B.float().mean().item(),
+            "completions/clipped_ratio": cut / len(completions),
         })  # fmt: skip
-        if weight < 1:
-            self._note(mean_iou=((rewards_B - weight * success_B) / (1 - weight)).mean().item())
 
-    def _parts(self, groups: list[int], prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
+    def _is_truncated(self, tokens: list[int]) -> bool:
+        return tokens[-1] not in self.eos_token_ids
+
+    def _trained_rows(self, completions: list[list[int]], advantages_B: Tensor) -> dict[int, list[int]]:
+        """Completions to train on, by group: those of mixed groups, without truncated ones where they are masked."""
+        size, trained = self.num_generations, {}
+        for group in advantages_B.view(-1, size).ne(0).any(dim=1).nonzero()[:, 0].tolist():
+            rows = range(group * size, (group + 1) * size)
+            kept = [r for r in rows if not (self.mask_truncated_completions and self._is_truncated(completions[r]))]
+            trained |= {group: kept} if kept else {}
+        return trained
+
+    def _parts(self, prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
         """The groups in as many parts as there are accumulation steps, of like lengths, so that little is padded."""
-        size, device = self.num_generations, self.accelerator.device
-        longest = {g: max(len(tokens) for tokens in completions[g * size : (g + 1) * size]) for g in groups}
-        groups = sorted(groups, key=longest.__getitem__)
+        device, trained = self.accelerator.device, self._trained_rows(completions, advantages_B)
+        groups = sorted(trained, key=lambda group: max(len(completions[row]) for row in trained[group]))
         count = self.args.gradient_accumulation_steps
-        num_tokens = sum(len(tokens) for g in groups for tokens in completions[g * size : (g + 1) * size])
+        num_tokens = sum(len(completions[row]) for rows in trained.values() for row in rows)
         parts = []
         for number in range(count):
             chosen = groups[number * len(groups) // count : (number + 1) * len(groups) // count]
-            rows = [row for g in chosen for row in range(g * size, (g + 1) * size)]
-            part = {"prompts": [prompts[g] for g in chosen], "num_tokens": float(num_tokens)}
+            rows = [row for group in chosen for row in trained[group]]
+            part = {"prompts": [prompts[group] for group in chosen], "num_tokens": float(num_tokens)}
             if rows:
                 tokens = [torch.tensor(completions[row]) for row in rows]
+                sizes = torch.tensor([len(trained[group]) for group in chosen], device=device)
                 part |= {
-                    "group": torch.arange(len(chosen), device=device).repeat_interleave(size),
+                    "group": torch.arange(len(chosen), device=device).repeat_interleave(sizes),
                     "completion": pad_sequence(tokens, batch_first=True).to(device),
                     "mask": pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True).to(device),
                     "sampler": pad_sequence([torch.tensor(logps[row]) for row in rows], batch_first=True).to(device),
@@ -281,7 +340,6 @@ class SharedPrefixGRPO(_Timed):
         return parts
 
     def _compute_loss(self, model, inputs):
-        began = time.perf_counter()
         if not inputs["prompts"]:  # no mixed group in this part
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         prompts, mask = inputs["prompts"], inputs["mask"]
@@ -300,7 +358,7 @@ class SharedPrefixGRPO(_Timed):
             entropy_B_T=entropy, clip_ratio=self.epsilon_low, kl_weight=self.beta, entropy_weight=self.entropy_coef,
             ratio_level=self.importance_sampling_level, num_tokens=inputs["num_tokens"],
         )  # fmt: skip
-        self._note(**metrics, **{"time/update_forward": time.perf_counter() - began})
+        self._note(**metrics)
         return loss
 
     @torch.no_grad()
@@ -315,10 +373,13 @@ class SharedPrefixGRPO(_Timed):
 
 
 def make_trainer(
-    model, processor, rows: Iterable[Mapping], family: Family, options: GRPO, *, work: Path, log: Path, seed: int,
-    shared_prefix: bool | None = None, reward: Callable | None = None,
+    model, processor, rows: Iterable[Mapping], family: Family, options: GRPO, *, work: Path, log: Path, groups: Path,
+    seed: int, shared_prefix: bool | None = None, reward: Callable | None = None,
 ):  # fmt: skip
-    """The trainer of the stage. rows: of `question_rows`. shared_prefix None: where it is possible."""
+    """The trainer of the stage. rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.groups).
+
+    shared_prefix None: where it is possible. reward: another than Eq. 8.
+    """
     dataset = Dataset.from_list(list(rows))
     if not len(dataset):
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
@@ -328,19 +389,16 @@ def make_trainer(
         repeats = -(-options.prompts_per_step // len(dataset))
         print(f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one")
         dataset = Dataset.from_list(list(dataset) * repeats)
-    clock = Clock(log, options.max_minutes)
-    arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock}
-    arguments |= {"peft_config": lora_config(options.lora)}
+    clock, keeper = Clock(log, options.max_minutes), GroupKeeper(groups, begun_answer(processor, family))
+    arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock, "keeper": keeper}
+    arguments |= {"peft_config": lora_config(options.lora), "reward_weight": options.reward_weight}
     arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
     possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
     possible = possible and options.rollout == "transformers" and config.world_size == 1
     if possible if shared_prefix is None else shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
-        return SharedPrefixGRPO(
-            train_dataset=dataset, reader=reader, reward_weight=options.reward_weight,
-            rollout_dtype=options.rollout_dtype, **arguments,
-        )  # fmt: skip
+        return SharedPrefixGRPO(train_dataset=dataset, reader=reader, rollout_dtype=options.rollout_dtype, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainGRPO(train_dataset=dataset.cast_column("image", Image()), **arguments)
 
@@ -374,7 +432,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     processor = load_processor(start, family.name)
     trainer = make_trainer(
         model, processor, question_rows(samples, family, profile.data.path), family, options,
-        work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), seed=run.seed,
+        work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), groups=run.groups(task), seed=run.seed,
     )  # fmt: skip
     return train_to(trainer, processor, out)
 

@@ -99,6 +99,7 @@ class Teacher:
     max_tokens: int
     concurrency: int
     price_per_mtok: Price | None = None
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds this service's key, never the key itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,7 @@ class GRPO:
     lr_scheduler_type: str
     warmup_steps: int
     max_completion_length: int
+    mask_truncated_completions: bool = False  # true: one cut off at that length is not trained on, only counted
     temperature: float
     top_p: float
     top_k: int | None  # null: no limit
@@ -265,6 +267,9 @@ class Run:
 
     def log(self, name: str) -> Path:
         return self.root / "logs" / name
+
+    def groups(self, task: str) -> Path:
+        return self.root / "groups" / f"{task}.jsonl"
 
     def checkpoint(self, task: str, model: str) -> Path:
         return self.root / "checkpoints" / task / model

@@ -1,8 +1,12 @@
-"""What SFT and GRPO share: the clock that limits a run, its log, its schedule, and finishing without leaving halves."""
+"""What SFT and GRPO share: the clock that limits a run, its log, its schedule, and finishing without leaving halves.
+
+A log is JSONL, one line a step, and the same for TensorBoard: `tensorboard --logdir data/runs`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -25,11 +29,15 @@ class TrainingError(RuntimeError):
 
 
 class Clock(TrainerCallback):
-    """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds, logs JSONL lines."""
+    """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds, logs as JSONL.
+
+    Where TensorBoard is installed, the same numbers go to the folder tensorboard/<name of the log> beside the log.
+    """
 
     def __init__(self, log: Path, max_minutes: float | None = None, save_seconds: float = 60.0):
         self.log, self.max_minutes, self.save_seconds = log, max_minutes, save_seconds
         self.before_s = 0.0  # of earlier sittings
+        self.board = None  # TensorBoard's writer
         self.began = self.saved = time.monotonic()
 
     @property
@@ -49,6 +57,13 @@ class Clock(TrainerCallback):
         lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.before_s = json.loads(lines[-1])["elapsed_s"] if lines else 0.0
         write_text(self.log, "".join(line + "\n" for line in lines))
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self.log.parent / "tensorboard" / self.log.stem
+            if not state.global_step:  # curves of a run that is begun anew
+                shutil.rmtree(folder, ignore_errors=True)
+            self.board = SummaryWriter(str(folder), purge_step=state.global_step + 1, flush_secs=20)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.max_minutes and self.elapsed_s >= 60 * self.max_minutes:
@@ -61,6 +76,13 @@ class Clock(TrainerCallback):
             line = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 2), **(logs or {})}
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if self.board and isinstance(value, int | float):
+                    self.board.add_scalar(name, value, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.board:
+            self.board.close()
 
 
 class TimedSchedule:

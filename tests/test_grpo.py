@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, store_model, stored
 from transformers import TrainerCallback
 
 from egm_lib import grpo as grpo_module
+from egm_lib.groups import read_groups
 from egm_lib.grpo import (
     check_same_policy,
     collapse_picture_tokens,
@@ -18,9 +20,11 @@ from egm_lib.grpo import (
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
+from egm_lib.loss import group_advantages
 from egm_lib.profile import Lora
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import TrainingError, train_to, work_folder
+from egm_lib.viewer import TraceViewer
 
 FAMILY = FAMILIES["qwen3-vl"]
 
@@ -37,12 +41,18 @@ def count_letter(completions, **kwargs) -> list[float]:
     return [sum("A" <= letter <= "Z" for letter in text) / 8 for text in texts]
 
 
+def half_right(completions, **kwargs) -> list[float]:
+    """Eq. 8 of an exact box and of none, in turns."""
+    return [float(place % 2 == 0) for place in range(len(completions))]
+
+
 def trainer_of(world, tmp_path, *, shared=None, reward=count_letter, seed=0, **changes):
     folder, samples, root = world
     model, processor = stored(folder)
     trainer = make_trainer(
         model, processor, question_rows(samples, FAMILY, root), FAMILY, grpo_options(**changes),
-        work=work_folder(tmp_path / "out"), log=tmp_path / "log.jsonl", seed=seed, shared_prefix=shared, reward=reward,
+        work=work_folder(tmp_path / "out"), log=tmp_path / "log.jsonl", groups=tmp_path / "groups.jsonl", seed=seed,
+        shared_prefix=shared, reward=reward,
     )  # fmt: skip
     return trainer, processor
 
@@ -105,21 +115,67 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
-def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tmp_path, changes):
-    trainer, processor = trainer_of(world, tmp_path, **changes)
+@pytest.mark.parametrize(("shared", "changes"), [
+    (True, {}), (True, {"lora": Lora(r=2, alpha=4)}), (False, {}), (False, {"lora": Lora(r=2, alpha=4)}),
+], ids=["full", "lora", "plain-full", "plain-lora"])  # fmt: skip
+def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tmp_path, shared, changes):
+    trainer, processor = trainer_of(world, tmp_path, shared=shared, reward=half_right, **changes)
     out = train_to(trainer, processor, tmp_path / "out")
     before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all("language_model" in name or "lm_head" in name for name in moved)
     names = {
-        "reward", "acc_at_50", "mean_iou", "frac_reward_zero_std", "completions/clipped_ratio", "kl", "entropy",
-        "clip_ratio/region_mean", "time/rollout", "tokens_per_second", "grad_norm",
+        "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "entropy",
+        "clip_ratio/region_mean", "grad_norm",
     }  # fmt: skip
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert names <= first.keys()
-    assert first["sampling/sampling_logp_difference/mean"] < 1e-4
+    expected = {"reward": 0.5, "acc_at_50": 0.5, "mean_iou": 0.5, "group_std": (4 * 0.25 / 3) ** 0.5}
+    assert {name: first[name] for name in expected} == pytest.approx(expected)
+    seconds = [first[f"time/{part}"] for part in ("rollout", "reward", "update")]
+    assert min(seconds) > 0 and sum(seconds) <= first["elapsed_s"] + 0.01
+    tokens = 16 * first["completions/mean_length"]
+    assert first["tokens_per_second"] * first["time/rollout"] == pytest.approx(tokens)
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # before the first step the policy is the reference
+    if shared:
+        assert first["sampling/sampling_logp_difference/mean"] < 1e-4
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "log")).Reload()
+    assert [event.step for event in board.Scalars("reward")] == [1, 2]
+    for group in check_groups(tmp_path / "groups.jsonl", steps=[1] * 4 + [2] * 4):
+        assert group["rewards"] == [1.0, 0.0, 1.0, 0.0]
+        view = TraceViewer(groups=[group], root=world[2]).view["group"]["completions"]
+        assert [c["advantage"] for c in view] == group_advantages(torch.tensor(group["rewards"]), 4).tolist()
+
+
+def check_groups(path, steps: list[int]) -> list[dict]:
+    """The file's groups; each of a prompt with four completions that begin as the template begins them."""
+    groups = read_groups(path)
+    assert [group["step"] for group in groups] == steps
+    assert all(len(group["completions"]) == 4 for group in groups)
+    assert all(text.startswith("<think>") for group in groups for text in group["completions"])
+    return groups
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_truncated_completions_leave_the_update_where_the_profile_says_so(world, tmp_path, monkeypatch, masked):
+    """Two of four completions of a group end: with the mask, those alone are trained on; all are counted and scored."""
+    trainer, processor = trainer_of(world, tmp_path, reward=half_right, mask_truncated_completions=masked)
+    end = processor.tokenizer.eos_token_id
+    answers = [[40, 41, end], [42, 43, 44, 45], [46, end], [47, 48, 49, 50]]
+    monkeypatch.setattr(
+        grpo_module, "sample", lambda model, prompts, *args: (answers * len(prompts), [[0.0] * 4] * 4 * len(prompts))
+    )
+    parts = trainer._roll_out([row for row in trainer.train_dataset for _ in range(4)])
+    kept = [tokens for part in parts for tokens in part["completion"].tolist()]
+    assert len(kept) == (8 if masked else 16)
+    assert all((end in tokens) or not masked for tokens in kept)
+    assert {part["num_tokens"] for part in parts} == {4 * (5.0 if masked else 13.0)}
+    assert sum(part["mask"].sum().item() for part in parts) == parts[0]["num_tokens"]
+    rows = [part["group"].tolist() for part in parts]
+    assert rows == [[0, 0, 1, 1] if masked else [0] * 4 + [1] * 4] * 2
+    assert trainer._metrics["train"]["completions/clipped_ratio"] == [0.5]
+    plain, _ = trainer_of(world, tmp_path, shared=False, mask_truncated_completions=masked)
+    assert plain.mask_truncated_completions is masked
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -161,6 +217,8 @@ def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
     train_to(trainer, processor, tmp_path / "killed/out")
     for key in ("reward", "loss", "grad_norm", "completions/mean_length"):
         assert logged(tmp_path / "killed/log.jsonl", key) == logged(tmp_path / "whole/log.jsonl", key)
+    groups = check_groups(tmp_path / "killed/groups.jsonl", steps=[step for step in (1, 2, 3, 4) for _ in range(4)])
+    assert groups == read_groups(tmp_path / "whole/groups.jsonl")
 
 
 def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
