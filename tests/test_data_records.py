@@ -127,9 +127,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_broken_json_names_its_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps(sample(0)) + "\n{broken\n")
-    with pytest.raises(SampleError, match="row 2"):
-        read_samples(tmp_path / "a.jsonl")
+    latin_1 = json.dumps(sample(1)).encode().replace(b"s1", b"\xe9")
+    for broken in (b"{broken", latin_1):
+        (tmp_path / "a.jsonl").write_bytes(json.dumps(sample(0)).encode() + b"\n" + broken + b"\n")
+        with pytest.raises(SampleError, match="row 2: not JSON"):
+            read_samples(tmp_path / "a.jsonl")
 
 
 def test_a_data_root_is_read_by_task_and_split(tmp_path):

@@ -91,7 +91,9 @@ def _read_rows(path: Path) -> pa.Table:
     else:
         try:
             options = pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
-            return pa.json.read_json(path, parse_options=options)
+            table = pa.json.read_json(path, parse_options=options)
+            table.validate(full=True)  # strings are UTF-8
+            return table
         except pa.ArrowInvalid:
             rows = json_lines(path)  # slower, and able to say which row is wrong
     tables = [_SCHEMA.empty_table()]

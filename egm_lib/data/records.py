@@ -188,14 +188,16 @@ def _read_quickly(path: Path) -> pa.Table | None:
     """The whole file through Arrow's own JSON reader; None where a row must be looked at one by one."""
     options = pa.json.ParseOptions(explicit_schema=FEATURES.arrow_schema, unexpected_field_behavior="error")
     try:
-        return pa.json.read_json(path, parse_options=options)
+        table = pa.json.read_json(path, parse_options=options)
+        table.validate(full=True)  # strings are UTF-8, which the reader does not look at
+        return table
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
 
 
 def json_lines(path: Path) -> Iterator[Mapping]:
     """The objects of a JSONL file one by one; SampleError names the line that is no JSON."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes, so that a line that is no UTF-8 is named too
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)
