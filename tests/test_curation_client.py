@@ -157,6 +157,7 @@ def test_the_picture_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
     red, green, blue = picture.getpixel((22, 40))  # on the left edge of the box, 5 px wide
     assert green > 100 and red < 60 and blue < 60
     assert abs(picture.getpixel((40, 40))[1] - 90) < 12  # inside it
+    assert picture.crop((20, 2, 90, 19)).convert("L").getextrema()[1] > 150  # the label, white above the box
     assert "[156, 208, 468, 624]" in content[1]["text"]  # 0..999
 
 
@@ -397,6 +398,12 @@ def test_the_key_comes_from_the_environment_only(tmp_path, run, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(CurationError, match="set the environment variable OPENAI_API_KEY"):
         run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1"))
+    with pytest.raises(CurationError, match="no such name") as misplaced:
+        run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1", api_key_env="sk-secret"))
+    assert "secret" not in str(misplaced.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-company")
+    with pytest.raises(CurationError, match="set the environment variable GEMINI_API_KEY"):
+        run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1", api_key_env="GEMINI_API_KEY"))
     with pytest.raises(CurationError, match="keys belong in the environment"):
         run("trace", make_root(tmp_path, 1), teacher("http://me:sk-1@localhost/v1"))
 

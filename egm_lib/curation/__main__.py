@@ -13,7 +13,7 @@ from pathlib import Path
 from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.ledger import LedgerError
 from egm_lib.curation.results import JsonlSamples
-from egm_lib.curation.services import CurationError, api_key
+from egm_lib.curation.services import CurationError
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import Price, Teacher
 
@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         price_per_mtok=price,
         temperature=task.temperature if args.temperature is None else args.temperature,
         max_tokens=args.max_tokens or task.max_tokens,
+        api_key_env=args.api_key_env,
     )
     ledger = args.ledger or args.output.with_suffix(".ledger.jsonl")
     try:
@@ -67,7 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
             limit=args.limit,
             budget_usd=args.budget,
             skip_filters=args.skip_filter,
-            key=api_key(args.base_url, args.api_key_env),
             batch=args.batch,
             timeout_s=args.timeout,
             max_retries=args.max_retries,

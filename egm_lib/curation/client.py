@@ -41,7 +41,6 @@ def run_task(
     limit: int | None = None,
     budget_usd: float | None = None,
     skip_filters: Iterable[str] = (),
-    key: str | None = None,
     batch: bool = False,
     timeout_s: float = 120.0,
     max_retries: int = 12,
@@ -52,8 +51,9 @@ def run_task(
     samples: iterated several times (a list, a Dataset, JsonlSamples); root: what their `image` is relative to.
     out: a row a sample in their order, {sample_id, answer, status, filter, error, usage, raw, task, model, key}; status
     "ok", "filtered" (filter says why) or "failed"; a sample not asked yet has none. limit: the first so many samples.
-    budget_usd: cap on all that this ledger has paid and will pay. key: of the service, default from the environment.
-    Ctrl-C waits for the requests under way; the same call then goes on where it stopped. Runs in notebooks too.
+    budget_usd: cap on all that this ledger has paid and will pay. The service's key comes from the environment variable
+    that the teacher names. Ctrl-C waits for the requests under way; the same call then goes on where it stopped. Runs
+    in notebooks too.
     Raises CurationError, LedgerError; what was answered until then stays in the ledger.
     """
     names = {name for some in TASKS.values() for name, _ in some.filters}
@@ -67,7 +67,7 @@ def run_task(
         raise CurationError(f"cannot write the output to {out}: it is a folder")
     if Path(out).resolve() == Path(ledger).resolve():
         raise CurationError(f"cannot write the output to {out}: it is the ledger; name another file")
-    key = key or api_key(teacher.base_url)
+    key = api_key(teacher.base_url, teacher.api_key_env)
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     total = count_checked(task, plan.samples)
     report, refused, started = Report(task.name, teacher.model), None, time.monotonic()

@@ -28,7 +28,7 @@ class JsonlSamples:
             raise CurationError(f"no file {self.path}")
 
     def __iter__(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)

@@ -22,8 +22,10 @@ class Refused(CurationError):
     """The service refuses everything (wrong key, wrong model, no credit): going on would fail every sample."""
 
 
-def api_key(base_url: str, variable: str = "OPENAI_API_KEY") -> str:
+def api_key(base_url: str, variable: str) -> str:
     """The key of a service, from the environment only; local and in-process services need none."""
+    if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
+        raise CurationError("api_key_env is the name of an environment variable, and what was given is no such name")
     key = os.environ.get(variable, "")
     if not key and not is_local(base_url):
         raise CurationError(f"no key for {base_url}: set the environment variable {variable}")

@@ -126,18 +126,22 @@ def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> byt
     for box, colour, label in marks:
         x1, y1, x2, y2 = (value * scale for value in box)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=LINE_WIDTH_PX)
-        left, top, right, bottom = draw.textbbox((0, 0), label, font=_font())
-        at = (min(max(x1, 0), max(picture.width - right, 0)), max(y1 - bottom - 2, 0))
-        draw.rectangle((at[0], at[1], at[0] + right, at[1] + bottom + 2), fill=colour)
-        draw.text(at, label, fill="white", font=_font())
+        tag = _tag(label, colour)
+        x, y = min(max(x1, 0), max(picture.width - tag.width, 0)), max(y1 - tag.height, 0)
+        picture.paste(tag, (round(x), round(y)))
     file = io.BytesIO()
     picture.save(file, format="JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=12)
+@lru_cache(maxsize=16)  # drawn once for all pictures: text costs more than the boxes
+def _tag(label: str, colour: str) -> Image.Image:
+    """A mark's label, white on its colour."""
+    font = ImageFont.load_default(size=12)
+    _, _, right, bottom = font.getbbox(label)
+    tag = Image.new("RGB", (round(right) + 1, round(bottom) + 2), colour)
+    ImageDraw.Draw(tag).text((0, 0), label, fill="white", font=font)
+    return tag
 
 
 def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> list[tuple[str, str]]:
