@@ -15,18 +15,14 @@ from typing import Protocol
 
 import regex
 import torch
+import xxhash
 from PIL import Image
-from transformers import DynamicCache, LogitsProcessorList
-from transformers.generation.logits_process import (
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
+from egm_lib.decode_loop import Prefix, SamplingOptions, complete, read_inputs
 from egm_lib.models import DTYPES, load_model, load_processor
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES, Family
+from egm_lib.shared_prefix import Reader, read_prefix
 from egm_lib.vision_cache import freeze_vision
 
 THINK_END = "</think>"
@@ -181,108 +177,6 @@ def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning
 # --- transformers --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Decoded:
-    """tokens: one list a row, without the end token; finish: "stop" | "length" a row; first_token_at: perf_counter."""
-
-    tokens: list[list[int]]
-    finish: list[str]
-    first_token_at: float
-
-
-@torch.inference_mode()
-def decode_batch(
-    model, inputs: dict, sampling: Sampling, *, eos_ids: frozenset[int], suppress_ids: Sequence[int] = (),
-    form: AnswerForm | None = None, rng: torch.Generator | None = None,
-) -> Decoded:  # fmt: skip
-    """`generate` with a KV cache and without its idle rows: a row that has ended leaves the batch.
-
-    inputs: left-padded. Suppressed tokens are the vision placeholders, on which the next forward would crash.
-    Greedy answers equal those of `model.generate` (a test).
-    """
-    attention_mask = inputs["attention_mask"]
-    num_rows, device = attention_mask.shape[0], attention_mask.device
-    cache = DynamicCache(config=model.config.get_text_config())
-    first = dict(inputs)
-    if not hasattr(model.model, "get_rope_index"):  # Qwen-VL computes its own 3-D positions
-        first["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    logits_R_V = model(**first, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-    offset_R_1 = getattr(model.model, "rope_deltas", None)
-    offset_R_1 = torch.zeros(num_rows, 1, dtype=torch.long, device=device) if offset_R_1 is None else offset_R_1
-    position_R_1 = attention_mask.sum(-1, keepdim=True) + offset_R_1
-    warpers = _warpers(sampling)
-    tokens: list[list[int]] = [[] for _ in range(num_rows)]
-    finish = ["length"] * num_rows
-    rows = list(range(num_rows))  # the answer that each row of the shrinking batch writes
-    running = [True] * num_rows
-    first_token_at = 0.0
-    for step in range(sampling.max_new_tokens):
-        logits_R_V[:, list(suppress_ids)] = -torch.inf
-        if form is not None:  # before top-k, which could leave no admissible token
-            keep = 1 if sampling.temperature == 0 else (sampling.top_k or logits_R_V.shape[1])
-            for r, row in enumerate(rows):
-                if running[row]:
-                    logits_R_V[r] = form.bind(tokens[row], logits_R_V[r], keep)
-        if warpers:
-            logits_R_V = _warp(warpers, logits_R_V, [tokens[row] for row in rows], inputs["input_ids"][rows])
-        if sampling.temperature == 0:
-            next_R = logits_R_V.argmax(-1)
-        else:
-            next_R = torch.multinomial(logits_R_V.softmax(-1), 1, generator=rng)[:, 0]
-        for row, token in zip(rows, next_R.tolist(), strict=True):
-            if not running[row]:
-                continue
-            if token in eos_ids:
-                running[row], finish[row] = False, "stop"
-            else:
-                tokens[row].append(token)
-        if step == 0:
-            first_token_at = time.perf_counter()
-        alive = [r for r, row in enumerate(rows) if running[row]]
-        if not alive or step + 1 == sampling.max_new_tokens:
-            break
-        if len(alive) <= 0.75 * len(rows):  # a smaller batch is worth the copy of the cache
-            index = torch.tensor(alive, device=device)
-            cache.batch_select_indices(index)
-            attention_mask, position_R_1, next_R = attention_mask[index], position_R_1[index], next_R[index]
-            rows = [rows[r] for r in alive]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=-1)
-        is_3d = hasattr(model.model, "get_rope_index")
-        logits_R_V = (
-            model(
-                input_ids=next_R[:, None],
-                attention_mask=attention_mask,
-                position_ids=position_R_1.expand(3, -1, -1) if is_3d else position_R_1,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            .logits[:, -1]
-            .float()
-        )
-        position_R_1 = position_R_1 + 1
-    return Decoded(tokens, finish, first_token_at)
-
-
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature > 0:
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
-        if sampling.top_k is not None and sampling.top_k > 0:
-            warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            warpers.append(TopPLogitsWarper(sampling.top_p))
-    return warpers
-
-
-def _warp(warpers: LogitsProcessorList, logits_R_V, written: list[list[int]], prompt_R_T):
-    texts = [[*prompt, *ids] for prompt, ids in zip(prompt_R_T.tolist(), written, strict=True)]
-    longest = max(map(len, texts))
-    padded = [ids + ids[-1:] * (longest - len(ids)) for ids in texts]  # a repeated token changes no penalty
-    return warpers(torch.tensor(padded, device=logits_R_V.device), logits_R_V)
-
-
 class TransformersEngine:
     """Batches of similar length, a KV cache, float32 or bfloat16; on a CPU or one GPU.
 
@@ -307,8 +201,10 @@ class TransformersEngine:
             processor = processor or load_processor(model_path, family)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
         self.cache_vision = cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
+        self.pictures: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
+        self.reader = None
         if self.cache_vision:
-            freeze_vision(self.model)
+            self.reader = Reader(processor, model, freeze_vision(model), self.pictures.__getitem__)
         if max_pixels is not None:
             self.processor.image_processor.size = {**self.processor.image_processor.size, "longest_edge": max_pixels}
         tokenizer = self.processor.tokenizer
@@ -351,34 +247,49 @@ class TransformersEngine:
                 for answer in self._answer_batch(part, sampling, reasoning)
             ]
 
+    @torch.no_grad()
     def _decode(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
         start = time.perf_counter()
         texts, begun = zip(*chat_texts(self.processor, self.family, requests, reasoning), strict=True)
-        inputs = self.processor(
-            text=list(texts), images=[[request.image] for request in requests], padding=True, padding_side="left",
-            return_tensors="pt",
-        ).to(self.device)  # fmt: skip
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        prefix = self._read([request.image for request in requests], texts)
+        options = SamplingOptions(
+            sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k or 0,
+            tuple(self.suppress_ids), sampling.repetition_penalty,
+        )  # fmt: skip
         form = None
         if not reasoning:
             form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
-        decoded = decode_batch(
-            self.model, dict(inputs), sampling, eos_ids=self.eos_ids, suppress_ids=self.suppress_ids, form=form, rng=rng
-        )
+        done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
         alone = len(requests) == 1
         latency_ms = (time.perf_counter() - start) * 1000 if alone else None
-        first_token_ms = (decoded.first_token_at - start) * 1000 if alone else None
-        prompt_tokens = inputs["attention_mask"].sum(-1).tolist()
+        first_token_ms = (done.first_token_at - start) * 1000 if alone else None
         answers = []
-        for ids, finish, num_prompt, opening in zip(decoded.tokens, decoded.finish, prompt_tokens, begun, strict=True):
+        for ids, prompt_ids, opening in zip(done.tokens, prefix.ids, begun, strict=True):
+            ended = ids[-1] in self.eos_ids
+            ids = ids[:-1] if ended else ids
             num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
             answers.append(Answer(
-                opening + self._text(ids), num_prompt, num_reasoning, len(ids) - num_reasoning, finish, latency_ms,
-                first_token_ms,
+                opening + self._text(ids), len(prompt_ids), num_reasoning, len(ids) - num_reasoning,
+                "stop" if ended else "length", latency_ms, first_token_ms,
             ))  # fmt: skip
         return answers
+
+    def _read(self, images: list[Image.Image], texts: Sequence[str]) -> Prefix:
+        if self.reader is not None:  # a picture of several questions is processed once
+            digests = [xxhash.xxh3_128_digest(repr((x.mode, x.size)).encode() + x.tobytes()) for x in images]
+            self.pictures.clear()
+            self.pictures.update(zip(digests, images, strict=True))
+            features = self.reader.features(digests)
+            prompts = [self.reader.prompt(digest, text) for digest, text in zip(digests, texts, strict=True)]
+            return read_prefix(self.model, prompts, features)
+        inputs = self.processor(
+            text=list(texts), images=[[image] for image in images], padding=True, padding_side="left",
+            return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        return read_inputs(self.model, inputs)
 
     def _text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 GIB = 2**30
+CPU_PATCHES = 2048  # patches that go through the tower together: more fall out of a CPU's caches (1.7 times slower)
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
         keys = [picture_digest(tower, rows_P_D, grid_3) for rows_P_D, grid_3 in zip(pixels, grid_thw, strict=True)]
         found = {key: cache.get(key) for key in dict.fromkeys(keys)}
         new = [key for key, features in found.items() if features is None]
-        if new:
-            first = [keys.index(key) for key in new]
+        for part in _parts(new, [len(pixels[keys.index(key)]) for key in new], hidden_states.device):
+            first = [keys.index(key) for key in part]
             grid_N_3 = grid_thw[first]
             with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
                 seen = look(torch.cat([pixels[i] for i in first]), grid_thw=grid_N_3, **kwargs)
             sizes = (grid_N_3.prod(dim=-1) // merge).tolist()
             layers = [tensor.split(sizes) for tensor in (seen.pooler_output, *seen.deepstack_features)]
-            for key, (merged, *deepstack) in zip(new, zip(*layers, strict=True), strict=True):
+            for key, (merged, *deepstack) in zip(part, zip(*layers, strict=True), strict=True):
                 # Cloned: a slice would keep the whole batch alive.
                 found[key] = Features(merged.clone(), tuple(tensor.clone() for tensor in deepstack))
                 cache.put(key, found[key])
@@ -117,6 +118,21 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
     visual.forward = forward
     visual.digests = lambda pixels, grid_3: picture_digest(tower, pixels, grid_3)
     return cache
+
+
+def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[list[bytes]]:
+    """The pictures in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one picture)."""
+    if device.type != "cpu":
+        return [keys] if keys else []
+    parts: list[list[bytes]] = []
+    room = 0
+    for key, size in zip(keys, sizes, strict=True):
+        if size > room or not parts:
+            parts.append([])
+            room = CPU_PATCHES
+        parts[-1].append(key)
+        room -= size
+    return parts
 
 
 def as_encoder_output(features: list[Features], split: bool = False) -> BaseModelOutputWithDeepstackFeatures:

@@ -18,7 +18,6 @@ from egm_lib.engines import (
     OpenAIEngine,
     Request,
     TransformersEngine,
-    decode_batch,
 )
 from egm_lib.generate import EngineFailure, measure_latency, predict
 from egm_lib.profile import Sampling
@@ -180,17 +179,30 @@ def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
     assert len({answer.raw_answer for answer in answers}) > 3  # or the test would say nothing
 
 
-def decoded_ids(engine, request: Request) -> list[int]:
-    messages = engine.family.messages(request.prompt)
-    text = engine.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = engine.processor(text=[text], images=[[request.image]], return_tensors="pt")
-    return decode_batch(engine.model, dict(inputs), GREEDY, eos_ids=frozenset()).tokens[0]
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(engine, penalty):
+    sampling, requests = replace(GREEDY, repetition_penalty=penalty), requests_of(4)
+    model, processor = tiny_qwen()
+    uncached = TransformersEngine(model, "qwen3-vl", processor=processor, device="cpu", cache_vision=False)
+    answers = list(uncached.answer(requests, sampling))
+    assert answers == list(engine.answer(requests, sampling))
+    text = processor.apply_chat_template(
+        engine.family.messages(requests[1].prompt), tokenize=False, add_generation_prompt=True
+    )
+    inputs = processor(text=[text], images=[[requests[1].image]], return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=engine.suppress_ids, repetition_penalty=penalty
+    )[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = processor.tokenizer.decode([token for token in output if token not in engine.eos_ids])
+    assert answers[1].raw_answer == "<think>\n" + expected
 
 
 def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, monkeypatch):
     requests = requests_of(4)
     # let tokens in the middle of three of the four answers count as an end, so that the batch shrinks
-    tokens = [decoded_ids(engine, request) for request in requests[:3]]
+    byte_ids = engine.processor.tokenizer
+    answers = [next(iter(engine.answer([request], GREEDY))) for request in requests[:3]]
+    tokens = [byte_ids(answer.raw_answer.removeprefix("<think>\n"))["input_ids"] for answer in answers]
     ends = {ids[4 + number] for number, ids in enumerate(tokens)}
     monkeypatch.setattr(engine, "eos_ids", engine.eos_ids | ends)
     expected = [next(iter(engine.answer([request], GREEDY))) for request in requests]

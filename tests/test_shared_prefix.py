@@ -6,7 +6,7 @@ import pytest
 import torch
 from training_world import make_samples, store_model, stored
 
-from egm_lib import shared_prefix
+from egm_lib import decode_loop, shared_prefix
 from egm_lib.data import open_image
 from egm_lib.shared_prefix import Reader, SamplingOptions, sample, suffix_logps
 from egm_lib.training import chat_text
@@ -117,20 +117,27 @@ def test_sampling_ends_rows_at_any_end_token_and_keeps_their_order(world):
             )
 
 
-def test_draws_follow_the_distribution_within_top_k_top_p_and_suppression():
+def test_the_loop_ends_with_the_longest_completion(world, monkeypatch):
+    model, _, reader, pictures, _, prompts = world
+    steps = []
+    monkeypatch.setattr(decode_loop, "_pick", lambda *args, pick=decode_loop._pick: steps.append(1) or pick(*args))
+    torch.manual_seed(0)
+    ends = list(range(0, 256, 20))  # rows end one by one, too few at a time to leave the batch
+    tokens, _ = sample(model, prompts, reader.features(pictures), 8, SamplingOptions(120), ends)
+    assert len(steps) == max(map(len, tokens)) < 120
+
+
+def test_draws_follow_the_distribution_within_top_k_and_top_p():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]]).repeat(20_000, 1)
     torch.manual_seed(0)
-    token, logp = shared_prefix._pick(logits.clone(), SamplingOptions(1, temperature=0.5), None)
+    token = decode_loop._pick(logits, SamplingOptions(1, temperature=0.5), None)
     expected = (logits[0] / 0.5).softmax(-1)
     torch.testing.assert_close(token.bincount(minlength=5) / len(token), expected, atol=0.015, rtol=0)
-    torch.testing.assert_close(logp, expected.log()[token], atol=1e-5, rtol=0)
-    seen = {
-        name: set(shared_prefix._pick(logits.clone(), SamplingOptions(1, **options), None)[0].tolist())
-        for name, options in {
-            "top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}, "suppressed": {"suppress_ids": (0, 4)},
-        }.items()  # fmt: skip
-    }
-    assert seen == {"top_k": {0, 1}, "top_p": {0, 1}, "suppressed": {1, 2, 3}}  # p = .64, .23, .09, .03, .01
+    cut = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}}
+    seen = {name: set(decode_loop._pick(logits, SamplingOptions(1, **cut[name]), None).tolist()) for name in cut}
+    assert seen == {"top_k": {0, 1}, "top_p": {0, 1}}  # p = .64, .23, .09, .03, .01
+    logits[:, [0, 4]] = -torch.inf
+    assert set(decode_loop._pick(logits, SamplingOptions(1), None).tolist()) == {1, 2, 3}
 
 
 def test_a_picture_file_is_opened_once(world):
