@@ -508,13 +508,14 @@ class BatchService:
         for number, line in enumerate(self.files[batch["input_file_id"]].splitlines()):
             request = json.loads(line)
             assert request["body"]["messages"] and request["method"] == "POST"
-            choice = {"message": {"content": "the left one."}, "finish_reason": "stop"}
+            choice = {"message": {"content": "the left\u2028one."}, "finish_reason": "stop"}  # no end of a line
             body = {"id": "r", "choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
             response = (
                 {"status_code": 500, "body": {"error": "no"}} if number == 1 else {"status_code": 200, "body": body}
             )
-            lines.append(json.dumps({"custom_id": request["custom_id"], "response": response, "error": None}))
-        return "\n".join(lines).encode()
+            line = {"custom_id": request["custom_id"], "response": response, "error": None}
+            lines.append(json.dumps(line, ensure_ascii=False))
+        return "\n".join([*lines, "{half a li"]).encode()
 
 
 def test_batches_within_limits_at_half_the_price(tmp_path, run, monkeypatch):
@@ -524,6 +525,7 @@ def test_batches_within_limits_at_half_the_price(tmp_path, run, monkeypatch):
     report = run("trace", samples, service(theirs, monkeypatch), batch=True)
     assert [len(file.splitlines()) for file in theirs.files.values()] == [4, 4, 2]
     assert report.kept == 7 and report.failed == 3  # the second of every file
+    assert report.unreadable == 3  # the torn line of every file
     assert report.cost_usd == pytest.approx(7 * 1010 / 1e6 / 2)
     again = run("trace", samples, service(theirs, monkeypatch), batch=True)
     assert again.asked == 3  # the failed ones only

@@ -198,8 +198,9 @@ class _BatchJob:
         for file_id in (theirs.output_file_id, theirs.error_file_id):
             if file_id:
                 content = await self.client.files.content(file_id)
-                for line in content.text.splitlines():
-                    self._receive(batch, json.loads(line))
+                for line in content.content.split(b"\n"):  # str.splitlines would cut at U+2028 within an answer too
+                    if line.strip():
+                        self._receive(batch, line)
         reasons = [error.message for error in (theirs.errors.data if theirs.errors else None) or []]
         for key, (sample_id, prompt) in batch.requests.items():
             if not (self.receipts.ledger.answer(key) or self.receipts.ledger.failure(key)):
@@ -211,8 +212,13 @@ class _BatchJob:
         self.bar.update(len(batch.requests))
         return True
 
-    def _receive(self, batch: Batch, line: dict) -> None:
-        key, response = line["custom_id"], line.get("response") or {}
+    def _receive(self, batch: Batch, text: bytes) -> None:
+        try:
+            line = json.loads(text)
+            key, response = line["custom_id"], line.get("response") or {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.receipts.report.unreadable += 1  # one odd line must not keep the others from being collected
+            return
         if key not in batch.requests or self.receipts.ledger.answer(key):
             return
         request = Request(key, *batch.requests[key])
