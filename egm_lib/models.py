@@ -11,10 +11,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    InternVLProcessor,
     PreTrainedModel,
     ProcessorMixin,
     Qwen3VLProcessor,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib.prompts import FAMILIES
@@ -27,6 +29,17 @@ class PictureProcessor(Qwen3VLProcessor):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+class TileProcessor(InternVLProcessor):
+    """InternVL-3's processor without its video half, which needs torchvision. image_seq_length: tokens of a tile."""
+
+    def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template=chat_template, **kwargs)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -57,12 +70,16 @@ def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrained
 
 
 def load_processor(path: str | Path, family: str) -> ProcessorMixin:
-    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision for Qwen3-VL."""
+    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision."""
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
     place = _present(path)
-    if family != "qwen3-vl" or find_spec("torchvision"):
+    if find_spec("torchvision"):
         return AutoProcessor.from_pretrained(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
+    if family == "internvl-3":
+        pictures = GotOcr2ImageProcessorPil.from_pretrained(place)
+        length = TileProcessor.get_processor_dict(place)[0]["image_seq_length"]
+        return TileProcessor(pictures, tokenizer, length, chat_template=tokenizer.chat_template)
     pictures = Qwen2VLImageProcessorPil.from_pretrained(place)
     return PictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)

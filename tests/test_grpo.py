@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_world import grpo_options, make_samples, store_model, stored
+from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
 
 from egm_lib import grpo as grpo_module
@@ -26,7 +26,7 @@ from egm_lib.prompts import FAMILIES
 from egm_lib.training import TrainingError, train_to, work_folder
 from egm_lib.viewer import TraceViewer
 
-FAMILY = FAMILIES["qwen3-vl"]
+FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def half_right(completions, **kwargs) -> list[float]:
     return [float(place % 2 == 0) for place in range(len(completions))]
 
 
-def trainer_of(world, tmp_path, *, shared=None, reward=count_letter, seed=0, **changes):
+def trainer_of(world, tmp_path, *, shared=None, reward=count_letter, seed=0, family=FAMILY, **changes):
     folder, samples, root = world
-    model, processor = stored(folder)
+    model, processor = stored(folder, family.name)
     trainer = make_trainer(
-        model, processor, question_rows(samples, FAMILY, root), FAMILY, grpo_options(**changes),
+        model, processor, question_rows(samples, family, root), family, grpo_options(**changes),
         work=work_folder(tmp_path / "out"), log=tmp_path / "log.jsonl", groups=tmp_path / "groups.jsonl", seed=seed,
         shared_prefix=shared, reward=reward,
     )  # fmt: skip
@@ -120,9 +120,7 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
 ], ids=["full", "lora", "plain-full", "plain-lora"])  # fmt: skip
 def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tmp_path, shared, changes):
     trainer, processor = trainer_of(world, tmp_path, shared=shared, reward=half_right, **changes)
-    out = train_to(trainer, processor, tmp_path / "out")
-    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = moved_names(world[0], train_to(trainer, processor, tmp_path / "out"))
     assert moved and all("language_model" in name or "lm_head" in name for name in moved)
     names = {
         "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "entropy",
@@ -145,6 +143,21 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tm
         assert group["rewards"] == [1.0, 0.0, 1.0, 0.0]
         view = TraceViewer(groups=[group], root=world[2]).view["group"]["completions"]
         assert [c["advantage"] for c in view] == group_advantages(torch.tensor(group["rewards"]), 4).tolist()
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)], ids=["full", "lora"])
+def test_two_steps_of_internvl_move_the_language_model_alone(world, tmp_path, lora):
+    """Pictures of several tiles, and the InternVL column of Table 6: no KL, an entropy term."""
+    folder = store_model(tmp_path / "model", "internvl-3")
+    trainer, processor = trainer_of(
+        (folder, *world[1:]), tmp_path, reward=half_right, family=INTERNVL, lora=lora, beta=0.0, entropy_coef=0.01,
+        per_device_train_batch_size=16,
+    )  # fmt: skip
+    moved = moved_names(folder, train_to(trainer, processor, tmp_path / "out"))
+    parts = ("_proj.",) if lora else ("language_model", "lm_head")
+    assert moved and all(any(part in name for part in parts) for name in moved)
+    assert logged(tmp_path / "log.jsonl", "reward") == [0.5, 0.5] and logged(tmp_path / "log.jsonl", "entropy")
+    assert not read_groups(tmp_path / "groups.jsonl")[0]["completions"][0].startswith("<think>")
 
 
 def check_groups(path, steps: list[int]) -> list[dict]:
@@ -223,9 +236,7 @@ def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
 
 def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
     trainer, processor = trainer_of(world, tmp_path, reward=lambda completions, **kwargs: [0.5] * len(completions))
-    out = train_to(trainer, processor, tmp_path / "out")
-    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not moved_names(world[0], train_to(trainer, processor, tmp_path / "out"))
     assert logged(tmp_path / "log.jsonl", "frac_reward_zero_std") == [1.0, 1.0]
 
 

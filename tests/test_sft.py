@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from training_world import make_samples, sft_options, store_model, stored
+from training_world import make_samples, moved_names, sft_options, store_model, stored
 from transformers import TrainerCallback
 
 from egm_lib.profile import Lora
@@ -14,7 +14,7 @@ from egm_lib.sft import PictureSampler, answer_rows, make_trainer, read_traces
 from egm_lib.sft import sft_options as trl_options
 from egm_lib.training import Clock, TimedSchedule, TrainingError, is_finished, train_to, work_folder
 
-FAMILY = FAMILIES["qwen3-vl"]
+FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,17 @@ def world(tmp_path_factory):
     return store_model(folder / "model"), make_samples(folder), folder
 
 
-def trainer_of(world, tmp_path, *, shared: bool | None = None, reasoning: bool = True, **changes):
+@pytest.fixture(scope="module")
+def internvl_world(tmp_path_factory, world):
+    return store_model(tmp_path_factory.mktemp("internvl"), "internvl-3"), *world[1:]
+
+
+def trainer_of(world, tmp_path, *, shared: bool | None = None, reasoning: bool = True, family=FAMILY, **changes):
     folder, samples, root = world
-    model, processor = stored(folder)
-    rows = answer_rows(samples, FAMILY, root, reasoning=reasoning)
+    model, processor = stored(folder, family.name)
+    rows = answer_rows(samples, family, root, reasoning=reasoning)
     trainer = make_trainer(
-        model, processor, rows, FAMILY, sft_options(**changes), work=work_folder(tmp_path / "out"),
+        model, processor, rows, family, sft_options(**changes), work=work_folder(tmp_path / "out"),
         log=tmp_path / "log.jsonl", seed=0, shared_prefix=shared,
     )  # fmt: skip
     return trainer, processor
@@ -50,6 +55,18 @@ def test_the_loss_covers_the_answer_and_its_end_and_nothing_else(world, tmp_path
     assert batch["group"].tolist() == [0, 0, 1]  # two questions of the first picture share it
 
 
+def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl_world, tmp_path):
+    trainer, processor = trainer_of(internvl_world, tmp_path, family=INTERNVL)
+    batch = trainer.data_collator(list(trainer.train_dataset.select([0, 2])))
+    for row, sample in enumerate([internvl_world[1][0], internvl_world[1][2]]):
+        box = (sample["gt_box"], (sample["width"], sample["height"]), sample["expression"], sample["reasoning"])
+        ids, labels = batch["input_ids"][row], batch["labels"][row]
+        assert processor.tokenizer.decode(labels[labels != -100]) == INTERNVL.answer(*box) + "<|im_end|>"
+        assert INTERNVL.prompt(sample["expression"], "vanilla") in processor.tokenizer.decode(ids[labels == -100])
+    picture_tokens = (batch["input_ids"] == trainer.model.config.image_token_id).sum().item()
+    assert picture_tokens == 4 * len(batch["pixel_values"]) > 4 * 2  # several tiles a picture
+
+
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
 def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
     for name, shared in (("ours", True), ("trl", False)):
@@ -60,11 +77,13 @@ def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
     assert losses(tmp_path / "ours/log.jsonl") == pytest.approx(losses(tmp_path / "trl/log.jsonl"), abs=1e-4)
 
 
-def test_eight_small_batches_equal_one_large(world, tmp_path):
+@pytest.mark.parametrize("family", [FAMILY, INTERNVL], ids=lambda family: family.name)
+def test_eight_small_batches_equal_one_large(world, internvl_world, tmp_path, family):
+    world = internvl_world if family is INTERNVL else world
     for name, batch, steps in (("large", 8, 1), ("small", 1, 8)):
         (tmp_path / name).mkdir()
         trainer, processor = trainer_of(
-            world, tmp_path / name, per_device_train_batch_size=batch, gradient_accumulation_steps=steps
+            world, tmp_path / name, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, family=family
         )
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(range(8))
         train_to(trainer, processor, tmp_path / name / "out")
@@ -79,11 +98,22 @@ def test_eight_small_batches_equal_one_large(world, tmp_path):
 def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
     trainer, processor = trainer_of(world, tmp_path, freeze_merger=merger, lora=lora)
     out = train_to(trainer, processor, tmp_path / "out")
-    before, after = stored(world[0])[0].state_dict(), stored(out)[0].state_dict()
-    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = moved_names(world[0], out)
     assert moved and all(any(part in name for part in moves) for name in moved)
     assert any("language_model.layers" in name for name in moved)
     assert not any("visual.blocks" in name or "patch_embed" in name for name in moved)
+
+
+@pytest.mark.parametrize(("merger", "lora", "moves"), [
+    (True, None, ("language_model", "lm_head")),
+    (False, None, ("language_model", "lm_head", "multi_modal_projector")),  # as in the paper's profiles
+    (True, Lora(r=2, alpha=4), ("_proj.weight",)),
+])  # fmt: skip
+def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merger, lora, moves):
+    trainer, processor = trainer_of(internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora)
+    moved = moved_names(internvl_world[0], train_to(trainer, processor, tmp_path / "out"))
+    assert all(any(part in name for name in moved) for part in moves if part != "lm_head")  # tied to the embeddings
+    assert all(any(part in name for part in moves) and "vision_tower" not in name for name in moved)
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(world, tmp_path):

@@ -1,9 +1,11 @@
-"""What the training tests train on: a tiny Qwen3-VL in a folder, a few pictures with one coloured square each."""
+"""What the training tests train on: a tiny model in a folder, a few pictures with one coloured square each."""
 
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from tiny_internvl import tiny_internvl
 from tiny_qwen import tiny_qwen
 
 from egm_lib.models import load_model, load_processor
@@ -12,17 +14,24 @@ from egm_lib.profile import GRPO, SFT
 SIZE_PX = 64
 
 
-def store_model(folder: Path) -> Path:
-    model, processor = tiny_qwen()
+def store_model(folder: Path, family: str = "qwen3-vl") -> Path:
+    model, processor = {"qwen3-vl": tiny_qwen, "internvl-3": tiny_internvl}[family]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)  # with the chat template, as the shipped checkpoints have it
     return folder
 
 
-def stored(folder: Path):
+def stored(folder: Path, family: str = "qwen3-vl"):
     """(model, processor) of a folder: the model's name is the folder, from which TRL loads the reference."""
-    return load_model(folder), load_processor(folder, "qwen3-vl")
+    return load_model(folder), load_processor(folder, family)
+
+
+def moved_names(before: Path, after: Path) -> set[str]:
+    """Names of the weights that differ between two stored models."""
+    old, new = (load_model(folder).state_dict() for folder in (before, after))
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
 
 
 def make_samples(folder: Path, pictures: int = 4, per_picture: int = 2) -> list[dict]:
