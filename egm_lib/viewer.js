@@ -104,21 +104,23 @@ function card(m, place, { off, toggle, light }) {
   return node;
 }
 
+const signed = (value) => `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(2)}`;
+
 function group(view, open) {
   const { completions, step } = view.group;
   const most = Math.max(1e-6, ...completions.map((c) => Math.abs(c.advantage)));
   const solved = completions.filter((c) => c.success).length;
   const text = html("div", { class: "egm-grouptext", "aria-live": "polite" }, "Point at a completion, or tap it, to read it.");
   const tell = (c, number) => text.replaceChildren(
-    html("b", {}, `completion ${number + 1}: reward ${c.reward.toFixed(2)}, advantage ${c.advantage >= 0 ? "+" : ""}${c.advantage.toFixed(2)}. `),
+    html("b", {}, `completion ${number + 1}: reward ${c.reward.toFixed(2)}, advantage ${signed(c.advantage)}. `),
     ...(c.reasoning.length ? tinted(c.reasoning) : [document.createTextNode(c.answer)]));
   const grid = html("div", { class: "egm-grid" }, ...completions.map((c, number) => {
     const colour = c.success ? "#0072B2" : "#D55E00", share = (Math.abs(c.advantage) / most) * 50;
     const tile = html("button", { type: "button", class: "egm-tile", onmouseenter: () => tell(c, number), onfocus: () => tell(c, number), onclick: () => tell(c, number) },
       picture(view, [{ model: `completion ${number + 1}`, box: c.box, colour, dash: c.success ? [] : [4, 2] }], { thin: true }),
-      html("span", { class: "egm-bar", role: "img", "aria-label": `advantage ${c.advantage.toFixed(2)}` },
+      html("span", { class: "egm-bar", role: "img", "aria-label": `advantage ${signed(c.advantage)}` },
         html("i", { style: `background: ${colour}; width: ${share}%; ${c.advantage >= 0 ? "left: 50%" : `right: 50%`}` })),
-      html("span", { class: "egm-num" }, `r ${c.reward.toFixed(2)}`, html("span", {}, `A ${c.advantage >= 0 ? "+" : "−"}${Math.abs(c.advantage).toFixed(2)}`)));
+      html("span", { class: "egm-num" }, `r ${c.reward.toFixed(2)}`, html("span", {}, `A ${signed(c.advantage)}`)));
     return tile;
   }));
   const title = `GRPO group${step === null || step === undefined ? "" : ` at step ${step}`}: ${completions.length} completions, ${solved} hit`;
@@ -159,7 +161,8 @@ function render({ model, el }) {
   };
 
   // The bar of places: built once, so that the field one types into is never replaced under the hands.
-  const place = html("input", { type: "number", min: 1, class: "egm-place", "aria-label": "go to number", onchange: () => go(Number(place.value) - 1) });
+  const place = html("input", { type: "number", min: 1, class: "egm-place", "aria-label": "go to number",
+    onchange: () => go(Number(place.value) - 1), onkeydown: (event) => { if (event.key === "Enter") go(Number(place.value) - 1); } });
   const of = html("span", { class: "egm-of" });
   bar.append(html("button", { type: "button", class: "egm-step", title: "previous (left arrow)", "aria-label": "previous", onclick: () => step(-1) }, "‹"), place, of,
     html("button", { type: "button", class: "egm-step", title: "next (right arrow)", "aria-label": "next", onclick: () => step(1) }, "›"));

@@ -18,11 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 from toy_run import write_run
-from trace_world import BACKGROUND, EGM, SMALL, draw_world, group_of, predictions_of, write_rows
+from trace_world import EGM, SMALL, draw_world, group_of, predictions_of, write_rows
 
+from egm_lib.boxes import iou
+from egm_lib.comparison import Comparison, compare, rows_of
 from egm_lib.figures import build_figures
 from egm_lib.gallery import build_gallery
 from egm_lib.palette import look
+from egm_lib.profile import Run, load_profile
 from egm_lib.tables import build_tables
 
 pytestmark = pytest.mark.browser
@@ -36,11 +39,11 @@ def drive(job: dict) -> dict:
         pytest.skip("needs node and a Chromium (CHROMIUM=path)")
     if not os.environ.get("PLAYWRIGHT_CORE") and not (ROOT / "node_modules" / "playwright-core").is_dir():
         pytest.skip("needs playwright-core: npm install --no-save playwright-core, or PLAYWRIGHT_CORE=its folder")
-    out = SHOTS / job["what"]
+    out = SHOTS / job["name"]
     out.mkdir(parents=True, exist_ok=True)
     command = ["node", str(ROOT / "tests" / "browser" / "drive.mjs"), json.dumps(job | {"out": str(out)})]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=900, env=os.environ | {"CHROMIUM": chromium}, cwd=ROOT
+        command, capture_output=True, text=True, timeout=2400, env=os.environ | {"CHROMIUM": chromium}, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
@@ -53,7 +56,7 @@ def test_gallery_opens_from_disk_pages_and_fits_a_phone(tmp_path):
     build_tables([run], figures, draws=50)
     build_figures([run], figures, root=tmp_path / "world")
     page = build_gallery([run], figures, tmp_path / "gallery.html", root=tmp_path / "world")
-    seen = drive({"what": "gallery", "url": page.as_uri()})
+    seen = drive({"what": "gallery", "name": "gallery", "url": page.as_uri()})
     assert seen["errors"] == []
     assert set(seen["requests"]) == {page.as_uri()}  # nothing fetched but the page
     for width in ("desktop", "phone"):
@@ -68,11 +71,14 @@ def lab(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--IdentityProvider.token=",
-               f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url=", "--LabApp.check_for_updates_class="
-               "jupyterlab.NeverCheckForUpdate"]  # fmt: skip
+               f"--ServerApp.root_dir={tmp_path}", "--LabApp.check_for_updates_class="
+               "jupyterlab.NeverCheckForUpdate", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
     settings = {"JUPYTER_CONFIG_DIR": tmp_path / "c", "JUPYTERLAB_SETTINGS_DIR": tmp_path / "s",
-                "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "w", "PYTHONPATH": ROOT}  # fmt: skip
+                "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "w", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}  # fmt: skip
     env = os.environ | {name: str(value) for name, value in settings.items()}
+    news = tmp_path / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}', encoding="utf-8")  # else a question covers the corner of the page
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
         try:
@@ -91,8 +97,7 @@ def lab(tmp_path):
 
 def test_viewer_in_jupyterlab(lab, tmp_path):
     samples = draw_world(tmp_path / "world")
-    rows = predictions_of(samples)
-    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", predictions_of(samples))
     write_rows(tmp_path / "groups.jsonl", [group_of(sample) for sample in samples])
     code = (
         "from egm_lib.viewer import TraceViewer\nfrom egm_lib.evaluation import read_rows\n"
@@ -101,37 +106,87 @@ def test_viewer_in_jupyterlab(lab, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, tmp_path / "look.ipynb")
-    word = samples[-1]["expression"].split()[0]
-    found = [s for s in samples if word in s["expression"] and s["boxes_all"][0] != s["gt_box"]]
-    job = {"what": "lab", "url": f"{lab}/look.ipynb", "search": word, "search_count": len(found), "timeout_ms": 300_000}
-    seen = drive(job)
-    assert [error for error in seen["errors"] if "egm" in error.lower() or "widget" in error.lower()] == []
-    for place, step in enumerate(("first", "next", "key")):  # boxes on the screen are those of the rows
-        assert seen[step]["boxes"][SMALL] == pytest.approx(samples[place]["boxes_all"][0], abs=0.6)
-        assert seen[step]["boxes"][EGM] == pytest.approx(samples[place]["gt_box"], abs=0.6)
-        assert seen[step]["boxes"]["ground truth"] == pytest.approx(samples[place]["gt_box"], abs=0.6)
-        assert samples[place]["expression"] in seen[step]["side"]
-    missed = [sample for sample in samples if sample["boxes_all"][0] != sample["gt_box"]]
-    assert seen["filtered"]["of"] == f"of {len(missed)} (all: {len(samples)})"
-    assert seen["focus_kept"] and seen["search_keeps_focus"]
-    assert seen["lit"] == [EGM] and EGM not in seen["hidden"]
+    seen = look_at_viewer("lab", f"{lab}/look.ipynb", compare(rows_of(tmp_path / "rows.jsonl")), groups=True)
     assert seen["tiles"] == 16 and "advantage" in seen["tile_text"]
-    shown = next(s for s in samples if seen["saved_as"] == f"{s['sample_id']}.png")
-    assert_export_has_boxes(SHOTS / "lab" / "export.png", shown)
 
 
-def assert_export_has_boxes(path: Path, sample: dict) -> None:
+def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
+    """The last notebook itself, all its cells, in a copy of the project: the run that is here stays as it is."""
+    run = Run(load_profile("smoke"), 0)
+    if not run.predictions("small-egm", "coco_amodal_test").is_file():
+        pytest.skip("needs a run of the smoke profile: make reproduce PROFILE=smoke")
+    data = ("data/mini", "data/paper", run.profile.data.root, run.root.relative_to(ROOT))
+    for folder in ("egm_lib", "notebooks", *data):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "notebooks" / "07_evaluation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = parameters.source.replace('"mini"', '"smoke"')
+    nbformat.write(notebook, path)
+    comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
+    seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
+    gained = sum(each.failed(SMALL) and each.solved(EGM) for each in comparisons)
+    assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"  # as the notebook sets the filter
+
+
+def look_at_viewer(name: str, url: str, comparisons: list[Comparison], groups: bool = False) -> dict:
+    """Drives the viewer of the notebook at url and judges what was seen by the rows it shows."""
+    shows = {
+        "B solves what A misses": lambda each: each.failed(SMALL) and each.solved(EGM),
+        "A solves": lambda each: each.solved(SMALL),
+        "A misses": lambda each: each.failed(SMALL),
+    }
+    left = {show: [each for each in comparisons if suits(each)] for show, suits in shows.items()}
+    show, place = next(
+        (show, place) for show, own in left.items() if 1 < len(own) < len(comparisons)
+        for place, each in enumerate(own) if measurable(each)
+    )  # fmt: skip
+    chosen, word = left[show][place], comparisons[-1].sample["expression"].split()[0]
+    found = sum(word in each.sample["expression"] for each in comparisons)
+    seen = drive({
+        "what": "lab", "name": name, "url": url, "timeout_ms": 600_000, "groups": groups, "total": len(comparisons),
+        "show": show, "show_count": len(left[show]), "place": place, "sample_id": chosen.sample["sample_id"],
+        "search": word, "search_count": found,
+    })  # fmt: skip
+    assert [error for error in seen["errors"] if "egm" in error.lower() or "widget" in error.lower()] == []
+    steps = {"last": comparisons[-1], "jumped": chosen} | dict(zip(("first", "next", "key"), comparisons, strict=False))
+    for step, each in steps.items():
+        boxes = {model: answer.box for model, answer in each.answers.items() if answer.box}
+        boxes["ground truth"] = each.sample["gt_box"]  # on the screen are the boxes of the rows, in their pixels
+        shown = {box: xyxy for box, xyxy in seen[step]["boxes"].items() if box != "modal"}
+        assert shown.keys() == boxes.keys()
+        for box, xyxy in boxes.items():
+            assert shown[box] == pytest.approx(xyxy, abs=0.6), (step, box)
+        assert each.sample["expression"] in seen[step]["side"]
+    assert seen["focus_kept"] and seen["search_keeps_focus"]
+    assert seen["lit"] == [EGM] and EGM not in seen["hidden"] and SMALL in seen["hidden"]
+    assert seen["saved_as"] == [f"{chosen.sample['sample_id']}.{kind}" for kind in ("png", "svg")]
+    assert_export_has_boxes(SHOTS / name / "export.png", chosen)
+    assert "<svg" in (SHOTS / name / "export.svg").read_text(encoding="utf-8")
+    return seen
+
+
+def measurable(each: Comparison) -> bool:
+    """Both models' boxes lie well within the picture and apart, so that their strokes can be measured in a print."""
+    boxes = [each.answers[model].box for model in (SMALL, EGM)]
+    right, bottom = each.sample["width"] - 4, each.sample["height"] - 4
+    inside = (box and min(box) > 4 and box[2] < right and box[3] < bottom for box in [*boxes, each.sample["gt_box"]])
+    return all(inside) and iou(*boxes) == 0
+
+
+def assert_export_has_boxes(path: Path, each: Comparison) -> None:
     """In the PNG export, each box's colour has its middle where the row says, measured from the picture's corner."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the picture; the text is at its right
 
-    def extent(colour: tuple[int, ...]) -> tuple[int, int, int, int]:
-        ys, xs = np.nonzero(abs(pixels - colour).sum(axis=2) < 25)
+    def extent(found: np.ndarray) -> tuple[int, int, int, int]:
+        ys, xs = np.nonzero(found)
         return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
-    left, top, right, _ = extent(BACKGROUND)
-    scale = (right - left) / sample["width"]
-    for model, (x1, y1, x2, y2) in ((SMALL, sample["boxes_all"][0]), (EGM, sample["gt_box"])):
-        at = extent(ImageColor.getrgb(look(model).colour))
+    left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
+    scale = (right - left) / each.sample["width"]
+    for model in (SMALL, EGM):
+        colour = ImageColor.getrgb(look(model).colour)
+        at, (x1, y1, x2, y2) = extent(abs(pixels - colour).sum(axis=2) < 25), each.answers[model].box
         middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
         assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model

@@ -57,48 +57,66 @@ async function gallery() {
   }
 }
 
+// Runs the whole notebook, then looks at its viewer: walks, filters, jumps, hovers, hides, saves, searches.
 async function lab() {
   await page.goto(job.url);
   await page.waitForSelector(".jp-Notebook .jp-Cell");
-  await page.waitForFunction(() => document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")); // the kernel
-  await page.locator(".jp-Notebook .jp-Cell .cm-content").first().click();
-  await page.keyboard.press("Shift+Enter");
-  await page.waitForSelector(".egm-picture");
+  const idle = () => page.waitForFunction(() => document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")); // the kernel
+  await idle();
+  await page.evaluate(() => window.jupyterapp.commands.execute("notebook:run-all-cells"));
+  await idle();
+  seen.cell_errors = await page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
+  if (seen.cell_errors.length) throw new Error(seen.cell_errors[0]);
   await page.locator(".egm-viewer").scrollIntoViewIfNeeded();
+  await page.waitForSelector(".egm-picture");
   await shot("lab");
-  seen.first = { side: await text(".egm-side"), boxes: await boxes(), of: await text(".egm-of") };
+
+  const now = async () => ({ side: await text(".egm-side"), of: await text(".egm-of"), boxes: await boxes() });
+  const counts = (count) => page.waitForFunction((start) => document.querySelector(".egm-of").innerText.startsWith(start), `of ${count}${count === job.total ? "" : " "}`);
   const changed = async (act) => {
     const before = await text(".egm-side");
     await act();
     await page.waitForFunction((old) => document.querySelector(".egm-side")?.innerText !== old, before);
-    return { side: await text(".egm-side"), of: await text(".egm-of"), boxes: await boxes() };
+    return now();
   };
+  const press = async (key) => { await page.focus(".egm-viewer"); await page.keyboard.press(key); };
+  const which = (show) => page.selectOption('select[aria-label="which samples"]', show);
+  seen.opened = await now();
+  await which("all");
+  await counts(job.total);
+  seen.last = await changed(() => press("End"));
+  seen.first = await changed(() => press("Home"));
   seen.next = await changed(() => page.click(".egm-step[aria-label=next]"));
-  await page.focus(".egm-viewer");
-  seen.key = await changed(() => page.keyboard.press("ArrowRight"));
+  seen.key = await changed(() => press("ArrowRight"));
   seen.focus_kept = await page.evaluate(() => document.activeElement.className === "egm-viewer");
-  await page.selectOption('select[aria-label="which samples"]', "B solves what A misses");
-  await page.waitForFunction(() => document.querySelector(".egm-of").innerText.includes("all:"));
-  seen.filtered = { of: await text(".egm-of"), boxes: await boxes() };
+
+  await which(job.show);
+  await counts(job.show_count);
+  await page.fill("input.egm-place", String(job.place + 1));
+  await page.keyboard.press("Enter");
+  await page.waitForFunction((name) => document.querySelector(".egm-side").innerText.includes(name), job.sample_id);
+  seen.jumped = await now();
   await page.hover(".egm-card[data-model=small-egm]");
   await shot("lab-hover");
   seen.lit = await page.evaluate(() => [...document.querySelectorAll(".egm-box.egm-on")].map((node) => node.dataset.box));
-  await page.focus(".egm-viewer");
-  await page.keyboard.press("2");
+  await press("2");
   await page.waitForFunction(() => !document.querySelector('.egm-stage [data-box="small-egm"]'));
   seen.hidden = Object.keys(await boxes());
-  await page.focus(".egm-viewer");
-  await page.keyboard.press("2");
+  await press("2");
   await page.waitForFunction(() => document.querySelector('.egm-stage [data-box="small-egm"]'));
-  const [download] = await Promise.all([page.waitForEvent("download"), page.click('.egm-save button >> text="PNG"')]);
-  await download.saveAs(join(job.out, "export.png"));
-  seen.saved_as = download.suggestedFilename();
+  for (const kind of ["PNG", "SVG"]) {
+    const [download] = await Promise.all([page.waitForEvent("download"), page.click(`.egm-save button >> text="${kind}"`)]);
+    await download.saveAs(join(job.out, `export.${kind.toLowerCase()}`));
+    (seen.saved_as ??= []).push(download.suggestedFilename());
+  }
+  await which("all");
+  await counts(job.total);
   await page.fill(".egm-search", job.search);
-  await page.waitForFunction((count) => document.querySelector(".egm-of").innerText.startsWith(`of ${count} `), job.search_count);
+  await counts(job.search_count);
   seen.search_keeps_focus = await page.evaluate(() => document.activeElement.className === "egm-search");
   await page.fill(".egm-search", "");
-  await page.selectOption('select[aria-label="which samples"]', "all");
-  await page.waitForFunction((whole) => document.querySelector(".egm-of").innerText === whole, seen.first.of);
+  await counts(job.total);
+  if (!job.groups) return;
   await page.locator(".egm-group").scrollIntoViewIfNeeded();
   seen.tiles = await page.locator(".egm-tile").count();
   await page.locator(".egm-tile").nth(1).hover();
