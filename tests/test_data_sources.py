@@ -156,10 +156,10 @@ def test_unknown_splits_and_missing_files(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (ref(2, ann_id=99), "no 99"),
-        (ref(2, image_id=58), "no 58"),
-        ({"ref_id": 2}, "no 'split'"),
-        (ref(2, sentences=[{"sent_id": 1}]), "no 'sent'"),
+        (ref(2, ann_id=99), "99 is neither a field"),
+        (ref(2, image_id=58), "58 is neither"),
+        ({"ref_id": 2}, "'split' is neither"),
+        (ref(2, sentences=[{"sent_id": 1}]), "'sent' is neither"),
         (ref(2, sentences=[7]), "not a reference"),
         (ref(2, ann_id=3), "picture 59"),
         ("text", "not a reference"),

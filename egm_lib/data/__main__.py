@@ -49,7 +49,8 @@ def _fetch(given: argparse.Namespace) -> int:
             fetch(SOURCES[name], given.root)
         except FetchError as error:
             failed.append(str(error))
-    print("\n".join(failed), file=sys.stderr)
+    for sentence in failed:
+        print(sentence, file=sys.stderr)
     return 1 if failed else 0
 
 

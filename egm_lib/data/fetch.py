@@ -251,7 +251,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     pass  # to the end, which tarfile does not look at: gzip's checksum stands there
                 _unpack_members(members, archive, folder)
     except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise FetchError(f"{archive}: a broken archive ({error}); delete it and fetch it again") from error
+        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for every format it tried
+        raise FetchError(f"{archive}: a broken archive ({reason}); delete it and fetch it again") from error
 
 
 def _zip_members(opened: zipfile.ZipFile) -> Iterator[_Member]:

@@ -46,9 +46,12 @@ def load_plain_pickle(path: str | Path) -> Any:
     try:
         return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
     except KeyError as error:
-        wanted = _OPCODE_NAMES.get(error.args[0], f"byte {error.args[0]!r}")
+        byte = error.args[0]
+        if byte not in _OPCODE_NAMES:
+            reason = f"no pickle (byte {byte} is none of its codes); delete it and fetch it again"
+            raise UnsafePickleError(f"{path}: {reason}") from error
         raise UnsafePickleError(
-            f"{path}: refused, it asks for {wanted}; only plain containers, strings and numbers are read. "
+            f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings and numbers are read. "
             "If you trust the file, convert it to JSON yourself"
         ) from error
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, OverflowError,

@@ -70,8 +70,8 @@ def _rows(refs: list, images: dict, annotations: dict, kinds: Counter, dataset: 
                 sample_id = f"{dataset}-{split}-{ref['ref_id']}-{sentence['sent_id']}"
                 yield common | dict(sample_id=sample_id, expression=sentence["sent"].strip())
         except KeyError as error:
-            raise SampleError(f"{source}, row {number}: no {error.args[0]!r}, neither in the reference nor, "
-                              "as an id, in instances.json") from error
+            raise SampleError(f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference nor an "
+                              "id in instances.json") from error
         except (TypeError, AttributeError) as error:
             raise SampleError(f"{source}, row {number}: not a reference as refer writes it ({error})") from error
 
