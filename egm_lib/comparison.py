@@ -199,7 +199,7 @@ def view_of(
     comparison: Comparison, models: Sequence[str], *, root: str | Path, group: Mapping | None = None,
     causes: Mapping[str, str] | None = None, max_side_px: int = 900,
 ) -> dict:  # fmt: skip
-    """What the page draws for one sample: JSON values only. A picture that cannot be read is said in `error`."""
+    """What the page draws for one sample: JSON values only. A picture or group that cannot be read: see `error`."""
     sample = comparison.sample
     view = {name: sample.get(name) for name in _FACTS}
     view |= {"width": sample.get("width"), "height": sample.get("height"), "picture": None, "error": None,
@@ -214,7 +214,13 @@ def view_of(
     view["models"] = [
         _answer_view(comparison.answers.get(model), model, place) for place, model in enumerate(models)
     ]
-    view["group"] = group and _group_view(group, view)
+    view["group"] = None
+    if group is not None:
+        try:
+            view["group"] = _group_view(group, view)
+        except (ValueError, KeyError, TypeError) as problem:
+            said = f"field {problem} is missing" if isinstance(problem, KeyError) else problem
+            view["error"] = f"the group cannot be shown: {said}"
     return view
 
 

@@ -19,14 +19,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from scipy import stats
 
-from egm_lib.comparison import Comparison, compare, reasoning_and_answer, rows_of
+from egm_lib.comparison import Comparison, compare, reasoning_and_answer, rows_of, view_of
 from egm_lib.data.records import atomic_open
-from egm_lib.drawing import draw_picture, swatch, verdict
+from egm_lib.drawing import (
+    comparison_height_in,
+    draw_comparison,
+    draw_group,
+    draw_picture,
+    group_height_in,
+    swatch,
+    text_width_pt,
+    verdict,
+)
 from egm_lib.evaluation import Estimate, estimate, pair, read_rows
-from egm_lib.palette import FAILED, FAINT, GROUND_TRUTH, INK, SOLVED, look, new_figure, save, styled
+from egm_lib.palette import FAILED, FAINT, GRID, GROUND_TRUTH, INK, SOLVED, look, new_figure, save, styled
 from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, paper
 from egm_lib.tables.own import latency_stats
@@ -133,12 +142,14 @@ def _published_latency(ax: Axes) -> None:
         x, y = zip(*(row["values"] for row in own), strict=True)
         billions = [_billions(row["name"]) for row in own]
         ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
-        ax.scatter(x, y, s=[14 + 22 * size**0.5 for size in billions], color=colour, marker=marker, edgecolor="white",
-                   zorder=3, label=family)  # fmt: skip
-        for row, size in zip(own, billions, strict=True):
-            last = row is own[-1]
-            ax.annotate(f"{size:g}B", row["values"], xytext=(4, -11 if last else 5), textcoords="offset points",
-                        fontsize=7, color=colour)  # fmt: skip
+        areas = [14 + 22 * size**0.5 for size in billions]
+        ax.scatter(x, y, s=areas, color=colour, marker=marker, edgecolor="white", zorder=3, label=family)
+        for row, size, area in zip(own, billions, areas, strict=True):
+            off = area**0.5 / 2 + 1.5  # points; clear of the marker, at a side where no line goes
+            side = {"xytext": (-off, off), "ha": "right", "va": "center"}
+            if row is own[-1]:
+                side = {"xytext": (0, -off), "ha": "center", "va": "top"}
+            ax.annotate(f"{size:g}B", row["values"], textcoords="offset points", fontsize=7, color=INK, **side)
     ax.set(xscale="log", title="Published (Fig. 5)", xlabel="latency, ms", ylabel="accuracy at IoU > 0.5, %")
     ax.margins(0.09)
     ax.grid(True)
@@ -303,7 +314,7 @@ def training(material: Material) -> tuple[Figure, str]:
             frame = pd.DataFrame(read_rows(file))
             stage, _, task = file.stem.rpartition("-")
             if task in TASKS and "step" in frame and any(column in frame for column in CURVES):
-                logs.setdefault(stage, {}).setdefault(task, []).append(frame)
+                logs.setdefault(stage, {name: [] for name in TASKS})[task].append(frame)
     if not logs:
         raise NotRun("no training logs (notebooks 04 and 06)")
     panels = [
@@ -475,6 +486,48 @@ def overview(material: Material) -> tuple[Figure, str]:
     return figure, caption
 
 
+def viewer(material: Material) -> tuple[Figure, str]:
+    """How the trace viewer shows a sample, and a GRPO group where one was kept: for pages that run no widgets."""
+    fixed = [each for task in ("amodal", "vanilla") for each in material.of(task) if _FIXED[1](each)]
+    if not fixed:
+        raise NotRun(f"no sample that {EGM} solves and {SMALL} misses")
+    each, width_in = lot(fixed, 1)[0], 9.2
+    models = [model for model in (SMALL, EGM, LARGE) if model in each.answers]
+    heights_in = [0.42, comparison_height_in(each, models)]
+    if kept := _mixed_group(material):
+        group = view_of(Comparison(kept, {}), [], root=material.root, group=kept)["group"]
+        heights_in.append(group_height_in(group, kept, width_in))
+    figure = new_figure(width_in, sum(heights_in))
+    bar, main, *below = figure.subfigures(len(heights_in), 1, height_ratios=heights_in)
+    words = ["‹", f"{fixed.index(each) + 1} of {len(fixed)} (all: {len(material.comparisons)})", "›"]
+    words += ["B solves what A misses", f"A {look(SMALL).label}", f"B {look(EGM).label}", "split: any", "sort: as read"]
+    _controls(bar, [*words, "PNG", "SVG"])
+    draw_comparison(main, each, models, material.root)
+    if kept:
+        draw_group(below[0], group, kept, material.root)
+    caption = "The trace viewer, at a sample drawn by lot"
+    return figure, f"{caption}; beneath it, a GRPO group: rewards r, advantages A." if kept else f"{caption}."
+
+
+def _mixed_group(material: Material) -> Mapping | None:
+    """Of the kept GRPO groups in which some completions hit and some miss, one by lot."""
+    files = [material.results.roots[0] / "groups" / f"{task}.jsonl" for task in ("vanilla", "amodal")]
+    groups = [group for file in files if file.is_file() for group in read_rows(file)]
+    mixed = [group for group in groups if min(group["rewards"]) < 0.5 < max(group["rewards"])]
+    return lot(mixed, 1)[0] if mixed else None
+
+
+def _controls(figure: Figure | SubFigure, words: Sequence[str]) -> None:
+    """A row of drawn buttons."""
+    ax = figure.subplots()
+    ax.set_axis_off()
+    x_pt = 6.0
+    for text in words:
+        ax.annotate(text, (0, 0.5), (x_pt, 0), "axes fraction", "offset points", va="center", fontsize=8,
+                    bbox={"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": GRID})  # fmt: skip
+        x_pt += text_width_pt(text, 8) + 14
+
+
 # --- pieces ---
 
 
@@ -523,6 +576,7 @@ FIGURES: dict[str, tuple[str, Callable[[Material], tuple[Figure, str]]]] = {
     "iou": ("IoU before and after", iou_histogram),
     "solved": ("Table 11 drawn: solved share", solved_share),
     "lookalikes": ("Accuracy by look-alikes and kind of prompt", lookalikes),
+    "viewer": ("The trace viewer", viewer),
 }
 
 

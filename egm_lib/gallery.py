@@ -21,7 +21,7 @@ from egm_lib.palette import look
 from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, read_json
 
-TRACES_A_KIND = 8
+TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at some 5 MB
 KINDS: dict[str, Callable[[Comparison], bool]] = {
     "EGM solves what the base misses": lambda each: each.failed(SMALL) and each.solved(EGM),
     "EGM misses what the base solves": lambda each: each.solved(SMALL) and each.failed(EGM),
@@ -42,12 +42,12 @@ def build_gallery(
     material = Material(results, root or data_root(results), {})
     title = f"EGM: profile {results.profile}, {'seed' if len(results.seeds) == 1 else 'seeds'} "
     title += ", ".join(map(str, results.seeds))
-    here = Path(__file__).parent
+    here, drawn = Path(__file__).parent, read_json(figures_dir / "figures.json") or []
     page = _PAGE.format(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
         headline=_headline(read_json(figures_dir / "summary.json")),
-        figures="\n".join(_figure(each, figures_dir) for each in read_json(figures_dir / "figures.json") or [])
+        figures="\n".join(_figure(each, figures_dir) for each in drawn if each["name"] != "viewer")  # here it lives
         or '<p class="not-run">Figures: not run (python -m egm_lib.figures)</p>',
         tables="\n".join(_table(figures_dir / f"{name}.md") for name in TABLES),
         traces=_script_safe(json.dumps(_traces(material), ensure_ascii=False, allow_nan=False)),
@@ -59,18 +59,20 @@ def build_gallery(
     return out_html
 
 
-def _traces(material: Material) -> list[dict]:
-    """Kinds with their views, those that have any."""
-    kinds = []
+def _traces(material: Material) -> dict:
+    """Kinds with their views, those that have any, and the pictures: a view holds its place among them."""
+    kinds, places = [], {}
     for task in ("vanilla", "amodal"):
         pool = material.of(task)
         models = [model for model in models_in(pool) if model in (SMALL, EGM, LARGE)]
         for name, suits in KINDS.items():
             own = [each for each in pool if suits(each)]
             views = [view_of(each, models, root=material.root, max_side_px=480) for each in lot(own, TRACES_A_KIND)]
+            for view in views:
+                view["picture"] = view["picture"] and places.setdefault(view["picture"], len(places))
             if views:
                 kinds.append({"kind": name, "task": task, "of": len(own), "views": views})
-    return kinds
+    return {"kinds": kinds, "pictures": list(places)}
 
 
 def _script_safe(text: str) -> str:
@@ -157,7 +159,7 @@ nav a { margin-right: 14px; color: #0059A0; } a:focus-visible, button:focus-visi
 .fact.small-egm { border-top-color: #0072B2; } .fact.large-base { border-top-color: #009E73; }
 .fact dl { display: grid; grid-template-columns: auto auto; justify-content: space-between; margin: 0; font-size: 14px; }
 .fact dt { color: #666; } .fact dd { margin: 0; text-align: right; font-weight: 650; font-variant-numeric: tabular-nums; }
-.fact small { font-weight: 400; color: #666; display: block; } .small, figcaption { font-size: 13px; color: #555; margin: 4px 0; }
+.fact small { font-weight: 400; color: #666; display: block; white-space: nowrap; } .small, figcaption { font-size: 13px; color: #555; margin: 4px 0; }
 .not-run { color: #777; font-style: italic; }
 figure { margin: 22px 0; } figure img { width: 100%; height: auto; display: block; }
 details { border-top: 1px solid #ddd; padding: 6px 0; } body summary { cursor: pointer; font-weight: 600; }
@@ -177,7 +179,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 
 # A stand-in for the kernel: the viewer's script talks to it as it talks to Python in a notebook.
 _PAGER = """
-const kinds = JSON.parse(document.getElementById("traces").textContent);
+const { kinds, pictures } = JSON.parse(document.getElementById("traces").textContent);
 const state = { index: 0, filter: {}, sort: "", hidden: [], choices: {}, view: {}, count: 0, total: 0 }, heard = {};
 let views = [];
 const tell = (name) => (heard[`change:${name}`] ?? []).forEach((callback) => callback());
@@ -193,7 +195,7 @@ const model = {
 };
 const chips = document.getElementById("kinds");
 const choose = (place) => {
-  views = kinds[place].views;
+  views = kinds[place].views.map((view) => ({ ...view, picture: pictures[view.picture] }));
   state.index = 0;
   [...chips.children].forEach((chip, number) => chip.setAttribute("aria-pressed", String(number === place)));
   show();

@@ -32,6 +32,7 @@ LOOKS = {
 _SPARE = (("#D55E00", (4, 2), "o"), ("#0072B2", (), "D"), ("#009E73", (7, 2), "P"), ("#CC79A7", (1.2, 1.2), "^"))
 INK, FAINT, GRID = "#222222", "#6B6B6B", "#DDDDDD"
 SOLVED, FAILED = "#0072B2", "#D55E00"
+TINTS = {"place": "#CFE5F5", "alike": "#FBE3A6"}  # beneath words of a trace; viewer.css has the same
 
 
 def look(model: str, place: int = 0) -> Look:

@@ -4,8 +4,9 @@
     viewer.filter = {"show": "B solves what A misses", "a": "small-base", "b": "small-egm"}
     viewer.sample["sample_id"]         # what is looked at now
 
-All rows stay in Python; the page gets the current sample alone, its picture downscaled. Where widgets do not run
-(GitHub, nbconvert, papermill's output) the same cell shows a still picture.
+All rows stay in Python; the page gets the current sample alone, its picture downscaled. In JupyterLab 4, and in VS Code
+with its Jupyter extension (which may ask once to load widget scripts), it is live as long as the kernel runs; where
+widgets do not run (GitHub, nbconvert, papermill's output) the same cell shows a still picture.
 """
 
 import base64
@@ -45,8 +46,9 @@ class TraceViewer(anywidget.AnyWidget):
 
     predictions: prediction rows, a DataFrame, or paths of their files (a folder: every *.jsonl below it).
     models: which to draw, at most four; default the first four of the story. root: data root of relative pictures.
-    causes: failure cause by sample_id. groups: GRPO groups, each {"sample_id", "completions": [text, ...]} with, where
-    known, "rewards", "advantages" and "step"; a group whose sample has no prediction brings the sample's fields itself.
+    causes: failure cause by sample_id. groups: GRPO groups (`egm_lib.groups.read_groups(run.groups(task))`), each
+    {"sample_id", "completions": [text, ...]} with, where known, "rewards", "advantages", "step" and "frame" (default
+    NORM_1000); a group whose sample has no prediction brings the sample's fields itself; of one sample the last counts.
 
     Traits to set and to read: `index` (place in what the filter leaves), `filter` (a dict of FILTER keys: show, a, b,
     split, prompt_kind, num_lookalikes, cause, search, sample_ids), `sort`, `hidden` (models toggled off).
@@ -122,7 +124,8 @@ class TraceViewer(anywidget.AnyWidget):
         shown = [model for model in self.models if model not in self.hidden]
         if not self._left:
             return comparison_figure(Comparison({"expression": "no sample matches"}, {}), [], self._root)
-        return comparison_figure(self._current(), shown, self._root, note=self._causes.get(self._id(), ""))
+        note, group = self._causes.get(self._id(), ""), self.view.get("group")
+        return comparison_figure(self._current(), shown, self._root, note=note, group=group)
 
     def export(self, path: str | Path, dpi: int = 200) -> Path:
         """Writes what is seen as .png, .svg or .pdf."""
@@ -131,7 +134,8 @@ class TraceViewer(anywidget.AnyWidget):
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        return {**data, "image/png": base64.b64encode(self._bytes("png")).decode()}, metadata
+        words = f"TraceViewer: {self.total} samples of {', '.join(self.models) or 'no model'}"
+        return {**data, "text/plain": words, "image/png": base64.b64encode(self._bytes("png")).decode()}, metadata
 
     # --- behind it ------------------------------------------------------------------------------------------------
 

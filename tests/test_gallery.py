@@ -20,7 +20,7 @@ def page(tmp_path_factory):
     return build_gallery([run], figures, folder / "gallery.html", root=folder / "world").read_text(encoding="utf-8")
 
 
-def traces(page: str) -> list[dict]:
+def traces(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="traces">(.*?)</script>', page, re.DOTALL)[1])
 
 
@@ -31,13 +31,14 @@ def test_it_fetches_nothing(page):
 
 
 def test_it_holds_traces_of_every_kind_with_their_pictures(page):
-    kinds = traces(page)
+    kinds, pictures = traces(page)["kinds"], traces(page)["pictures"]
+    assert len(set(pictures)) == len(pictures)  # each once, however many traces show it
     assert {"EGM solves what the base misses", "both solve"} <= {kind["kind"] for kind in kinds}
     assert {kind["task"] for kind in kinds} == {"vanilla", "amodal"}
     for kind in kinds:
         assert 0 < len(kind["views"]) <= min(TRACES_A_KIND, kind["of"])
         for view in kind["views"]:
-            assert view["error"] is None and view["picture"].startswith("data:image/")
+            assert view["error"] is None and pictures[view["picture"]].startswith("data:image/")
             base, egm = view["models"][0], view["models"][1]
             assert (egm["success"] and not base["success"]) == (kind["kind"] == "EGM solves what the base misses")
 
@@ -54,4 +55,4 @@ def test_text_of_a_model_cannot_end_the_script(tmp_path):
     page = build_gallery([run], tmp_path, tmp_path / "g.html", root=tmp_path / "world").read_text()
     assert "alert(1)" in page and "<script>alert" not in page
     assert any("</script>" in "".join(text for text, _ in model["reasoning"])
-               for kind in traces(page) for view in kind["views"] for model in view["models"])  # fmt: skip
+               for kind in traces(page)["kinds"] for view in kind["views"] for model in view["models"])  # fmt: skip

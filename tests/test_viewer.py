@@ -5,15 +5,19 @@ import io
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import traitlets
 from PIL import Image
 from trace_world import EGM, LARGE, SMALL, answer_row, draw_world, group_of, predictions_of, write_rows
 
 import egm_lib.viewer
 from egm_lib.comparison import compare, tint
+from egm_lib.groups import SAMPLE_FIELDS, GroupKeeper, read_groups
+from egm_lib.palette import FAILED, SOLVED, TINTS
 from egm_lib.viewer import TraceViewer
 
 
@@ -132,6 +136,7 @@ def test_the_mime_bundle_carries_a_png_with_every_shown_models_colour(viewer):
     assert "application/vnd.jupyter.widget-view+json" in data
     both = picture(viewer)
     assert has_colour(both, "#D55E00") and has_colour(both, "#0072B2")
+    assert has_colour(both, TINTS["place"]) and has_colour(both, TINTS["alike"])  # words of EGM's trace
     viewer.hidden = [SMALL, LARGE]
     assert not has_colour(picture(viewer), "#D55E00")
 
@@ -173,6 +178,19 @@ def test_an_error_in_one_row_shows_in_that_row(world):
     assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
 
 
+@pytest.mark.parametrize("broken, words", [
+    ({"completions": None}, "the group cannot be shown"),  # null in the file
+    ({"rewards": [1.0]}, "the group cannot be shown"),  # fewer rewards than completions
+    ({"gt_box": None}, "the group cannot be shown"),
+])  # fmt: skip
+def test_an_error_in_one_group_shows_at_its_sample(world, broken, words):
+    root, samples = world
+    viewer = TraceViewer(groups=[group_of(samples[0]) | broken, group_of(samples[1])], root=root)
+    assert words in viewer.view["error"] and viewer.view["group"] is None
+    viewer.index = 1
+    assert viewer.view["error"] is None and len(viewer.view["group"]["completions"]) == 16
+
+
 def test_reads_folders_and_frames_and_refuses_two_answers_to_one_sample(world, tmp_path):
     import pandas as pd
 
@@ -207,6 +225,25 @@ def test_a_group_shows_rewards_and_standardised_advantages(world):
     given = group_of(samples[0]) | {"rewards": [1.0] * 16, "advantages": [0.0] * 16}
     shown = TraceViewer(groups=[given], root=root).view["group"]["completions"]
     assert {(c["reward"], c["advantage"]) for c in shown} == {(1.0, 0.0)}
+
+
+def test_groups_that_training_kept_are_shown(world, tmp_path):
+    """What GRPO's keeper writes, read back: without predictions, its sample's fields and its own numbers."""
+    root, samples = world
+    keeper = GroupKeeper(tmp_path / "groups" / "vanilla.jsonl", "<think>")
+    sample = {name: samples[0][name] for name in SAMPLE_FIELDS}
+    texts = group_of(samples[0], count=4)["completions"]
+    keeper.keep(7, [sample] * 4, texts, torch.tensor([1.0, 0.0, 1.0, 0.0]), 4)
+    keeper.on_save(None, SimpleNamespace(is_world_process_zero=True), None)
+    viewer = TraceViewer(groups=read_groups(keeper.path), root=root)
+    assert viewer.view["expression"] == sample["expression"] and viewer.view["group"]["step"] == 7
+    shown = viewer.view["group"]["completions"]
+    assert [each["reward"] for each in shown] == [1.0, 0.0, 1.0, 0.0]
+    assert [each["success"] for each in shown] == [True, False, True, False]
+    assert shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
+    assert viewer.view["picture"] and viewer.view["error"] is None
+    still = picture(viewer)
+    assert has_colour(still, FAILED) and has_colour(still, SOLVED)  # where widgets do not run, too
 
 
 def test_tint_marks_places_and_look_alikes_and_loses_no_letter():

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from trace_world import EGM, LARGE, SMALL, answer_row, draw_world, predictions_of, write_rows
+from trace_world import EGM, LARGE, SMALL, answer_row, draw_world, group_of, predictions_of, write_rows
 
 from egm_lib.curation.tasks import CAUSES
 
@@ -28,7 +28,7 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
         milliseconds = {SMALL: 20, EGM: 70, LARGE: 90}[model]
         write_rows(root / "latency" / f"{model}.jsonl", [
             {"sample_id": row["sample_id"], "model": model, "latency_ms": milliseconds + rng.random() * 9,
-             "device": "CPU", "first_token_ms": 9.0, "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
+             "concurrency": 1, "device": "CPU", "first_token_ms": 9.0, "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
             for row in own[:12]
         ])  # fmt: skip
     for model, weights in ((SMALL, (12, 4, 1, 1, 1)), (LARGE, (4, 4, 2, 2, 2))):
@@ -42,6 +42,7 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
              "to the edge; extend downward from the visible part considerably."}
             for sample in samples if sample["task"] == task
         ])  # fmt: skip
+    write_rows(root / "groups" / "vanilla.jsonl", [group_of(samples[0]) | {"rewards": [0.95, 0.0] * 8}])
     write_rows(root / "logs" / "sft-vanilla.jsonl",
                [{"step": step, "loss": 3 / (step + 1) + rng.random() / 9, "grad_norm": 1.0} for step in range(1, 40)])
     write_rows(root / "logs" / "grpo-vanilla.jsonl", [
