@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -293,6 +294,16 @@ def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
     assert len(paid) == 200 and sum(paid.values()) - 200 <= 3 * 8  # at most those in flight at a kill
     rows = list(JsonlSamples(tmp_path / "out.jsonl"))
     assert [row["answer"] for row in rows] == [reply_text(f"s{number}") for number in range(200)]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(tmp_path, monkeypatch):
+    """2,000 requests at concurrency 64, as the benchmark makes and counts them."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    found = importlib.import_module("bench_curation").kills(tmp_path)
+    assert found["answers_lost"] == found["asked_although_answered"] == 0
+    assert found["paid_twice"] <= found["most_in_flight_at_kills"]
+    assert found["identical"] and found["exit"] == [0, 0]
 
 
 def test_ctrl_c_ends_the_requests_under_way_and_keeps_them(tmp_path):
