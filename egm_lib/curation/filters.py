@@ -98,36 +98,11 @@ _DIRECTION_WORDS = {
     **dict.fromkeys(("left", "leftward", "leftwards"), "to the left"),
     **dict.fromkeys(("right", "rightward", "rightwards"), "to the right"),
 }
-_BETWEEN = frozenset(  # what may stand between verb and direction
-    [
-        "further",
-        "also",
-        "out",
-        "slightly",
-        "a",
-        "bit",
-        "moderately",
-        "considerably",
-        "significantly",
-        "and",
-        "both",
-        "to",
-        "toward",
-        "towards",
-        "the",
-        "by",
-        "about",
-        "from",
-        "its",
-        "visible",
-        "part",
-        "object",
-        "whole",
-        "it",
-        "this",
-        "of",
-    ]
-)
+_BETWEEN = frozenset((  # what may stand between verb and direction
+    "further", "also", "out", "slightly", "a", "bit", "moderately", "considerably", "significantly", "and", "both",
+    "to", "toward", "towards", "the", "by", "about", "from", "its", "visible", "part", "object", "whole", "it",
+    "this", "of",
+))  # fmt: skip
 
 
 def refusal(reply: Reply, sample: Mapping) -> bool:
