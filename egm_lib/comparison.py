@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -80,18 +81,41 @@ def compare(rows: Iterable[Mapping]) -> list[Comparison]:
     Raises ValueError where a model answers one sample twice, or a row has no sample_id.
     """
     rows = list(rows)
-    several_seeds = len({row.get("seed") for row in rows}) > 1
+    several_seeds = len({str(row.get("seed")) for row in rows}) > 1
     found: dict[tuple, Comparison] = {}
     for number, row in enumerate(rows, 1):
-        if not row.get("sample_id"):
+        if not row.get("sample_id") or not isinstance(row["sample_id"], str | int):
             raise ValueError(f"prediction row {number} has no sample_id")
+        row = readable(row)
         model = str(row.get("model") or "model")
-        key = (row["sample_id"], row.get("seed") if several_seeds else None)
+        key = (row["sample_id"], str(row.get("seed")) if several_seeds else None)
         answers = found.setdefault(key, Comparison(row, {})).answers
         if model in answers:
             raise ValueError(f"{model} answers {row['sample_id']!r} twice; give one run's predictions once")
         answers[model] = judge(row)
     return list(found.values())
+
+
+_TEXT, _NUMBER = ((str,), "text"), ((numbers.Real,), "a number")
+_KINDS = {
+    **dict.fromkeys(("dataset", "split", "task", "expression", "raw_answer", "reasoning", "status", "error"), _TEXT),
+    **dict.fromkeys(("width", "height", "reasoning_tokens", "answer_tokens", "latency_ms"), _NUMBER),
+    **dict.fromkeys(("prompt_kind", "num_lookalikes", "seed"), ((str, numbers.Real), "text or a number")),
+    "image": ((str, Path, Image.Image), "a path or a picture"), "boxes": ((list, tuple), "a list"),
+}  # fmt: skip
+
+
+def readable(row: Mapping) -> Mapping:
+    """The row; where fields are of a wrong kind, without them, and with an error that says which."""
+    wrong = {
+        name: f"{name} must be {words}, not {str(row[name])[:40]!r}"
+        for name, (kinds, words) in _KINDS.items()
+        if row.get(name) is not None and not isinstance(row[name], kinds)
+    }
+    if not wrong:
+        return row
+    said = f"this row cannot be read: {'; '.join(wrong.values())}"
+    return {**row, **dict.fromkeys(wrong), "status": "error", "error": said}
 
 
 def judge(row: Mapping) -> Answer:
@@ -211,9 +235,7 @@ def view_of(
         view["width"], view["height"] = view["width"] or picture.width, view["height"] or picture.height
     except (OSError, ValueError, KeyError, TypeError) as problem:
         view["error"] = f"the picture cannot be shown: {problem}"
-    view["models"] = [
-        _answer_view(comparison.answers.get(model), model, place) for place, model in enumerate(models)
-    ]
+    view["models"] = [_answer_view(comparison.answers.get(model), model, place) for place, model in enumerate(models)]
     view["group"] = None
     if group is not None:
         try:

@@ -178,6 +178,22 @@ def test_an_error_in_one_row_shows_in_that_row(world):
     assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
 
 
+@pytest.mark.parametrize(
+    "field", ["raw_answer", "reasoning", "boxes", "width", "image", "prompt_kind", "answer_tokens"]
+)
+def test_a_field_of_a_wrong_kind_shows_in_its_row_alone(world, field):
+    root, samples = world
+    rows = [answer_row(sample, EGM, sample["gt_box"], "the left one") for sample in samples]
+    rows[0][field] = {"not": "this"}
+    viewer = TraceViewer(rows, root=root)
+    assert f"{field} must be" in viewer.view["models"][0]["error"]
+    viewer.figure()
+    viewer.index = 1
+    assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
+    viewer.filter = {"show": "a row in error"}
+    assert viewer.sample_ids == [samples[0]["sample_id"]]
+
+
 @pytest.mark.parametrize("broken, words", [
     ({"completions": None}, "the group cannot be shown"),  # null in the file
     ({"rewards": [1.0]}, "the group cannot be shown"),  # fewer rewards than completions
