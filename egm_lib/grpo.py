@@ -44,9 +44,11 @@ from egm_lib.training import (
     TimedSchedule,
     TrainingError,
     chat_text,
+    check_device,
     common_options,
     freeze_tower,
     is_finished,
+    load_start,
     lora_config,
     require_checkpoint,
     require_file,
@@ -418,18 +420,16 @@ def check_rollout(options: GRPO) -> None:
 
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it is."""
-    from egm_lib.models import load_model, load_processor
-
     profile, out = run.profile, run.checkpoint(task, output or MODEL)
     if is_finished(out):
         return out
     family, options = FAMILIES[profile.models.small.family], profile.grpo
     check_rollout(options)
+    check_device(options.dtype, "grpo")
     start = str(require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`"))
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
-    model = load_model(start, dtype=options.dtype if options.lora else "float32")
-    processor = load_processor(start, family.name)
+    model, processor = load_start(start, profile.models.small, options.dtype if options.lora else "float32")
     trainer = make_trainer(
         model, processor, question_rows(samples, family, profile.data.path), family, options,
         work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), groups=run.groups(task), seed=run.seed,

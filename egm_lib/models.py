@@ -69,8 +69,20 @@ def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrained
     return model.eval()
 
 
-def load_processor(path: str | Path, family: str) -> ProcessorMixin:
-    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision."""
+def load_processor(path: str | Path, family: str, max_pixels: int | None = None) -> ProcessorMixin:
+    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision.
+
+    max_pixels: Qwen3-VL's pictures are shrunk to at most so many; None: as the checkpoint says.
+    """
+    processor = _processor(path, family)
+    if max_pixels is not None:
+        size = processor.image_processor.size
+        smallest = min(size["shortest_edge"], max_pixels)
+        processor.image_processor.size = type(size)(shortest_edge=smallest, longest_edge=max_pixels)
+    return processor
+
+
+def _processor(path: str | Path, family: str) -> ProcessorMixin:
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
     place = _present(path)

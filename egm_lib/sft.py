@@ -33,9 +33,11 @@ from egm_lib.training import (
     TimedSchedule,
     TrainingError,
     chat_text,
+    check_device,
     common_options,
     freeze_tower,
     is_finished,
+    load_start,
     logged_minutes,
     lora_config,
     require_checkpoint,
@@ -245,8 +247,6 @@ def minutes_for(run: Run, task: str, control: str | None) -> float | None:
 
 def run_sft(run: Run, task: str, *, control: str | None = None, output: str | None = None) -> Path:
     """Trains a run's SFT model, or one of its controls; returns its folder. A finished one is left as it is."""
-    from egm_lib.models import load_model, load_processor
-
     profile, name = run.profile, output or MODELS[control]
     out = run.checkpoint(task, name)
     if is_finished(out):
@@ -257,6 +257,7 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
         start = str(require_checkpoint(run, task, MODELS[None], f"`python -m egm_lib.sft --task {task}`"))
     traces = read_traces(run.traces(task), profile.data.path, task)
     options = profile.sft
+    check_device(options.dtype, "sft")
     if control:
         # Epochs without end: a control's budget is its minutes.
         steps = {"max_steps": options.max_steps, "num_train_epochs": options.num_train_epochs}
@@ -268,8 +269,7 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
         label=options.answer_label,
     )  # fmt: skip
     # Full training keeps float32 weights under autocast; with LoRA the frozen base may be small.
-    model = load_model(start, dtype=options.dtype if options.lora else "float32")
-    processor = load_processor(start, family.name)
+    model, processor = load_start(start, small, options.dtype if options.lora else "float32")
     stage = "sft" if control is None else f"sft-control-{control}"
     log = run.log(f"{stage}-{task}.jsonl")
     trainer = make_trainer(model, processor, rows, family, options, work=work_folder(out), log=log, seed=run.seed)

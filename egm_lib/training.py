@@ -20,7 +20,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from egm_lib.profile import Lora, ProfileError, Run, load_profile
+from egm_lib.models import load_model, load_processor
+from egm_lib.profile import Lora, Model, ProfileError, Run, load_profile
 from egm_lib.prompts import Family
 
 
@@ -205,6 +206,29 @@ def require_checkpoint(run: Run, task: str, model: str, made_by: str) -> Path:
     return path
 
 
+def check_device(dtype: str, section: str) -> None:
+    """Raises TrainingError, before anything long starts, where half precision is asked for and there is no GPU."""
+    if dtype != "float32" and not torch.cuda.is_available():
+        raise TrainingError(
+            f"{section}.dtype is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
+            f"or set {section}.dtype to float32."
+        )
+
+
+def load_start(place: str, start: Model, dtype: str):
+    """(model, processor) that a training starts from. Raises TrainingError for what cannot be had, gated or offline."""
+    try:
+        return load_model(place, dtype=dtype), load_processor(place, start.family, start.max_pixels)
+    except FileNotFoundError:
+        raise  # says it in one sentence
+    except OSError as error:  # transformers' word for "gated", "no such model" and "no network"
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"{place} cannot be loaded: {reason} If it is gated, accept its licence on its page and run "
+            "`hf auth login`; without a network, set HF_HOME to a folder that holds it."
+        ) from error
+
+
 def logged_minutes(log: Path) -> float:
     """Minutes of training that a finished stage's log tells."""
     lines = require_file(log, "the stage that writes it").read_text(encoding="utf-8").splitlines()
@@ -227,5 +251,12 @@ def stage_command(
         print(act(Run(profile, profile.seeds[0] if args.seed is None else args.seed), args))
     except (ProfileError, TrainingError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"Too little GPU memory: {str(error).splitlines()[0]} Make per_device_train_batch_size smaller, train with "
+            f"lora, or take more GPUs; `python -m egm_lib.plan --profile {args.profile}` says what it needs.",
+            file=sys.stderr,
+        )
         return 2
     return 0

@@ -1,18 +1,29 @@
 """SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an interruption."""
 
+import argparse
 import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 from training_world import make_samples, moved_names, sft_options, store_model, stored
 from transformers import TrainerCallback
 
-from egm_lib.profile import Lora
+from egm_lib import training
+from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.sft import PictureSampler, answer_rows, make_trainer, read_traces
 from egm_lib.sft import sft_options as trl_options
-from egm_lib.training import Clock, TimedSchedule, TrainingError, is_finished, train_to, work_folder
+from egm_lib.training import (
+    Clock,
+    TimedSchedule,
+    TrainingError,
+    check_device,
+    is_finished,
+    train_to,
+    work_folder,
+)
 
 FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
 
@@ -182,12 +193,48 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
     json.dumps(options)
 
 
+def test_pictures_are_shrunk_to_the_profile_s_pixels(world):
+    """SFT and GRPO see pictures as the profile's `max_pixels` says; of 64 x 64 px there are 16 merged patches."""
+    folder, _, root = world
+    for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):
+        start = Model(path=str(folder), family="qwen3-vl", dtype="float32", max_pixels=max_pixels)
+        pictures = training.load_start(start.location, start, "float32")[1].image_processor
+        grid = pictures([Image.open(root / "0.png")], return_tensors="pt")["image_grid_thw"][0]
+        assert grid.prod() == 4 * merged
+
+
 def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
     with pytest.raises(TrainingError, match="is missing: run notebook 02"):
         read_traces(tmp_path / "none.jsonl", tmp_path, "vanilla")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(TrainingError, match="holds no trace"):
         read_traces(tmp_path / "empty.jsonl", tmp_path, "vanilla")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
+def test_half_precision_without_a_gpu_is_said_before_anything_starts():
+    check_device("float32", "sft")
+    with pytest.raises(TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"):
+        check_device("bfloat16", "sft")
+
+
+def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
+    def gated(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
+
+    monkeypatch.setattr(training, "load_model", gated)
+    small = load_profile("paper-qwen3vl-2b").models.small
+    with pytest.raises(TrainingError, match="Qwen3-VL-2B-Thinking cannot be loaded: .* gated repo. .* `hf auth login`"):
+        training.load_start(small.path, small, "float32")
+
+
+def test_too_little_memory_is_said_in_one_sentence(capsys):
+    def full(run, args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    assert training.stage_command(argparse.ArgumentParser(), ["--profile", "smoke"], full) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Too little GPU memory: CUDA out of memory.") and said.count("\n") == 1
 
 
 def test_training_lowers_the_loss(world, tmp_path):

@@ -1,6 +1,10 @@
-"""The export to VeRL: rows of its documented schema, a reward that scores them, Table 6 under its names."""
+"""The export to VeRL: rows of its schema, a reward that scores them, Table 6 under its names.
+
+The last tests ask VeRL itself, and are skipped where `pip install verl` has not been run.
+"""
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,8 +13,9 @@ from training_world import make_samples
 from egm_lib.boxes import BoxFrame, convert
 from egm_lib.data import write_samples
 from egm_lib.profile import Run, load_profile
+from egm_lib.prompts import FAMILIES
 from egm_lib.reward import compute_score
-from egm_lib.verl_export import export, verl_overrides
+from egm_lib.verl_export import _hydra, export, verl_overrides
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def test_parquet_has_verl_s_columns_and_one_placeholder_a_picture(exported):
     for row, sample in zip(rows, samples, strict=True):
         assert {"data_source", "prompt", "images", "ability", "reward_model", "extra_info"} == row.keys()
         assert row["prompt"][0]["content"].count("<image>") == len(row["images"]) == 1
-        assert row["images"][0]["image"] == f"file://{sample['image']}"
+        assert row["images"] == [{"image": f"file://{sample['image']}", "max_pixels": 50_176}]  # the profile's
         assert row["extra_info"]["sample_id"] == sample["sample_id"]
 
 
@@ -68,3 +73,32 @@ def test_the_released_preset_has_the_sequence_level_ratio(tmp_path):
     overrides = verl_overrides(profile, 42, model=tmp_path, train=tmp_path / "t", out=tmp_path)
     assert overrides["actor_rollout_ref.actor.policy_loss.loss_mode"] == "gspo"
     assert overrides["trainer.total_epochs"] == 3
+
+
+@pytest.mark.parametrize("name", ["paper-qwen3vl-8b", "paper-internvl3-8b-released"])
+def test_verl_s_own_configuration_takes_every_override(name, tmp_path):
+    verl = pytest.importorskip("verl")
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+    from verl.utils.config import validate_config
+
+    overrides = verl_overrides(load_profile(name), 42, model=tmp_path, train=tmp_path / "t.parquet", out=tmp_path)
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+        # An option that VeRL does not have, or no longer has, ends here.
+        config = compose("ppo_trainer", [f"{name}={_hydra(value)}" for name, value in overrides.items()])
+    assert config.data.max_prompt_length + config.data.max_response_length <= 32_768
+    assert {name: OmegaConf.select(config, name) for name in overrides} == overrides
+    validate_config(config, use_reference_policy=overrides["actor_rollout_ref.actor.use_kl_loss"], use_critic=False)
+
+
+def test_verl_s_own_reader_takes_every_row(exported):
+    pytest.importorskip("verl")
+    from verl.utils.dataset import RLHFDataset
+
+    out, samples = exported
+    rows = RLHFDataset(str(out / "train.parquet"), None, {"filter_overlong_prompts": False}, processor=object())
+    assert len(rows) == len(samples)
+    for row, sample in zip(rows, samples, strict=True):
+        picture, question = row["raw_prompt"][0]["content"]
+        assert picture == {"type": "image", "image": f"file://{sample['image']}", "max_pixels": 50_176}
+        assert question["text"].strip() == FAMILIES["qwen3-vl"].prompt(sample["expression"], "vanilla")
