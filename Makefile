@@ -1,6 +1,7 @@
 # EGM in miniature and at full scale; `make help` lists the targets. Every target makes its own .venv when there is none.
 SHELL := /bin/bash
 PROFILE ?= mini
+MODEL ?= small-egm
 PYTHON ?= python3
 PRETRAIN ?= data/runs/pretrain
 READY := .venv/.ready
@@ -10,7 +11,7 @@ TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab evaluate tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
+.PHONY: help setup reproduce test lab evaluate ablations tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | expand -t 18
@@ -42,10 +43,13 @@ test: $(READY) ## ruff, pytest, and the light notebook
 lab: $(READY) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.
 
-evaluate: $(READY) ## a published EGM model, e.g. PROFILE=eval-egm-8b: predictions and tables, no notebook
-	@$(RUN) -m egm_lib.generate --profile $(PROFILE) --model small-egm
+evaluate: $(READY) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
+	@$(RUN) -m egm_lib.generate --profile $(PROFILE) --model $(MODEL)
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
 	@$(RUN) -m egm_lib.readme
+
+ablations: $(READY) ## short GRPO runs of a finished PROFILE: reward weight, KL, SFT alone; resumable
+	@$(RUN) -m egm_lib.ablations --profile $(PROFILE)
 
 tables: $(READY) ## every table of PROFILE from its files, no model needed
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
@@ -73,7 +77,7 @@ bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
 test-vllm: $(READY) ## greedy answers of vLLM equal transformers' (needs vLLM)
 	@$(RUN) -m pytest -q -m vllm
 
-test-browser: $(READY) ## viewer and gallery in a headless Chromium (needs node and playwright-core)
+test-browser: $(READY) ## viewer, gallery and notebook 07 in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser
 
 submit: $(READY) ## notebooks 04-06 of PROFILE on a GPU node through SLURM

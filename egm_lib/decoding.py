@@ -30,7 +30,15 @@ def decoded_as(engine: Engine, model: str) -> Engine:
 class _Variant:
     def __init__(self, engine: Engine, number: int):
         self.engine, self.number = engine, number
-        self.family, self.revision, self.batch_size = engine.family, engine.revision, engine.batch_size
+        self.family, self.revision = engine.family, engine.revision
+
+    @property
+    def batch_size(self) -> int:
+        return self.engine.batch_size
+
+    @batch_size.setter
+    def batch_size(self, number: int) -> None:
+        self.engine.batch_size = number
 
     def describe(self) -> dict:
         return {**self.engine.describe(), "decoding": f"{type(self).__name__.lower()}-{self.number}"}

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import regex
@@ -45,7 +45,8 @@ class Answer:
     """The assistant's text: what the chat template had begun (such as "<think>"), then what the model wrote.
 
     finish_reason: "stop" | "length" | "error". Tokens are None where an endpoint does not tell.
-    latency_ms, first_token_ms: from handing the request over to the last (first) token; None in a batch.
+    latency_ms, first_token_ms: from handing the request over to the last (first) token, in the company that it had;
+    a batch ends as one.
     """
 
     raw_answer: str
@@ -261,9 +262,7 @@ class TransformersEngine:
             form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
         done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
-        alone = len(requests) == 1
-        latency_ms = (time.perf_counter() - start) * 1000 if alone else None
-        first_token_ms = (done.first_token_at - start) * 1000 if alone else None
+        latency_ms, first_token_ms = (time.perf_counter() - start) * 1000, (done.first_token_at - start) * 1000
         answers = []
         for ids, prompt_ids, opening in zip(done.tokens, prefix.ids, begun, strict=True):
             ended = ids[-1] in self.eos_ids
@@ -311,6 +310,7 @@ class OpenAIEngine:
     """vLLM serve, GPT, Gemini, ...: `batch_size` requests at the same time.
 
     extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service refuses them).
+    stream: take answers token by token, for the time to the first one; costs the client some work for every token.
     opens_reasoning: the server's chat template begins the answer with the reasoning opener (Qwen3-VL Thinking).
     The key comes from OPENAI_API_KEY, as in the openai package.
     """
@@ -318,7 +318,7 @@ class OpenAIEngine:
     def __init__(
         self, base_url: str, model: str, family: str, batch_size: int = 64, *, extra_sampling: bool = True,
         opens_reasoning: bool = False, revision: str | None = None, timeout_s: float = 600.0, max_retries: int = 5,
-        seed: int = 0, client=None,
+        seed: int = 0, stream: bool = False, client=None,
     ):  # fmt: skip
         import os
 
@@ -326,21 +326,22 @@ class OpenAIEngine:
 
         self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
         self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
-        self.seed = seed
+        self.seed, self.stream = seed, stream
         self.opener = self.family.reasoning_opener if opens_reasoning else ""
         key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = client or OpenAI(base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key)
 
     def describe(self) -> dict:
-        return {"engine": "openai", "device": self.base_url, "model": self.model}
+        import openai
+
+        return {"engine": "openai", "device": self.base_url, "served": self.model, "openai": openai.__version__}
 
     def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
         with ThreadPoolExecutor(max_workers=max(1, self.batch_size)) as pool:
-            answers = pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
-            alone = len(requests) == 1
-            yield from (answer if alone else replace(answer, latency_ms=None) for answer in answers)
+            yield from pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
 
     def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
+        from httpx import HTTPError
         from openai import OpenAIError
 
         if request.begun:
@@ -350,7 +351,7 @@ class OpenAIEngine:
         if self.extra_sampling:
             extra = {"repetition_penalty": sampling.repetition_penalty, "top_k": sampling.top_k or -1}
         pattern = ANSWER_PATTERNS[self.family.name]
-        options = {}
+        options = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
         if not reasoning:
             if self.family.name == "qwen3-vl":
                 schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
@@ -362,28 +363,63 @@ class OpenAIEngine:
             {"type": "text", "text": request.prompt},
         ]
         try:
-            completion = self.client.chat.completions.create(
+            reply = (Reply.streamed if self.stream else Reply.whole)(self.client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": content}], temperature=sampling.temperature,
                 top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=self.seed, extra_body=extra or None,
                 **options,
-            )  # fmt: skip
-        except OpenAIError as error:
+            ))  # fmt: skip
+        except (OpenAIError, HTTPError) as error:  # the client wraps its transport's errors, but not those of a stream
             return Answer.failed(error)
         latency_ms = (time.perf_counter() - start) * 1000
-        choice = completion.choices[0]
-        text = choice.message.content or ""
-        finish = "length" if choice.finish_reason == "length" else "stop"
-        thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        first_token_ms = None if reply.first_token_at is None else (reply.first_token_at - start) * 1000
+        finish = "length" if reply.finish_reason == "length" else "stop"
         if not reasoning:
-            check_bound(text, pattern, finished=finish == "stop")
-            raw_answer = self.family.no_reasoning_prefix + text
-        else:  # a server with a reasoning parser hands the two parts over separately
-            raw_answer = f"<think>\n{thought}\n{THINK_END}\n\n{text}" if thought else self.opener + text
-        usage = completion.usage
+            check_bound(reply.text, pattern, finished=finish == "stop")
+            raw_answer = self.family.no_reasoning_prefix + reply.text
+        elif reply.thought:  # a server with a reasoning parser hands the two parts over separately
+            raw_answer = f"<think>\n{reply.thought}\n{THINK_END}\n\n{reply.text}"
+        else:
+            raw_answer = self.opener + reply.text
+        usage = reply.usage
         details = getattr(usage, "completion_tokens_details", None)
         num_reasoning = getattr(details, "reasoning_tokens", None) or (0 if not reasoning else None)
         num_answer = None if usage is None else usage.completion_tokens - (num_reasoning or 0)
-        return Answer(raw_answer, usage and usage.prompt_tokens, num_reasoning, num_answer, finish, latency_ms)
+        return Answer(
+            raw_answer, usage and usage.prompt_tokens, num_reasoning, num_answer, finish, latency_ms, first_token_ms
+        )
+
+
+@dataclass
+class Reply:
+    """What a chat endpoint has said; thought: what its reasoning parser has set apart; first_token_at: perf_counter."""
+
+    text: str = ""
+    thought: str = ""
+    finish_reason: str | None = None
+    usage: object = None
+    first_token_at: float | None = None
+
+    @classmethod
+    def whole(cls, completion) -> "Reply":
+        choice = completion.choices[0]
+        return cls(choice.message.content or "", _thought(choice.message), choice.finish_reason, completion.usage)
+
+    @classmethod
+    def streamed(cls, chunks) -> "Reply":
+        reply = cls()
+        for chunk in chunks:
+            reply.usage = chunk.usage or reply.usage
+            for choice in chunk.choices:  # the last chunk has none
+                text, thought = choice.delta.content or "", _thought(choice.delta)
+                if reply.first_token_at is None and (text or thought):
+                    reply.first_token_at = time.perf_counter()
+                reply.text, reply.thought = reply.text + text, reply.thought + thought
+                reply.finish_reason = choice.finish_reason or reply.finish_reason
+        return reply
+
+
+def _thought(message) -> str:
+    return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
 
 
 def data_url(image: Image.Image) -> str:
@@ -452,7 +488,7 @@ class VLLMEngine:
         ]
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        latency_ms = (time.perf_counter() - start) * 1000 if len(requests) == 1 else None
+        latency_ms = (time.perf_counter() - start) * 1000
         think_end_id = self.processor.tokenizer.convert_tokens_to_ids(THINK_END)
         eos = self.processor.tokenizer.eos_token
         for output, opening in zip(outputs, begun, strict=True):

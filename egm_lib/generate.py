@@ -1,7 +1,7 @@
 """Samples -> prediction files: the rows that every table, figure and viewer reads.
 
     python -m egm_lib.generate --profile mini --model small-base            # every split that is not finished yet
-    python -m egm_lib.generate --profile mini --model small-base --latency  # the latency protocol, concurrency 1
+    python -m egm_lib.generate --profile mini --model small-base --latency  # the latency protocol
 
 A file is written in the order of its samples; a run that was stopped goes on where it stopped and leaves the same file.
 """
@@ -27,6 +27,7 @@ from egm_lib.engines import Answer, ConstraintIgnored, Engine, OpenAIEngine, Req
 from egm_lib.evaluation import read_rows
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import Model, Profile, ProfileError, Run, Sampling, load_profile
+from egm_lib.results import CONCURRENCIES
 
 NO_REASONING = "-no-reasoning"  # a model name with this ending is its model, reasoning switched off (Table 10)
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
@@ -54,7 +55,7 @@ class Prediction(TypedDict):
     reasoning_tokens: int | None
     answer_tokens: int | None
     finish_reason: str  # "stop" | "length" | "error"
-    latency_ms: float | None  # null in a batch; see measure_latency
+    latency_ms: float | None  # null where several are answered together: measure_latency is the place for that
 
 
 class EngineFailure(RuntimeError):
@@ -166,7 +167,7 @@ def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping) -> dic
         "reasoning_tokens": num_reasoning,
         "answer_tokens": num_answer,
         "finish_reason": answer.finish_reason,
-        "latency_ms": answer.latency_ms,
+        "latency_ms": answer.latency_ms if engine.batch_size == 1 else None,
     }
 
 
@@ -175,31 +176,49 @@ def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping) -> dic
 
 def measure_latency(
     samples: Sequence[Mapping], engine: Engine, *, out: Path, model: str, root: Path, sampling: Sampling,
-    reasoning: bool = True, num_samples: int = 64, warmup: int = 3, seed: int = 0,
+    reasoning: bool = True, num_samples: int = 64, concurrencies: Sequence[int] = CONCURRENCIES, warmup: int = 3,
+    seed: int = 0,
 ) -> list[dict]:  # fmt: skip
-    """Time from handing the request over to the complete answer, one request at a time; rows written to `out`.
+    """Time from handing a request over to its complete answer, and to its first token; rows written to `out`.
 
-    A seeded random subset of the samples (the paper: a random 10 % of RefCOCO), after `warmup` unmeasured requests.
-    Pictures are read before the clock starts; their preprocessing and the chat template are inside it.
+    For each concurrency a seeded random subset of the samples (the paper: a random 10 % of RefCOCO) of num_samples, or
+    of four times the concurrency where that is more, after `warmup` unmeasured requests (as many as the concurrency
+    where that is more). Concurrency 64 is 64 requests on the way to an endpoint at any time, and a batch of 64 for the
+    other engines, whose answers come together; it is left out where there are fewer samples than that. Pictures are
+    read before the clock starts; their preprocessing and the chat template are inside it.
     """
-    chosen = random.Random(seed).sample(list(samples), min(num_samples, len(samples)))
-    requests = [
-        Request(open_image(resolve_image(sample, root)), engine.family.prompt(sample["expression"], sample["task"]))
-        for sample in chosen
-    ]
-    for request in requests[:warmup]:
-        list(engine.answer([request], sampling, reasoning=reasoning))
-    about = {"model": model, "concurrency": 1, "transformers": transformers.__version__, **engine.describe()}
-    rows = []
-    for sample, request in zip(chosen, tqdm.tqdm(requests, desc=f"latency {model}", mininterval=5), strict=True):
-        [answer] = engine.answer([request], sampling, reasoning=reasoning)
-        rows.append({
-            "sample_id": sample["sample_id"], "dataset": sample["dataset"], "split": sample["split"],
-            "task": sample["task"], **about,
-            "latency_ms": answer.latency_ms, "first_token_ms": answer.first_token_ms,
-            "prompt_tokens": answer.prompt_tokens, "reasoning_tokens": answer.reasoning_tokens,
-            "answer_tokens": answer.answer_tokens, "finish_reason": answer.finish_reason, "error": answer.error,
-        })  # fmt: skip
+    about = {"model": model, "transformers": transformers.__version__, "torch": torch.__version__, **engine.describe()}
+    plain_batch, rows = engine.batch_size, []
+    for concurrency in concurrencies:
+        if concurrency > len(samples):
+            print(f"latency at concurrency {concurrency}: not run, there are {len(samples)} samples", flush=True)
+            continue
+        number = min(len(samples), max(num_samples, 4 * concurrency if concurrency > 1 else 0))
+        chosen = random.Random(seed).sample(list(samples), number)
+        requests = [
+            Request(open_image(resolve_image(sample, root)), engine.family.prompt(sample["expression"], sample["task"]))
+            for sample in chosen
+        ]
+        engine.batch_size = concurrency
+        list(engine.answer(requests[: max(warmup, concurrency)], sampling, reasoning=reasoning))
+        wave = len(requests) if isinstance(engine, OpenAIEngine) else concurrency  # it keeps to its batch_size itself
+        answers: list[Answer] = []
+        with tqdm.tqdm(total=number, desc=f"latency {model}, {concurrency} at a time", mininterval=5) as bar:
+            for start in range(0, number, wave):
+                for answer in engine.answer(requests[start : start + wave], sampling, reasoning=reasoning):
+                    answers.append(answer)
+                    bar.update()
+        rows += [
+            {
+                "sample_id": sample["sample_id"], "dataset": sample["dataset"], "split": sample["split"],
+                "task": sample["task"], **about, "concurrency": concurrency,
+                "latency_ms": answer.latency_ms, "first_token_ms": answer.first_token_ms,
+                "prompt_tokens": answer.prompt_tokens, "reasoning_tokens": answer.reasoning_tokens,
+                "answer_tokens": answer.answer_tokens, "finish_reason": answer.finish_reason, "error": answer.error,
+            }
+            for sample, answer in zip(chosen, answers, strict=True)
+        ]  # fmt: skip
+    engine.batch_size = plain_batch
     with atomic_open(Path(out)) as file:
         file.writelines(map(_line, rows))
     return rows
@@ -224,14 +243,18 @@ def model_of(run: Run, model: str, task: str) -> Model:
 
 
 def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: bool = False) -> Engine:
-    """The profile's engine for a checkpoint; for_latency: nothing is remembered between requests."""
+    """The profile's engine for a checkpoint.
+
+    for_latency: nothing is remembered between requests, and an endpoint streams its answers.
+    """
     generation = profile.generation
     if generation.engine == "openai":
         if generation.base_url is None:
             raise ProfileError(f"{profile.name}: generation.engine is openai, so generation.base_url is needed")
         return OpenAIEngine(
-            generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision, seed=seed
-        )
+            generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision, seed=seed,
+            stream=for_latency,
+        )  # fmt: skip
     common = {
         "dtype": model.dtype, "batch_size": generation.batch_size, "revision": model.revision,
         "max_pixels": model.max_pixels, "seed": seed,
@@ -252,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--retry-errors", action="store_true", help="ask again where a row is marked as an error")
     parser.add_argument("--latency", action="store_true", help="measure latency (vanilla) instead of predicting")
     parser.add_argument("--latency-samples", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, action="append", help="of --latency; default: 1 and 64")
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
@@ -281,7 +305,8 @@ def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> 
     if args.latency:
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]
         out = run.root / "latency" / f"{model}.jsonl"
-        measure_latency(samples, engine, out=out, num_samples=args.latency_samples, seed=run.seed, **common)
+        options = {"num_samples": args.latency_samples, "concurrencies": args.concurrency or CONCURRENCIES}
+        measure_latency(samples, engine, out=out, seed=run.seed, **options, **common)
         return
     for pair in splits:
         start = time.perf_counter()

@@ -15,6 +15,7 @@ MODELS = (
     "small-base", "small-sft", "small-egm", "small-egm-no-reasoning", "small-direct-control", "small-sft-control",
     "large-base",
 )  # fmt: skip
+CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 PAPER_DIR = Path(__file__).resolve().parents[1] / "data" / "paper"
 
 
@@ -98,6 +99,17 @@ class Results:
         """Scored rows of one model and task (no rows where it was not run)."""
         rows = self._by_model_and_task.get((model, task))
         return self.scored.iloc[:0] if rows is None else rows
+
+    @cached_property
+    def ablations(self) -> pd.DataFrame:
+        """Scored answers of the variants of `egm_lib.ablations`; model is the variant, steps its GRPO steps."""
+        parts = []
+        for root, seed in zip(self.roots, self.seeds, strict=True):
+            for folder in sorted((root / "ablations").glob("*-steps")):
+                rows = load_predictions(folder / "answers", SCORING_COLUMNS)
+                parts.append(rows.assign(seed=seed, steps=int(folder.name.removesuffix("-steps"))))
+        rows = pd.concat(parts, ignore_index=True) if parts else self.predictions.iloc[:0].assign(steps=0)
+        return score(rows, self.rule)
 
     @cached_property
     def latency(self) -> pd.DataFrame:

@@ -1,7 +1,10 @@
 """Prediction files: complete, in order, the same after a kill; engines: the same answers in a batch as alone."""
 
 import json
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,15 +133,83 @@ def test_an_engine_that_fails_everywhere_stops_the_run(pictures):
         run(FakeEngine(lambda prompt: True), [sample(0), sample(1)], pictures, pictures / "out.jsonl")
 
 
-def test_latency_is_measured_one_request_at_a_time_on_a_seeded_subset(pictures):
+def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(pictures):
     samples = [sample(number) for number in range(40)]
     engine, out = FakeEngine(), pictures / "latency" / "small-base.jsonl"
     options = {"out": out, "model": "small-base", "root": pictures, "sampling": GREEDY, "num_samples": 8}
-    rows = measure_latency(samples, engine, warmup=2, **options)
-    assert engine.asked == 8 + 2 and [json.loads(line) for line in out.read_text().splitlines()] == rows
-    assert {row["concurrency"] for row in rows} == {1} and all(row["latency_ms"] == 1.5 for row in rows)
-    again = measure_latency(samples, engine, **options)
+    rows = measure_latency(samples, engine, warmup=2, concurrencies=(1, 4, 64), **options)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16  # 64: there are too few samples
+    assert engine.asked == (2 + 8) + (4 + 16) and engine.batch_size == 2
+    assert all(row["latency_ms"] == 1.5 and {"torch", "transformers"} <= set(row) for row in rows)
+    again = measure_latency(samples, engine, concurrencies=(1, 4), **options)
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
+
+
+class StreamingServer(ThreadingHTTPServer):
+    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests it has at a time."""
+
+    request_queue_size, daemon_threads = 128, True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), StreamingHandler)
+        self.lock, self.now, self.most, self.bodies = threading.Lock(), 0, 0, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class StreamingHandler(BaseHTTPRequestHandler):
+    DELAY_S = 0.05
+
+    def do_POST(self):  # noqa: N802
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.bodies.append(body)
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for token in ("hm\n</think>\n\n", "[1, 2,", " 3, 4]"):
+            time.sleep(self.DELAY_S)
+            self.say(choices=[{"index": 0, "delta": {"content": token}, "finish_reason": None}])
+        self.say(choices=[{"index": 0, "delta": {}, "finish_reason": "length"}])
+        self.say(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 9, "total_tokens": 16})
+        with self.server.lock:
+            self.server.now -= 1
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def say(self, **chunk):
+        chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "m", **chunk}
+        self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(pictures):
+    server = StreamingServer()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)
+    samples = [sample(number) for number in range(24)]
+    rows = measure_latency(
+        samples, engine, out=pictures / "l.jsonl", model="m", root=pictures, sampling=GREEDY, num_samples=2,
+        concurrencies=(1, 6), warmup=1,
+    )  # fmt: skip
+    assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 24)
+    assert all(body["stream"] and body["stream_options"] == {"include_usage": True} for body in server.bodies)
+    delay_ms = StreamingHandler.DELAY_S * 1000
+    for row in rows:
+        assert row["first_token_ms"] >= delay_ms and row["latency_ms"] >= 3 * delay_ms
+        assert (row["prompt_tokens"], row["answer_tokens"], row["finish_reason"]) == (7, 9, "length")
+    # of one at least: on a busy machine the client may read late
+    assert max(row["latency_ms"] - row["first_token_ms"] for row in rows) >= delay_ms
+    [answer] = engine.answer(requests_of(1), GREEDY)
+    assert answer.raw_answer == "<think>\nhm\n</think>\n\n[1, 2, 3, 4]"
+    server.shutdown()
+    server.server_close()
+    [gone] = engine.answer(requests_of(1), GREEDY)
+    assert gone.finish_reason == "error" and "Connection" in gone.error
 
 
 # --- transformers --------------------------------------------------------------------------------------------------
@@ -185,7 +256,8 @@ def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of
     model, processor = tiny_qwen()
     uncached = TransformersEngine(model, "qwen3-vl", processor=processor, device="cpu", cache_vision=False)
     answers = list(uncached.answer(requests, sampling))
-    assert answers == list(engine.answer(requests, sampling))
+    timeless = [replace(answer, latency_ms=None, first_token_ms=None) for answer in engine.answer(requests, sampling)]
+    assert [replace(answer, latency_ms=None, first_token_ms=None) for answer in answers] == timeless
     text = processor.apply_chat_template(
         engine.family.messages(requests[1].prompt), tokenize=False, add_generation_prompt=True
     )
@@ -273,6 +345,23 @@ def test_the_form_refuses(text):
     assert not regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], text)
 
 
+def bound(engine, max_new_tokens: int):
+    [answer] = engine.answer(requests_of(1), replace(GREEDY, max_new_tokens=max_new_tokens), reasoning=False)
+    return answer, answer.raw_answer.removeprefix("<think>\n</think>\n\n")
+
+
+def test_a_bound_answer_ends_where_its_form_ends_or_where_its_tokens_do(engine):
+    """Bytes as vocabulary: a token is a character, so that every place is a place to be cut off."""
+    pattern, (whole, text) = ANSWER_PATTERNS["qwen3-vl"], bound(engine, 320)
+    assert whole.finish_reason == "stop" and regex.fullmatch(pattern, text)
+    for cut in (1, whole.answer_tokens // 2, whole.answer_tokens - 1):
+        answer, start = bound(engine, cut)
+        assert (answer.finish_reason, answer.answer_tokens) == ("length", cut) and text.startswith(start)
+        assert regex.fullmatch(pattern, start, partial=True)
+    answer, exact = bound(engine, whole.answer_tokens)  # the form is complete, but no token was left to say so
+    assert exact == text and answer.finish_reason == "length"
+
+
 # --- OpenAI-compatible ---------------------------------------------------------------------------------------------
 
 
@@ -316,9 +405,13 @@ def test_an_endpoint_that_silently_ignores_the_schema_is_noticed():
         list(endpoint(FakeServer(honours=False)).answer(requests_of(1), GREEDY, reasoning=False))
 
 
-def test_batched_answers_have_no_latency():
-    answers = list(endpoint(FakeServer(honours=True)).answer(requests_of(5), GREEDY))
-    assert len(answers) == 5 and all(answer.latency_ms is None for answer in answers)
+def test_rows_of_answers_given_together_have_no_latency(pictures):
+    engine = FakeEngine()
+    rows = run(engine, [sample(0), sample(1)], pictures, pictures / "two.jsonl")
+    assert [row["latency_ms"] for row in rows] == [None, None]
+    engine.batch_size = 1
+    [row] = run(engine, [sample(0)], pictures, pictures / "one.jsonl")
+    assert row["latency_ms"] == 1.5
 
 
 def test_torch_is_not_left_with_gradients(engine):

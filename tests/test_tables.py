@@ -50,8 +50,9 @@ def run_root(tmp_path):
     ]
     write_rows(root / "failures" / "small-base.jsonl", failures)
     write_rows(root / "latency" / "small-base.jsonl", [
-        {"sample_id": f"s{n}", "model": "small-base", "latency_ms": 10.0 + n, "first_token_ms": 3.0, "device": "CPU",
-         "reasoning_tokens": 5, "answer_tokens": 10}
+        {"sample_id": f"s{n}", "model": "small-base", "latency_ms": many * 10.0 + n, "first_token_ms": 3.0,
+         "device": "CPU", "reasoning_tokens": 5, "answer_tokens": 10, "concurrency": many}
+        for many in (1, 64)
         for n in range(11)
     ])  # fmt: skip
     (root / "manifest.json").write_text(json.dumps(

@@ -28,7 +28,8 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
         milliseconds = {SMALL: 20, EGM: 70, LARGE: 90}[model]
         write_rows(root / "latency" / f"{model}.jsonl", [
             {"sample_id": row["sample_id"], "model": model, "latency_ms": milliseconds + rng.random() * 9,
-             "concurrency": 1, "device": "CPU", "first_token_ms": 9.0, "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
+             "concurrency": 1, "device": "CPU", "first_token_ms": 9.0,
+             "reasoning_tokens": row["reasoning_tokens"], "answer_tokens": 10}
             for row in own[:12]
         ])  # fmt: skip
     for model, weights in ((SMALL, (12, 4, 1, 1, 1)), (LARGE, (4, 4, 2, 2, 2))):

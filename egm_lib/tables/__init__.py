@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "table4_answers": own.table_answers,
     "table4_decoding": own.table_decoding,
     "table4_latency": own.table_latency,
+    "ablation_grpo": own.table_ablations,
 }
 
 

@@ -87,7 +87,7 @@ def to_markdown(table: Table, stamp: str) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "/") for text in cells) + " |"
 
-    title = table.name.replace("table", "Table ").replace("_", ": ", 1)
+    title = table.name.replace("table", "Table ").replace("_", ": ", 1).capitalize()
     lines = [
         f"# {title}. {table.title}",
         "",

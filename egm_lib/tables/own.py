@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 
-from egm_lib.evaluation import estimate, holm, metrics, with_strata
+from egm_lib.ablations import STEPS, VARIANTS
+from egm_lib.evaluation import estimate, holm, metrics, paired_difference, with_strata
 from egm_lib.parsing import RULES
-from egm_lib.results import Results, paper
+from egm_lib.results import CONCURRENCIES, Results, paper
 from egm_lib.tables.cells import UNKNOWN, Number, Row, Table, count, p_text, percent
 from egm_lib.tables.published import accuracy_cells, gain
 
@@ -131,50 +132,72 @@ def table_decoding(results: Results) -> Table:
     return table
 
 
+def table_ablations(results: Results) -> Table:
+    """GRPO taken apart (`make ablations`): short runs beside each other, on one validation split."""
+    columns = ["accuracy", "difference", "p (Holm)", "mean IoU", "tokens an answer", "n", "GRPO steps"]
+    table = Table("ablation_grpo", "SFT and GRPO taken apart, on a validation split", columns)
+    found = results.ablations
+    for steps in sorted(set(found["steps"])) or [STEPS]:
+        rows = {name: found[(found["steps"] == steps) & (found["model"] == name)] for name in VARIANTS}
+        whole = rows["sft-and-grpo"]
+        tests = {name: paired_difference(rows[name], whole, draws=results.draws) for name in VARIANTS if len(whole)}
+        tests.pop("sft-and-grpo", None)
+        p_values = {name: test.p_value for name, test in tests.items() if test and test.p_value is not None}
+        adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+        for name, variant in VARIANTS.items():
+            if rows[name].empty:
+                table.rows.append(Row(name, "ours", [None] * len(columns)))
+                continue
+            compared = ["", ""] if name == "sft-and-grpo" else [percent(tests.get(name)), p_text(adjusted.get(name))]
+            tokens = pd.to_numeric(rows[name]["reasoning_tokens"]) + pd.to_numeric(rows[name]["answer_tokens"])
+            table.rows.append(Row(name, "ours", [
+                percent(estimate(rows[name], draws=results.draws)), *compared,
+                percent(estimate(rows[name], "iou", draws=results.draws)), Number(tokens.mean()),
+                count(len(rows[name])), count(0 if variant.changes is None else steps),
+            ]))  # fmt: skip
+    table.notes.append(
+        "Short GRPO runs of one length, whatever the run itself did; difference: paired, to sft-and-grpo, which has "
+        "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: IoU alone."
+    )
+    return table
+
+
 def table_latency(results: Results) -> Table:
     """Fig. 5's numbers: latency by the protocol beside accuracy."""
-    columns = ["ms, mean", "ms, median", "ms, p95", "first token, ms", "tokens", "accuracy", "n", "measured on"]
-    table = Table("table4_latency", "Latency of one request at a time, and accuracy", columns)
+    columns = ["at a time", "ms, mean", "ms, median", "ms, p95", "first token, ms", "tokens", "accuracy", "n"]
+    columns.append("measured on")
+    table = Table("table4_latency", "Latency of requests, and accuracy", columns)
     for row in paper("fig5")["rows"]:
         milliseconds, accuracy = row["values"]
-        cells = [
-            Number(milliseconds, decimals=0),
-            UNKNOWN,
-            UNKNOWN,
-            UNKNOWN,
-            UNKNOWN,
-            Number(accuracy),
-            UNKNOWN,
-            "L20 GPUs",
-        ]
+        cells = [UNKNOWN, Number(milliseconds, decimals=0), *[UNKNOWN] * 4, Number(accuracy), UNKNOWN, "L20 GPUs"]
         table.rows.append(Row(row["name"], "paper", cells))
     for model in results.models:
-        stats = latency_stats(results, model)
         accuracy = accuracy_cells(results, model)[-1]
-        if stats is None:
-            table.rows.append(Row(model, "ours", [None] * 5 + [accuracy, None, None]))
-            continue
-        first = stats["first_token_mean"]
-        cells = [Number(stats["mean"], stats["ci95"]), Number(stats["p50"]), Number(stats["p95"])]
-        cells += [
-            None if first is None else Number(first),
-            Number(stats["tokens"]),
-            accuracy,
-            count(stats["n"]),
-            stats["device"],
-        ]
-        table.rows.append(Row(model, "ours", cells))
+        for concurrency in CONCURRENCIES:
+            stats = latency_stats(results, model, concurrency)
+            if stats is None:
+                table.rows.append(Row(model, "ours", [count(concurrency), *[None] * 5, accuracy, None, None]))
+                continue
+            first = stats["first_token_mean"]
+            table.rows.append(Row(model, "ours", [
+                count(concurrency), Number(stats["mean"], stats["ci95"]), Number(stats["p50"]), Number(stats["p95"]),
+                None if first is None else Number(first), Number(stats["tokens"]), accuracy, count(stats["n"]),
+                stats["device"],
+            ]))  # fmt: skip
     table.notes.append(
-        "Ours: concurrency 1 after a warm-up, from handing the request over (picture in memory) to the last token. "
+        "Ours: after a warm-up, from handing the request over (picture in memory) to the last token; several at a time "
+        "are a batch, whose answers come together, or requests on the way to an endpoint. "
         f"Paper: {paper('fig5')['source']}; its released script measures at concurrency 64."
     )
     return table
 
 
-def latency_stats(results: Results, model: str) -> dict | None:
+def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
     """Mean (with interval), p50 and p95 in ms of a model's rows of the latency protocol; None where it was not run."""
     rows = results.latency
-    rows = rows[(rows["model"] == model) & rows["latency_ms"].notna()] if len(rows) else rows
+    if len(rows):
+        asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)
+        rows = rows[asked & rows["latency_ms"].notna()]
     if rows.empty:
         return None
     mean = estimate(rows.assign(image_id=rows["sample_id"]), "latency_ms", draws=results.draws)
