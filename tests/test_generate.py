@@ -25,6 +25,7 @@ from egm_lib.engines import (
 from egm_lib.generate import EngineFailure, measure_latency, predict
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
+from tests.tiny_internvl import tiny_internvl
 from tests.tiny_qwen import tiny_qwen
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=12, repetition_penalty=1.0)
@@ -267,6 +268,23 @@ def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of
     )[0, inputs["input_ids"].shape[1] :].tolist()
     expected = processor.tokenizer.decode([token for token in output if token not in engine.eos_ids])
     assert answers[1].raw_answer == "<think>\n" + expected
+
+
+def test_internvl_s_padded_batches_equal_generate_one_by_one():
+    """A family with one-dimensional positions and a vision tower that nobody remembers."""
+    model, processor = tiny_internvl()
+    engine = TransformersEngine(model, "internvl-3", processor=processor, device="cpu")
+    requests = requests_of(3)
+    for request, answer in zip(requests, engine.answer(requests, GREEDY), strict=True):
+        text = processor.apply_chat_template(
+            engine.family.messages(request.prompt), tokenize=False, add_generation_prompt=True
+        )
+        inputs = processor(text=[text], images=[[request.image]], return_tensors="pt")
+        output = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=engine.suppress_ids or None
+        )[0, inputs["input_ids"].shape[1] :].tolist()
+        expected = processor.tokenizer.decode([token for token in output if token not in engine.eos_ids])
+        assert answer.error is None and answer.raw_answer.endswith(expected) and expected
 
 
 def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, monkeypatch):
