@@ -199,15 +199,13 @@ class TransformersEngine:
         else:
             hub = {} if revision is None else {"revision": revision}
             model = load_model(model_path, dtype, **hub)
-            processor = processor or load_processor(model_path, family)
+            processor = processor or load_processor(model_path, family, max_pixels)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
         self.cache_vision = cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
         self.pictures: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
         self.reader = None
         if self.cache_vision:
             self.reader = Reader(processor, model, freeze_vision(model), self.pictures.__getitem__)
-        if max_pixels is not None:
-            self.processor.image_processor.size = {**self.processor.image_processor.size, "longest_edge": max_pixels}
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]

@@ -19,7 +19,7 @@ from egm_lib.training import write_text
 
 MAX_GROUPS = 32  # kept of a run
 STEP_GROUPS = 8  # kept of a step, so that the last four are there
-SAMPLE_FIELDS = ("sample_id", "image", "width", "height", "expression", "task", "gt_box")
+SAMPLE_FIELDS = ("sample_id", "image", "width", "height", "expression", "task", "gt_box", "modal_box")
 
 
 class GroupKeeper(TrainerCallback):

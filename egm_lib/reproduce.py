@@ -36,7 +36,7 @@ from egm_lib.tables import build_tables
 KERNEL = "python3"
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "vllm", "deepspeed", "numpy", "papermill")
 OUTPUTS = (  # folders that stages fill
-    "samples", "curation", "traces", "failures", "selection", "checkpoints", "predictions", "latency",
+    "samples", "curation", "traces", "failures", "selection", "checkpoints", "groups", "predictions", "latency",
 )  # fmt: skip
 
 

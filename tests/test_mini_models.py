@@ -42,7 +42,7 @@ def test_packed_questions_score_as_each_question_alone(tiny):
     tokenizer = build_tokenizer()
     chat = processor(tokenizer)
     scenes, pictures = scene_batch(6, 0, 2)
-    asked = [pretrain.questions(scene, Random(n)) for n, scene in enumerate(scenes)]
+    asked = [pretrain.questions(scene, Random(n), pretrain.WORDED_STEPS) for n, scene in enumerate(scenes)]
     packed = pretrain.pack([[(p, a) for _, p, a in questions] for questions in asked], tokenizer)
     assert tokenizer.unk_token_id not in packed.ids_N
     patches = patchify(pictures)

@@ -224,16 +224,12 @@ class Query:
                 for n, i in enumerate(ordered)
             )
             return f"{before} {heading} {listed}.".strip()
-        if self.how == "side":
-            opposite = {"left": "right", "right": "left", "top": "below", "bottom": "above"}[self.axis]
-            same = {"top": "above", "bottom": "below"}.get(self.axis, self.axis)
-            told = [f"{place(things[i])} {same if i == found else opposite}" for i in members]
-        else:
-            point = self._reference_point(anchors)
-            if self.how == "between":
-                before += f" the middle is at {level(point[0]) * GRID_1000} {level(point[1]) * GRID_1000}."
-            told = [f"{place(things[i])} distance {grid_length(_distance(things[i], point))}" for i in members]
-        return f"{before} {kinds}: {', '.join(told)}. so {place(target)}."
+        where = {"side": f"{SIDES.get(self.axis)} it", "near": "nearest to it", "far": "farthest from it",
+                 "between": "nearest to the middle"}[self.how]
+        if self.how == "between":
+            x, y = self._reference_point(anchors)
+            before += f" the middle is at {level(x) * GRID_1000} {level(y) * GRID_1000}."
+        return f"{before} the {self.kind.name()} {where} is {place(target)}."
 
 
 def extension(thing: Thing) -> list[tuple[str, str]]:

@@ -15,8 +15,8 @@ from egm_lib.mini.scenes import SIZE_PX
 PATCH_PX, MERGE, WIDTH = 8, 2, 128
 CELLS = SIZE_PX // (PATCH_PX * MERGE)  # merged cells per side: 8 x 8 = 64 image tokens
 LANGUAGE = {
-    "small": {"num_hidden_layers": 4, "intermediate_size": 256},
-    "large": {"num_hidden_layers": 8, "intermediate_size": 704},
+    "small": {"num_hidden_layers": 3, "intermediate_size": 256},
+    "large": {"num_hidden_layers": 6, "intermediate_size": 768},
 }
 
 

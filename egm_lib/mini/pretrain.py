@@ -43,8 +43,10 @@ from egm_lib.mini.vision import GRID_1000, cell_of, level, optimizers, rate_fact
 from egm_lib.profile import project_root
 from egm_lib.prompts import FAMILIES
 
-EASY_SHARE = 0.25  # of the steps: describing and finding come before selecting; without, selection is never learnt
-TRUNK_SHARE = 0.58  # of the steps, before `large` is grown out of `small`
+EASY_STEPS = 850  # describing and finding come before selecting; without, selection is never learnt
+WORDED_STEPS = 6000  # from here on places are also asked for, and told, in words, as reasoning will need it
+TRUNK_STEPS = 2000  # then `large` is grown out of `small`
+OCCLUSION = 0.25  # chance of a thing to be partly hidden: enough hidden ones to ask for full boxes
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
 SHIPPED = project_root() / "data" / "mini"
@@ -143,8 +145,24 @@ def locate(query: Query, scene: Scene, index: int, rng: Random, task: str = "van
     return FAMILY.prompt(query.words(rng), task), FAMILY.answer(box, IMAGE_WH, None, None, grid=GRID_1000)
 
 
-def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one picture, in random order; easy: no expression needs a selection."""
+def worded(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
+    """(group, prompt, answer): where a thing is, what is at a place and the box of what is there."""
+    found = []
+    for drawn in (sample_query(rng, scene, 0), sample_query(rng, scene, 0)):
+        if drawn:
+            found.append(("where", f"Describe the {drawn[0].kind.name()}.", "</think>\n\n" + drawn[0].steps(scene)))
+    seen = [t for t in scene.things if t.visible_box_px is not None]
+    for thing in rng.sample(seen, min(2, len(seen))):
+        answer = FAMILY.answer(thing.visible_box_px, IMAGE_WH, None, None, grid=GRID_1000)
+        found.append(("place", FAMILY.prompt(f"thing {place(thing)}", "vanilla"), answer))
+    thing = rng.choice(seen)
+    found.append(("name", f"What is {place(thing)}?", f"</think>\n\n{Kind(thing.colour, thing.shape).name()}."))
+    return found
+
+
+def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]]:
+    """(group, prompt, answer) for one picture, in random order, as they are asked at a step of the training."""
+    easy, in_words = step < EASY_STEPS, step >= WORDED_STEPS
     found: list[tuple[str, str, str]] = []
     kinds = [Kind(*key) for key, members in scene.members.items() if len(members) <= MAX_CANDIDATES]
     crowded = [k for k in kinds if len(k.members(scene)) > 1] or kinds
@@ -159,7 +177,9 @@ def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, 
         kind, axis = rng.choice(crowded), rng.choice(AXES)
         answer = ordered_list(scene, kind, axis)
         if answer:
-            found.append(("list", f"List all {kind.name(plural=True)} from the {axis}.", "</think>\n\n" + answer))
+            heading = f"{kind.name(plural=True)} from the {axis}"
+            told = f"{heading}: {answer}" if in_words else answer
+            found.append(("list", f"List all {heading}.", "</think>\n\n" + told))
     seen = [i for i, t in enumerate(scene.things) if t.visible_box_px is not None]
     thing = scene.things[rng.choice(seen)]
     name = Kind(thing.colour, thing.shape).name()
@@ -168,6 +188,7 @@ def questions(scene: Scene, rng: Random, easy: bool = False) -> list[tuple[str, 
         drawn = sample_query(rng, scene, hops)
         if drawn:
             found.append((drawn[0].prompt_kind, *locate(*drawn[:1], scene, drawn[1], rng)))
+    found += worded(scene, rng) if in_words else []
     hidden = [i for i in seen if scene.things[i].visible_share < 0.98]
     for _ in range(0 if easy else 2):
         drawn = sample_query(rng, scene, rng.randrange(3), tries=30)
@@ -291,10 +312,10 @@ def load_aligned(size: str, out: Path, seed: int, tokenizer):
     return model
 
 
-def base_batch(seed: int, index: int, size: int, tokenizer, easy: bool = False):
-    """Batch `index` of the base stage: packed tensors, pictures and the question group of every answer."""
-    scenes, pictures = scene_batch(seed, index, size)
-    asked = [questions(scene, Random(f"{seed}-{index}-{n}"), easy) for n, scene in enumerate(scenes)]
+def base_batch(seed: int, index: int, size: int, tokenizer, step: int):
+    """Batch `index` of the base stage as asked at a step: packed tensors, pictures, each answer's question group."""
+    scenes, pictures = scene_batch(seed, index, size, OCCLUSION)
+    asked = [questions(scene, Random(f"{seed}-{index}-{n}"), step) for n, scene in enumerate(scenes)]
     batch = pack([[(p, a) for _, p, a in qs] for qs in asked], tokenizer)
     return batch, pictures, [group for qs in asked for group, _, _ in qs]
 
@@ -345,7 +366,7 @@ def grow(small: dict[str, Tensor], large) -> None:
 def base(args: argparse.Namespace) -> None:
     """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
 
-    The first TRUNK_SHARE of the steps is common: `small` leaves its state there in trunk.pt, from which `large` is
+    The first TRUNK_STEPS are common: `small` leaves its state there in trunk.pt, from which `large` is
     grown. Trained from nothing, `large` did not find plain things yet after as many pictures as `small` needed for it.
     """
     torch.set_num_threads(args.threads)
@@ -371,9 +392,9 @@ def base(args: argparse.Namespace) -> None:
             opt.load_state_dict(saved)
         first, spent = state["step"], state["minutes"]
     start = time.time() - spent * 60
-    held_out = [base_batch(990_001, i, args.batch, tokenizer) for i in range(args.held_out)]
+    held_out = [base_batch(990_001, i, args.batch, tokenizer, args.steps) for i in range(args.held_out)]
     for step in range(first, args.steps):
-        batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, easy=step < EASY_SHARE * args.steps)
+        batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, step)
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 100)
@@ -395,7 +416,7 @@ def base(args: argparse.Namespace) -> None:
                      "minutes": (time.time() - start) / 60}
             torch.save(state, folder / "state.pt.new")
             (folder / "state.pt.new").replace(state_file)
-            if args.size == "small" and not trunk.exists() and step + 1 >= TRUNK_SHARE * args.steps:
+            if args.size == "small" and not trunk.exists() and step + 1 >= TRUNK_STEPS:
                 shutil.copy(state_file, trunk)
 
 
@@ -418,7 +439,7 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
         losses.append(loss.item())
         for group, values in first_coordinate_hits(batch, scores, groups, tokenizer).items():
             hits.setdefault(group, []).extend(values)
-    hops = [v for k, values in hits.items() if k not in ("plain", "amodal", "detect") for v in values]
+    hops = [v for k, values in hits.items() if k not in ("plain", "place", "amodal", "detect") for v in values]
     return {"loss": round(float(np.mean(losses)), 4), "complex": round(float(np.mean(hops)), 3), "n": len(hops),
             **{k: round(float(np.mean(v)), 3) for k, v in sorted(hits.items())}}
 
@@ -438,7 +459,7 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=24, help="batches")
     args = parser.parse_args()
-    defaults = {"align": (300, 32, 3e-3), "base": (3400, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
+    defaults = {"align": (300, 32, 3e-3), "base": (10_000, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
     args.steps, args.batch, args.rate = (
         given if given is not None else default
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)

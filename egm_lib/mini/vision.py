@@ -100,10 +100,10 @@ def rate_factor(step: int, steps: int, warmup: int, hold: float = 0.5) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - hold * steps) / ((1 - hold) * steps))))
 
 
-def scene_batch(seed: int, index: int, size: int) -> tuple[list[Scene], np.ndarray]:
+def scene_batch(seed: int, index: int, size: int, occlusion: float = 0.15) -> tuple[list[Scene], np.ndarray]:
     """Batch number `index`: its scenes and pictures_B_H_W_3, a pure function of (seed, index)."""
     rng = np.random.default_rng([seed, index])
-    scenes = [sample_scene(rng, occlusion=0.15) for _ in range(size)]
+    scenes = [sample_scene(rng, occlusion=occlusion) for _ in range(size)]
     return scenes, np.stack([np.asarray(render(scene)) for scene in scenes])
 
 

@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from random import Random
 
@@ -26,7 +28,7 @@ from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookal
 from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
 from egm_lib.profile import Data, ProfileError, load_profile
 
-VERSION = 2  # of what the recipes draw: a world of another version is made anew
+VERSION = 3  # of what the recipes draw: a world of another version is made anew
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
 SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}  # as people / objects
@@ -124,7 +126,7 @@ def _sample(recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random)
     elif recipe.amodal and fault < UNVERIFIED_SHARE and crowd:
         amodal_expression, verified = kind.name(), "NO"
     # COCO-Amodal has names, not expressions: in training they are the teacher's to write
-    expression = kind.name() if recipe.split == "train" and recipe.amodal else words
+    expression = kind.name() if recipe.split in ("train", "selection") and recipe.amodal else words
     row = {
         "dataset": recipe.dataset, "split": recipe.split, "task": "amodal" if recipe.amodal else "vanilla",
         "width": SIZE_PX, "height": SIZE_PX, "expression": expression, "gt_box": box,
@@ -145,7 +147,7 @@ def counts(data: Data) -> dict[str, int]:
     limits = {
         "train.jsonl": data.train_limit, "train_amodal.jsonl": data.train_amodal_limit,
         "selection.jsonl": data.selection_limit, "selection_amodal.jsonl": data.selection_amodal_limit,
-        "validation.jsonl": data.eval_limit,
+        "validation.jsonl": data.eval_limit and 5 * data.eval_limit,
     }
     wanted = {name: limits.get(name, data.eval_limit) for name in recipes()}
     if missing := [name for name, count in wanted.items() if count is None]:
@@ -153,10 +155,29 @@ def counts(data: Data) -> dict[str, int]:
     return wanted
 
 
+def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
+    """Write the pictures, the samples and, beside them, the truths of one file; returns its pictures' digests."""
+    digests: dict[bytes, str] = {}
+    rows: list[dict] = []
+    with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
+        for scene, image_id, found, truths in samples(recipes()[name], count):
+            picture = render(scene)
+            digests[hashlib.blake2b(picture.tobytes(), digest_size=16).digest()] = image_id
+            picture.save(folder / "images" / f"{image_id}.png", compress_level=1)
+            rows += found
+            truths_file.writelines(json.dumps(truth) + "\n" for truth in truths)
+    write_samples(folder / name, rows)
+    return digests
+
+
+def _truths(folder: Path, name: str) -> Path:
+    return folder / f"teacher-{name.replace('/', '-')}"
+
+
 def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
     """Write the files; a finished world of the same sizes is left alone. Returns the number of samples by file.
 
-    The folder appears whole or not at all: it is written beside its place and moved there.
+    The folder appears whole or not at all: it is written beside its place, a file a process, and moved there.
     """
     done, made = out / "world.json", {"version": VERSION, "samples": wanted}
     if done.is_file() and json.loads(done.read_text()) == made:
@@ -164,22 +185,20 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
     try:
-        seen: dict[bytes, str] = {}
         (scratch / "images").mkdir()
         (scratch / "eval").mkdir()
-        with open(scratch / "teacher.jsonl", "w", encoding="utf-8") as teacher:
-            for name, recipe in recipes().items():
-                rows: list[dict] = []
-                for scene, image_id, found, truths in samples(recipe, wanted[name]):
-                    picture = render(scene)
-                    digest = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
-                    if digest in seen:
-                        raise RuntimeError(f"{image_id} and {seen[digest]} are the same picture: change a stream")
-                    seen[digest] = image_id
-                    picture.save(scratch / "images" / f"{image_id}.png", compress_level=1)
-                    rows += found
-                    teacher.writelines(json.dumps(truth) + "\n" for truth in truths)
-                write_samples(scratch / name, rows)
+        seen: dict[bytes, str] = {}
+        with ProcessPoolExecutor() as pool:
+            for digests in pool.map(write_split, repeat(scratch), wanted, wanted.values()):
+                if twice := seen.keys() & digests.keys():
+                    pair = {(seen[digest], digests[digest]) for digest in twice}
+                    raise RuntimeError(f"the same picture under two names, change a stream: {sorted(pair)[0]}")
+                seen |= digests
+        with open(scratch / "teacher.jsonl", "wb") as teacher:
+            for name in wanted:
+                part = _truths(scratch, name)
+                teacher.write(part.read_bytes())
+                part.unlink()
         (scratch / "world.json").write_text(json.dumps(made, indent=1))
         if out.exists():
             shutil.rmtree(out)
