@@ -460,7 +460,8 @@ def overview(material: Material) -> tuple[Figure, str]:
     if not fixed:
         raise NotRun(f"no vanilla sample that {EGM} solves and {SMALL} misses")
     [each] = lot(fixed, 1)
-    values = {model: value for model in (SMALL, "small-sft", EGM, LARGE)
+    models = (SMALL, "small-direct-control", "small-sft", "small-sft-control", EGM, LARGE)
+    values = {model: value for model in models
               if (value := estimate(material.results.of(model), over_splits=True, draws=DRAWS))}  # fmt: skip
     figure = new_figure(10.4, 3.3)
     first, text, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.35, 1.25))
