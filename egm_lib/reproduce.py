@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
             "key": key, "finished": finished, "seconds": round(seconds, 1), "git": _git(), "files": made,
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
+        manifest |= _where()  # of the stage that ran last
         manifest["wall_seconds"] = {stage: entry["seconds"] for stage, entry in manifest["stages"].items()}
         _write_manifest(run, manifest)
     return seconds
@@ -137,10 +139,22 @@ def publish(run: Run) -> None:
             raise ReproduceError(f"{executed} is missing: run the whole profile before its notebooks are published")
         book = nbformat.read(executed, as_version=4)
         book.cells = [cell for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+        for cell in book.cells:
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if _worth_seeing(output)]
         if _code(book) != _sources(notebook):
             raise ReproduceError(f"{notebook.name} was changed since it was run: run the profile again first")
         with atomic_open(notebook) as file:
             nbformat.write(book, file)
+
+
+def _worth_seeing(output: nbformat.NotebookNode) -> bool:
+    """Whether a page should show an output of a run: not the progress of jobs, nor bars, nor warnings."""
+    if output.output_type != "stream":
+        return set(output.get("data", ())) != {"text/plain"} or output.output_type == "execute_result"
+    progress = re.compile(r"(?m)^[\w-]+: (started|(done in )?\d+ min \d\d s.*)$\n?")
+    output.text = progress.sub("", output.text)
+    return output.name == "stdout" and bool(output.text.strip())
 
 
 @contextlib.contextmanager
@@ -197,9 +211,15 @@ def _open_manifest(run: Run) -> dict:
                 f"{run.root} was begun with another profile or other base models: {'; '.join(changed)}. Delete that "
                 "folder to begin anew, or put them back."
             )
-    manifest |= {"git": _git(), "versions": _versions(), "hardware": _hardware()}
+    else:
+        manifest |= _where()
     _write_manifest(run, manifest)
     return manifest
+
+
+def _where() -> dict:
+    """By which revision, with what and on what a stage runs."""
+    return {"git": _git(), "versions": _versions(), "hardware": _hardware()}
 
 
 def _changes(old: object, new: object, where: str = "") -> list[str]:
@@ -234,12 +254,14 @@ def _weights_digest(folder: Path) -> str | None:
 
 
 def _git() -> str:
-    """The revision of the checkout, "-dirty" where it has changes; "unknown" outside a checkout."""
-    command = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The revision of the checkout, "-dirty" where it has changes, figures apart: runs write them; or "unknown"."""
+    git = ["git", "-C", str(project_root())]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)figures"]).returncode == 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return revision.stdout.strip() + ("" if same else "-dirty")
 
 
 def _versions() -> dict[str, str]:

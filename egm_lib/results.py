@@ -105,9 +105,9 @@ class Results:
         """Scored answers of the variants of `egm_lib.ablations`; model is the variant, steps its GRPO steps."""
         parts = []
         for root, seed in zip(self.roots, self.seeds, strict=True):
-            for folder in sorted((root / "ablations").glob("*-steps")):
-                rows = load_predictions(folder / "answers", SCORING_COLUMNS)
-                parts.append(rows.assign(seed=seed, steps=int(folder.name.removesuffix("-steps"))))
+            for answers in sorted((root / "ablations").glob("*-steps/answers")):
+                rows = load_predictions(answers, SCORING_COLUMNS)
+                parts.append(rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps"))))
         rows = pd.concat(parts, ignore_index=True) if parts else self.predictions.iloc[:0].assign(steps=0)
         return score(rows, self.rule)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import subprocess
 import time
 from dataclasses import replace
 
@@ -55,6 +56,31 @@ def test_a_second_run_skips_everything(project):
     assert again(run, ran) == []
     assert again(run, ran, fresh=True) == ["00_a", "01_b", "02_c"]
     assert again(run, ran, fresh=True, first="01", last="01") == ["01_b"]
+
+
+def test_the_manifest_states_the_revision_that_ran_not_one_that_looked_on(project, monkeypatch):
+    run, ran, _, root = project
+    monkeypatch.setattr(module, "_git", lambda: "first")
+    assert again(run, ran)
+    monkeypatch.setattr(module, "_git", lambda: "second")
+    assert not again(run, ran) and json.loads(run.manifest.read_text())["git"] == "first"
+    assert again(run, ran, fresh=True) and json.loads(run.manifest.read_text())["git"] == "second"
+
+
+def test_figures_make_no_checkout_dirty_and_code_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "project_root", lambda: tmp_path)
+    assert module._git() == "unknown"
+    (tmp_path / "figures").mkdir()
+    for name in ("figures/a.md", "code.py"):
+        (tmp_path / name).write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    revision = module._git()
+    (tmp_path / "figures/a.md").write_text("2")
+    assert module._git() == revision and len(revision) == 12
+    (tmp_path / "code.py").write_text("2")
+    assert module._git() == f"{revision}-dirty"
 
 
 def test_a_changed_notebook_runs_again_with_all_after_it(project):
@@ -186,13 +212,19 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
     run, ran, _, root = project
     reproduce(run)
     executed = nbformat.read(run.notebook("01_b.ipynb"), as_version=4)
-    executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text="seen")]
+    job = "sft-vanilla: started\nsft-vanilla: 0 min 30 s, {'loss': 1}\nseen\nsft-vanilla: done in 1 min 05 s\n"
+    executed.cells[-1].outputs = [
+        nbformat.v4.new_output("stream", text=job),
+        nbformat.v4.new_output("stream", name="stderr", text="FutureWarning"),
+        nbformat.v4.new_output("display_data", {"text/plain": "Loading weights: 100%"}),
+    ]
     executed.cells.insert(1, nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]}))
     nbformat.write(executed, run.notebook("01_b.ipynb"))
     before = module._sources(root / "notebooks" / "01_b.ipynb")
     publish(run)
     assert module._sources(root / "notebooks" / "01_b.ipynb") == before
-    assert "seen" in (root / "notebooks" / "01_b.ipynb").read_text()
+    [output] = nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs
+    assert output.text == "seen\n"  # neither the job's progress, nor warnings, nor bars
     assert again(run, ran) == []
     write_notebook(root / "notebooks" / "02_c.ipynb", "print('newer')")
     with pytest.raises(ReproduceError, match="02_c.ipynb was changed since it was run"):

@@ -9,7 +9,7 @@ import pandas as pd
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
 from egm_lib.evaluation import Difference, Estimate, estimate, iter_rows, paired_difference, split_keys
-from egm_lib.profile import GRPO, ProfileError, Sampling, load_profile
+from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.results import Results, paper
 from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, percent, published
 
@@ -193,12 +193,10 @@ def table7(results: Results) -> Table:
 
 
 def table6(results: Results) -> Table:
-    """GRPO's hyperparameters: the paper's and the run's resolved ones."""
-    configs = results.jsons("checkpoints/vanilla/small-egm/config_resolved.json")
-    config = configs[0] if configs else {}
-    config = config.get("grpo", config)
-    keys = {item.name for item in fields(GRPO)}
-    return _settings("table6", {key: value for key, value in config.items() if key in keys})
+    """GRPO's hyperparameters: the paper's and those that the run began with."""
+    trained = any((root / "checkpoints" / "vanilla" / "small-egm").is_dir() for root in results.roots)
+    values = results.stated("values") if trained else None
+    return _settings("table6", values["grpo"] if isinstance(values, dict) else {})
 
 
 def table8(results: Results) -> Table:
