@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -25,6 +25,7 @@ ADAM_BYTES = 8  # two float32 moments a trained parameter
 LOGITS_TILE = 4096 * 32768 * 4  # TRL's chunked head: tokens x vocabulary x float32, whatever the batch
 LIVE_ACTIVATIONS = 34  # bytes a token and unit of width that one layer holds in bf16 (Korthikanti et al. 2022)
 UTILISATION = 0.35  # share of the peak that training reaches: between 0.3 and 0.45 on A100 and H100
+ROLLOUTS = 256  # that vLLM decodes at once on a GPU (its max_num_seqs); the others wait, so they take no memory
 DECODE_UTILISATION = 0.05  # of decoding, which waits for memory
 
 
@@ -103,7 +104,7 @@ def estimate(
     reference = cache = 0.0
     if stage == "grpo":
         per_step, group = options.prompts_per_step, options.num_generations
-        cache = per_step * group / hardware.gpus * (prompt_tokens + options.max_completion_length) * kv_token
+        cache = min(per_step * group / hardware.gpus, ROLLOUTS) * length * kv_token  # pages fill as tokens come
         reference = counts["total"] * width if options.beta and not options.lora else 0.0
         passes = samples * group * options.num_train_epochs
         steps = math.ceil(samples / per_step) * options.num_train_epochs
@@ -136,12 +137,28 @@ def _trained(counts: Mapping[str, int], config, options) -> int:
     return counts["total"] - frozen
 
 
+def as_text(plans: list[Estimate], hardware: Hardware) -> str:
+    """The estimates as a table, a column a stage."""
+
+    def shown(value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return value if isinstance(value, str) else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+    lines = [f"{hardware.gpus} x {hardware.memory_gib:g} GiB, {hardware.tflops:g} Tflop/s; fits: a tenth stays free"]
+    for name in (field.name for field in fields(Estimate)):
+        label = name.replace("_gib", ", GiB a GPU").replace("_", " ")
+        lines.append(f"{label:24s}" + "".join(f"{shown(getattr(plan, name)):>16s}" for plan in plans))
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m egm_lib.plan", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", required=True)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB")
     parser.add_argument("--tflops", type=float, default=312.0, help="dense bf16 peak of one GPU; A100: 312, H100: 989")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument("--sft-samples", type=int, default=575_208, help="Sec. 4.1")
     parser.add_argument("--rl-samples", type=int, default=83_989, help="Table 7")
     args = parser.parse_args(argv)
@@ -150,14 +167,15 @@ def main(argv: list[str] | None = None) -> int:
         hardware = Hardware(args.gpus, args.gpu_memory, args.tflops)
         config = AutoConfig.from_pretrained(profile.models.small.location)
         rows = {"sft": args.sft_samples, "grpo": args.rl_samples}
-        plans = [asdict(estimate(profile, config, stage, hardware, samples=rows[stage])) for stage in rows]
+        plans = [estimate(profile, config, stage, hardware, samples=rows[stage]) for stage in rows]
     except (ProfileError, PlanError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:  # transformers' "cannot reach the hub" and "no such folder"
-        print(f"The configuration of {profile.models.small.path} cannot be read: {error}", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"The configuration of {profile.models.small.path} cannot be read: {reason}", file=sys.stderr)
         return 2
-    print(json.dumps([{k: round(v, 3) if isinstance(v, float) else v for k, v in p.items()} for p in plans], indent=2))
+    print(json.dumps([asdict(plan) for plan in plans], indent=2) if args.json else as_text(plans, hardware))
     return 0
 
 

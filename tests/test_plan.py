@@ -1,5 +1,6 @@
 """The plan's arithmetic against models that exist: counted parameters, what is trained, and what several GPUs share."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_qwen import tiny_qwen
 from transformers import Qwen3VLConfig
 
-from egm_lib.plan import Hardware, PlanError, count_parameters, estimate, lora_parameters
+from egm_lib.plan import ROLLOUTS, Hardware, PlanError, count_parameters, estimate, lora_parameters, main
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import freeze_tower, lora_config
@@ -74,3 +75,18 @@ def test_steps_are_the_profile_s():
 def test_no_gpu_is_no_plan():
     with pytest.raises(PlanError, match="at least one GPU"):
         Hardware(gpus=0, memory_gib=80, tflops=312)
+
+
+def test_rollouts_that_wait_take_no_memory():
+    config, base = tiny_qwen()[0].config, load_profile("paper-qwen3vl-8b")
+    few, many = (replace(base, grpo=replace(base.grpo, prompts_per_step=count)) for count in (1, 4096))
+    small, large = (estimate(each, config, "grpo", ONE, samples=100).kv_cache_gib for each in (few, many))
+    assert large == pytest.approx(small * ROLLOUTS / base.grpo.num_generations)
+
+
+def test_the_command_prints_a_table_or_json(capsys):
+    assert main(["--profile", "mini", "--gpus", "1"]) == 0
+    table = capsys.readouterr().out
+    assert "trained parameters" in table and "yes" in table
+    assert main(["--profile", "mini", "--gpus", "1", "--json"]) == 0
+    assert [plan["fits"] for plan in json.loads(capsys.readouterr().out)] == [True, True]
