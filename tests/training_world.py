@@ -46,7 +46,7 @@ def make_samples(folder: Path, pictures: int = 4, per_picture: int = 2) -> list[
             samples.append({
                 "sample_id": f"{number}-{question}", "image": f"{number}.png", "width": SIZE_PX, "height": SIZE_PX,
                 "expression": f"square {question}", "task": "vanilla", "gt_box": [left, top, left + 20, top + 20],
-                "reasoning": "it is red" + " !" * question,
+                "modal_box": None, "reasoning": "it is red" + " !" * question,
             })  # fmt: skip
     return samples
 
