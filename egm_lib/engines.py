@@ -310,23 +310,20 @@ class OpenAIEngine:
     extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service refuses them).
     stream: take answers token by token, for the time to the first one; costs the client some work for every token.
     opens_reasoning: the server's chat template begins the answer with the reasoning opener (Qwen3-VL Thinking).
-    The key comes from OPENAI_API_KEY, as in the openai package.
+    key: of the service; a local one needs none.
     """
 
     def __init__(
         self, base_url: str, model: str, family: str, batch_size: int = 64, *, extra_sampling: bool = True,
         opens_reasoning: bool = False, revision: str | None = None, timeout_s: float = 600.0, max_retries: int = 5,
-        seed: int = 0, stream: bool = False, client=None,
+        seed: int = 0, stream: bool = False, key: str = "none", client=None,
     ):  # fmt: skip
-        import os
-
         from openai import OpenAI
 
         self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
         self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
         self.seed, self.stream = seed, stream
         self.opener = self.family.reasoning_opener if opens_reasoning else ""
-        key = os.environ.get("OPENAI_API_KEY", "none")
         self.client = client or OpenAI(base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key)
 
     def describe(self) -> dict:

@@ -26,7 +26,7 @@ from egm_lib.decoding import decoded_as
 from egm_lib.engines import Answer, ConstraintIgnored, Engine, OpenAIEngine, Request, TransformersEngine, VLLMEngine
 from egm_lib.evaluation import read_rows
 from egm_lib.parsing import parse_completion
-from egm_lib.profile import Model, Profile, ProfileError, Run, Sampling, load_profile
+from egm_lib.profile import Generation, Model, Profile, ProfileError, Run, Sampling, load_profile
 from egm_lib.results import CONCURRENCIES
 
 NO_REASONING = "-no-reasoning"  # a model name with this ending is its model, reasoning switched off (Table 10)
@@ -253,7 +253,7 @@ def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: b
             raise ProfileError(f"{profile.name}: generation.engine is openai, so generation.base_url is needed")
         return OpenAIEngine(
             generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision, seed=seed,
-            stream=for_latency,
+            stream=for_latency, key=_service_key(generation),
         )  # fmt: skip
     common = {
         "dtype": model.dtype, "batch_size": generation.batch_size, "revision": model.revision,
@@ -262,6 +262,15 @@ def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: b
     if generation.engine == "vllm":
         return VLLMEngine(model.location, model.family, **common)
     return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)
+
+
+def _service_key(generation: Generation) -> str:
+    from egm_lib.curation.services import CurationError, api_key
+
+    try:
+        return api_key(generation.base_url, generation.api_key_env)
+    except CurationError as error:
+        raise ProfileError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:

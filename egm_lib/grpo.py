@@ -45,6 +45,7 @@ from egm_lib.training import (
     TrainingError,
     chat_text,
     check_device,
+    check_memory,
     common_options,
     freeze_tower,
     is_finished,
@@ -427,6 +428,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     check_rollout(options)
     check_device(options.dtype, "grpo")
     start = str(require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`"))
+    check_memory(profile, "grpo", start)
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
     model, processor = load_start(start, profile.models.small, options.dtype if options.lora else "float32")

@@ -194,6 +194,7 @@ class Generation:
     batch_size: int
     sampling: Sampling
     base_url: str | None = None  # engine "openai"
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds that service's key
 
 
 @dataclass(frozen=True, kw_only=True)

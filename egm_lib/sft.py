@@ -34,6 +34,7 @@ from egm_lib.training import (
     TrainingError,
     chat_text,
     check_device,
+    check_memory,
     common_options,
     freeze_tower,
     is_finished,
@@ -63,7 +64,7 @@ def sft_options(options: SFT, work: Path, seed: int) -> dict:
         "warmup_steps": options.warmup_ratio,  # a number below 1 is a share of the steps
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
-        "max_length": None,  # truncation could cut a picture's tokens apart
+        "max_length": None,  # TRL's truncation could cut a picture's tokens apart: ours is in `answer_ids`
         "packing": False,
     }
 
@@ -123,11 +124,27 @@ class PictureSampler(Sampler[int]):
             yield from chunks[index].tolist()
 
 
+def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> list[int]:
+    """A row's answer and its end as tokens; cut where they and the `asked` ones before would pass max_length.
+
+    Raises TrainingError where the question alone fills it.
+    """
+    ids = [*tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    if max_length is None:
+        return ids
+    if asked >= max_length:
+        raise TrainingError(
+            f"{row['image']}: picture and question take {asked} tokens, and sft.max_length is {max_length}: "
+            "raise it, or lower the model's max_pixels."
+        )
+    return ids[: max_length - asked]
+
+
 class SharedPrefixCollator:
     """Rows -> one batch: a prefix for each picture, and for each row its question and answer as a suffix of it."""
 
-    def __init__(self, reader: Reader, processor, eos_id: int):
-        self.reader, self.processor, self.eos_id = reader, processor, eos_id
+    def __init__(self, reader: Reader, processor, max_length: int | None):
+        self.reader, self.processor, self.max_length = reader, processor, max_length
 
     def __call__(self, rows: list[dict]) -> dict:
         prefixes: dict[str, int] = {}
@@ -139,9 +156,9 @@ class SharedPrefixCollator:
                 prompts.append(prompt.upto_picture())
             group.append(prefixes[row["image"]])
             question = prompt.ids[prompt.picture_end :]
-            answer = self.processor.tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
-            suffixes.append(torch.tensor([*question, *answer, self.eos_id]))
-            labels.append(torch.tensor([-100] * len(question) + [*answer, self.eos_id]))
+            answer = answer_ids(row, self.processor.tokenizer, len(prompt.ids), self.max_length)
+            suffixes.append(torch.tensor([*question, *answer]))
+            labels.append(torch.tensor([-100] * len(question) + answer))
         attend = [torch.ones_like(suffix) for suffix in suffixes]
         return {
             "prefixes": prompts,
@@ -155,8 +172,8 @@ class SharedPrefixCollator:
 class PlainCollator:
     """Rows -> one batch as any model takes it: picture, question and answer in a row, padded on the right."""
 
-    def __init__(self, processor, eos_id: int):
-        self.processor, self.eos_id = processor, eos_id
+    def __init__(self, processor, max_length: int | None):
+        self.processor, self.max_length = processor, max_length
 
     def __call__(self, rows: list[dict]) -> dict:
         encoded, ids, labels, kinds = [], [], [], []
@@ -164,11 +181,11 @@ class PlainCollator:
             text = chat_text(self.processor, row["prompt"])
             inputs = self.processor(images=[open_image(row["image"])], text=[text], return_tensors="pt")
             question = inputs.pop("input_ids")[0].tolist()
-            answer = self.processor.tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"]
-            ids.append(torch.tensor([*question, *answer, self.eos_id]))
-            labels.append(torch.tensor([-100] * len(question) + [*answer, self.eos_id]))
+            answer = answer_ids(row, self.processor.tokenizer, len(question), self.max_length)
+            ids.append(torch.tensor([*question, *answer]))
+            labels.append(torch.tensor([-100] * len(question) + answer))
             if "mm_token_type_ids" in inputs:
-                kinds.append(torch.tensor(inputs.pop("mm_token_type_ids")[0].tolist() + [0] * (len(answer) + 1)))
+                kinds.append(torch.tensor(inputs.pop("mm_token_type_ids")[0].tolist() + [0] * len(answer)))
             inputs.pop("attention_mask")
             encoded.append(inputs)
         batch = {key: torch.cat([inputs[key] for inputs in encoded]) for key in encoded[0]}
@@ -227,13 +244,13 @@ def make_trainer(
     if possible if shared_prefix is None else shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that rows of a picture share
         reader = Reader(processor, model, freeze_vision(model), open_image)
-        collator = SharedPrefixCollator(reader, processor, processor.tokenizer.eos_token_id)
+        collator = SharedPrefixCollator(reader, processor, options.max_length)
         together = max(1, options.per_device_train_batch_size // 4)
         return SharedPrefixSFT(
             train_dataset=dataset, data_collator=collator, reader=reader, together=together, **arguments
         )
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
-    collator = PlainCollator(processor, processor.tokenizer.eos_token_id)
+    collator = PlainCollator(processor, options.max_length)
     return PlainSFT(train_dataset=dataset, data_collator=collator, **arguments)
 
 
@@ -255,9 +272,10 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
     start = small.location
     if control == "sft":
         start = str(require_checkpoint(run, task, MODELS[None], f"`python -m egm_lib.sft --task {task}`"))
-    traces = read_traces(run.traces(task), profile.data.path, task)
     options = profile.sft
     check_device(options.dtype, "sft")
+    check_memory(profile, "sft", start)
+    traces = read_traces(run.traces(task), profile.data.path, task)
     if control:
         # Epochs without end: a control's budget is its minutes.
         steps = {"max_steps": options.max_steps, "num_train_epochs": options.num_train_epochs}

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from egm_lib.models import load_model, load_processor
-from egm_lib.profile import Lora, Model, ProfileError, Run, load_profile
+from egm_lib.plan import GIB, Hardware, estimate
+from egm_lib.profile import Lora, Model, Profile, ProfileError, Run, load_profile
 from egm_lib.prompts import Family
 
 
@@ -212,6 +213,29 @@ def check_device(dtype: str, section: str) -> None:
         raise TrainingError(
             f"{section}.dtype is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
             f"or set {section}.dtype to float32."
+        )
+
+
+def check_memory(profile: Profile, stage: str, place: str) -> None:
+    """Raises TrainingError, before anything is loaded, where not even weights and optimizer state fit into a GPU.
+
+    These are exact; that the rest fits too, nobody can promise (egm_lib.plan estimates it).
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except OSError:
+        return  # load_start says it
+    gpus = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate's processes, which divide these among them
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    plan = estimate(profile, config, stage, Hardware(gpus, memory_gib, tflops=1.0), samples=1)
+    needed_gib = plan.weights_gib + plan.gradients_gib + plan.optimizer_gib + plan.reference_gib
+    if needed_gib > memory_gib:
+        raise TrainingError(
+            f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on each of {gpus} "
+            f"GPUs, and one has {memory_gib:.0f}: take more GPUs (launch.num_processes) or train with lora; "
+            f"`python -m egm_lib.plan --profile {profile.name}` says what would do."
         )
 
 

@@ -22,8 +22,8 @@ from egm_lib.engines import (
     Request,
     TransformersEngine,
 )
-from egm_lib.generate import EngineFailure, measure_latency, predict
-from egm_lib.profile import Sampling
+from egm_lib.generate import EngineFailure, make_engine, measure_latency, predict
+from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.prompts import FAMILIES
 from tests.tiny_internvl import tiny_internvl
 from tests.tiny_qwen import tiny_qwen
@@ -498,3 +498,14 @@ def test_a_majority_outvotes_a_stray_sample():
 def test_an_unknown_way_of_decoding_is_refused(name):
     with pytest.raises(ValueError, match="unknown way of decoding"):
         decoded_as(Thinker(), name)
+
+
+def test_a_service_s_key_comes_from_the_variable_that_the_profile_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "key-of-another-company")
+    monkeypatch.delenv("HERE_API_KEY", raising=False)
+    profile = load_profile("eval-qwen3vl-235b")
+    away = replace(profile.generation, base_url="https://example.invalid/v1", api_key_env="HERE_API_KEY")
+    with pytest.raises(ProfileError, match=r"no key for https://example\.invalid/v1: set .* HERE_API_KEY"):
+        make_engine(replace(profile, generation=away), profile.models.large)
+    monkeypatch.setenv("HERE_API_KEY", "its-own-key")
+    assert make_engine(replace(profile, generation=away), profile.models.large).client.api_key == "its-own-key"

@@ -3,23 +3,27 @@
 import argparse
 import json
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from training_world import make_samples, moved_names, sft_options, store_model, stored
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import training
+from egm_lib.plan import count_parameters
 from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
-from egm_lib.sft import PictureSampler, answer_rows, make_trainer, read_traces
+from egm_lib.sft import PictureSampler, PlainCollator, answer_rows, make_trainer, read_traces
 from egm_lib.sft import sft_options as trl_options
 from egm_lib.training import (
     Clock,
     TimedSchedule,
     TrainingError,
     check_device,
+    check_memory,
     is_finished,
     train_to,
     work_folder,
@@ -76,6 +80,24 @@ def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl
         assert INTERNVL.prompt(sample["expression"], "vanilla") in processor.tokenizer.decode(ids[labels == -100])
     picture_tokens = (batch["input_ids"] == trainer.model.config.image_token_id).sum().item()
     assert picture_tokens == 4 * len(batch["pixel_values"]) > 4 * 2  # several tiles a picture
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
+    whole, processor = trainer_of(world, tmp_path, shared=shared)
+    row = [whole.train_dataset[0]]
+
+    def answer(trainer) -> list[int]:
+        labels = trainer.data_collator(row)["labels"][0]
+        return labels[labels != -100].tolist()
+
+    ids = answer(whole)
+    asked = len(PlainCollator(processor, None)(row)["input_ids"][0]) - len(ids)
+    cut, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked + 5)
+    assert answer(cut) == ids[:5] != ids
+    none_left, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked)
+    with pytest.raises(TrainingError, match=f"take {asked} tokens, and sft.max_length is {asked}"):
+        answer(none_left)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
@@ -216,6 +238,22 @@ def test_half_precision_without_a_gpu_is_said_before_anything_starts():
     check_device("float32", "sft")
     with pytest.raises(TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"):
         check_device("bfloat16", "sft")
+
+
+def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(world, monkeypatch):
+    profile, place = load_profile("paper-qwen3vl-8b"), str(world[0])
+    config = AutoConfig.from_pretrained(place)
+    parameters = count_parameters(config)
+    trained = parameters["total"] - (parameters["vision"] - parameters["merger"])
+    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)  # weights twice; gradients and two moments in float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for total_memory, processes, refused in ((needed, 1, False), (needed - 1, 1, True), (needed // 2 + 1, 2, False)):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, n=total_memory: SimpleNamespace(total_memory=n)
+        )
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(TrainingError, match="more GPUs") if refused else nullcontext():
+            check_memory(profile, "sft", place)
 
 
 def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
