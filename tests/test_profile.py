@@ -101,7 +101,7 @@ def test_unknown_name_offers_the_nearest():
 def test_extends_keeps_what_it_does_not_change():
     mini, full = load_profile("mini"), load_profile("mini-full")
     assert full.models == mini.models and full.generation == mini.generation
-    assert full.seeds == (0, 1, 2) and full.grpo.prompts_per_step > mini.grpo.prompts_per_step
+    assert full.seeds == (0, 1, 2) and full.grpo.max_minutes > mini.grpo.max_minutes
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
