@@ -20,8 +20,8 @@ import torch
 from transformers import AutoConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from egm_lib import plan
 from egm_lib.models import load_model, load_processor
-from egm_lib.plan import GIB, Hardware, estimate
 from egm_lib.profile import Lora, Model, Profile, ProfileError, Run, load_profile
 from egm_lib.prompts import Family
 
@@ -228,9 +228,10 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     except OSError:
         return  # load_start says it
     gpus = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate's processes, which divide these among them
-    memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    plan = estimate(profile, config, stage, Hardware(gpus, memory_gib, tflops=1.0), samples=1)
-    needed_gib = plan.weights_gib + plan.gradients_gib + plan.optimizer_gib + plan.reference_gib
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / plan.GIB
+    hardware = plan.Hardware(gpus, memory_gib, tflops=1.0)
+    parts = plan.estimate(profile, config, stage, hardware, samples=1)
+    needed_gib = parts.weights_gib + parts.gradients_gib + parts.optimizer_gib + parts.reference_gib
     if needed_gib > memory_gib:
         raise TrainingError(
             f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on each of {gpus} "
@@ -262,14 +263,17 @@ def logged_minutes(log: Path) -> float:
 def stage_command(
     parser: argparse.ArgumentParser, argv: list[str] | None, act: Callable[[Run, argparse.Namespace], object]
 ) -> int:
-    """Runs a stage from the command line: adds --profile, --seed and --task, and prints what act(run, args) returns.
+    """Runs a stage from the command line: adds --profile, --seed, --task, --plan; prints what act(run, args) returns.
 
     Returns the exit code: 2, with one sentence on stderr, where the stage cannot start or go on.
     """
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
     parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
+    parser.add_argument("--plan", action="store_true", help="will it fit: `python -m egm_lib.plan`, 8 GPUs of 80 GiB")
     args = parser.parse_args(argv)
+    if args.plan:
+        return plan.main(["--profile", args.profile])
     try:
         profile = load_profile(args.profile)
         print(act(Run(profile, profile.seeds[0] if args.seed is None else args.seed), args))

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_qwen import tiny_qwen
 from transformers import Qwen3VLConfig
 
+from egm_lib import grpo, sft
 from egm_lib.plan import ROLLOUTS, Hardware, PlanError, count_parameters, estimate, lora_parameters, main
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
@@ -90,3 +91,11 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert "trained parameters" in table and "yes" in table
     assert main(["--profile", "mini", "--gpus", "1", "--json"]) == 0
     assert [plan["fits"] for plan in json.loads(capsys.readouterr().out)] == [True, True]
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_a_stage_s_command_has_the_plan_too(stage, capsys):
+    assert main(["--profile", "mini"]) == 0
+    expected = capsys.readouterr().out
+    assert stage.main(["--profile", "mini", "--plan"]) == 0
+    assert capsys.readouterr().out == expected
