@@ -11,7 +11,7 @@ TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lab evaluate ablations tables figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
+.PHONY: help setup reproduce test lab evaluate ablations tables restore figures gallery pretrain-mini bench test-vllm test-browser submit lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /\1\t/' | expand -t 18
@@ -58,6 +58,9 @@ tables: $(READY) ## every table of PROFILE from its files, no model needed
 table%: $(READY) ## one table, e.g. make table4
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE) --only $@
 	@cat figures/$(PROFILE)/$@.md
+
+restore: $(READY) ## the committed run of PROFILE (predictions, logs) into data/runs, for `make tables`
+	@$(RUN) -m egm_lib.archive --profile $(PROFILE) --restore
 
 figures: $(READY) ## every figure of PROFILE from its files
 	@$(RUN) -m egm_lib.figures --profile $(PROFILE)

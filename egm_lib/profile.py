@@ -253,10 +253,6 @@ class Run:
     def manifest(self) -> Path:
         return self.root / "manifest.json"
 
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.json"
-
     def notebook(self, name: str) -> Path:
         return self.root / "notebooks" / name
 

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import lzma
 import shutil
 import stat
 import tarfile
@@ -235,7 +236,7 @@ class _Member:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar(.gz) below folder. Files that are there with the right size are kept: it can be continued.
+    """Unpack a zip or tar (plain, gz, xz) below folder. It can be continued: files of the right size are kept.
 
     Every member is looked at before the first is written. Raises FetchError for an absolute path, "..", a link or
     device, a size beyond the disk or beyond MAX_EXPANSION times the archive, or a broken archive.
@@ -250,7 +251,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 while opened.fileobj.read(CHUNK_BYTES):
                     pass  # to the end, which tarfile does not look at: gzip's checksum stands there
                 _unpack_members(members, archive, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
         reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for every format it tried
         raise FetchError(f"{archive}: a broken archive ({reason}); delete it and fetch it again") from error
 

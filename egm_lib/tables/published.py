@@ -194,7 +194,7 @@ def table7(results: Results) -> Table:
 
 def table6(results: Results) -> Table:
     """GRPO's hyperparameters: the paper's and those that the run began with."""
-    trained = any((root / "checkpoints" / "vanilla" / "small-egm").is_dir() for root in results.roots)
+    trained = any((root / "logs" / "grpo-vanilla.jsonl").is_file() for root in results.roots)
     values = results.stated("values") if trained else None
     return _settings("table6", values["grpo"] if isinstance(values, dict) else {})
 
