@@ -48,7 +48,7 @@ evaluate: $(READY) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-b
 	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
 	@$(RUN) -m egm_lib.readme
 
-ablations: $(READY) ## short GRPO runs of a finished PROFILE: reward weight, KL, SFT alone; resumable
+ablations: $(READY) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode; resumable
 	@$(RUN) -m egm_lib.ablations --profile $(PROFILE)
 
 tables: $(READY) ## every table of PROFILE from its files, no model needed

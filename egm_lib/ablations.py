@@ -1,10 +1,10 @@
-"""GRPO taken apart, as the paper does not do: the reward's weight, the KL, and what SFT and GRPO bring alone.
+"""EGM taken apart, as the paper does not do: the reward's weight, the KL, SFT and GRPO alone; other ways to decode.
 
     python -m egm_lib.ablations --profile mini [--seed 0] [--steps 40]
 
-Needs a run whose SFT model and RL samples are there. Each variant is a short GRPO run of the same number of steps in a
-folder of its own below the run, and answers one validation split; a finished variant is not run again. The table is
-figures/<profile>/ablation_grpo.{md,csv,tex}.
+Needs a finished run. Each variant of the training is a short GRPO run of the same number of steps in a folder of its
+own below the run, and answers one validation split (ablation_grpo.md). `small-egm` answers the test splits with less
+reasoning, by sampling and by a vote (table4_decoding.md; egm_lib.decoding). What is finished is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from egm_lib.profile import Model, Profile, ProfileError, Run, load_profile
 
 TASK = "vanilla"
 STEPS = 40  # ours: enough for the curves of the miniature to part
+DECODINGS = ("budget-8", "budget-16", "budget-24", "majority-1", "majority-8")  # ours; majority-1: one sample
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,11 @@ def run_all(run: Run, steps: int) -> None:
     trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
     run_jobs(run, [training_job(run, "ablations", "--steps", str(steps), "--train", name) for name in trained])
     run_jobs(run, [job(run, "ablations", "--steps", str(steps), "--answer")])
-    evaluation = run.profile.evaluation
-    build_tables(
-        run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=["ablation_grpo"]
-    )
-    print((run.figures / "ablation_grpo.md").read_text(encoding="utf-8"))
+    run_jobs(run, [job(run, "generate", "--task", TASK, "--model", f"small-egm@{way}") for way in DECODINGS])
+    evaluation, names = run.profile.evaluation, ["ablation_grpo", "table4_decoding"]
+    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names)
+    for name in names:
+        print((run.figures / f"{name}.md").read_text(encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> int:

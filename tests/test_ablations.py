@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
 from egm_lib import ablations
 from egm_lib.ablations import VARIANTS, answers_file, validation_samples, variant_run
 from egm_lib.data import EVAL_SPLITS
+from egm_lib.decoding import decoded_as
 from egm_lib.profile import Run, load_profile
 from egm_lib.results import Results
 from egm_lib.tables import build_tables
@@ -76,3 +78,9 @@ def test_without_a_finished_run_it_says_what_to_do(tmp_path, monkeypatch, capsys
     assert ablations.main(["--profile", "smoke"]) == 2
     assert "make reproduce PROFILE=smoke" in capsys.readouterr().err
     assert json.dumps(sorted(map(str, tmp_path.rglob("*")))) == "[]"
+
+
+@pytest.mark.parametrize("way", ablations.DECODINGS)
+def test_every_way_to_decode_is_one_that_the_engine_knows(way):
+    engine = SimpleNamespace(family=None, revision=None)
+    assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
