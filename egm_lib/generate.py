@@ -260,7 +260,7 @@ def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: b
         "max_pixels": model.max_pixels, "seed": seed,
     }  # fmt: skip
     if generation.engine == "vllm":
-        return VLLMEngine(model.location, model.family, **common)
+        return VLLMEngine(model.location, model.family, tensor_parallel=generation.tensor_parallel, **common)
     return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)
 
 

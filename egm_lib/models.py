@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     InternVLProcessor,
     PreTrainedModel,
@@ -69,12 +67,14 @@ def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrained
     return model.eval()
 
 
-def load_processor(path: str | Path, family: str, max_pixels: int | None = None) -> ProcessorMixin:
-    """The processor (chat template, tokenizer, pictures) of a checkpoint; works without torchvision.
+def load_processor(
+    path: str | Path, family: str, max_pixels: int | None = None, revision: str | None = None
+) -> ProcessorMixin:
+    """The processor (chat template, tokenizer, pictures) of a checkpoint; the same one with and without torchvision.
 
-    max_pixels: Qwen3-VL's pictures are shrunk to at most so many; None: as the checkpoint says.
+    max_pixels: Qwen3-VL's pictures are shrunk to at most so many; None: as the checkpoint says. revision: of the hub's.
     """
-    processor = _processor(path, family)
+    processor = _processor(path, family, {} if revision is None else {"revision": revision})
     if max_pixels is not None:
         size = processor.image_processor.size
         smallest = min(size["shortest_edge"], max_pixels)
@@ -82,16 +82,15 @@ def load_processor(path: str | Path, family: str, max_pixels: int | None = None)
     return processor
 
 
-def _processor(path: str | Path, family: str) -> ProcessorMixin:
+def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
-    place = _present(path)
-    if find_spec("torchvision"):
-        return AutoProcessor.from_pretrained(place)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    place, kind = _present(path), {"qwen3-vl": PictureProcessor, "internvl-3": TileProcessor}[family]
+    stated, _ = kind.get_processor_dict(place, **hub)
+    tokenizer = AutoTokenizer.from_pretrained(place, **hub)
+    template = stated.get("chat_template") or tokenizer.chat_template  # Qwen3-VL's may stand with the processor alone
     if family == "internvl-3":
-        pictures = GotOcr2ImageProcessorPil.from_pretrained(place)
-        length = TileProcessor.get_processor_dict(place)[0]["image_seq_length"]
-        return TileProcessor(pictures, tokenizer, length, chat_template=tokenizer.chat_template)
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(place)
-    return PictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+        pictures = GotOcr2ImageProcessorPil.from_pretrained(place, **hub)
+        return TileProcessor(pictures, tokenizer, stated["image_seq_length"], chat_template=template)
+    pictures = Qwen2VLImageProcessorPil.from_pretrained(place, **hub)
+    return PictureProcessor(pictures, tokenizer, chat_template=template)

@@ -193,6 +193,7 @@ class Generation:
     engine: Literal["transformers", "vllm", "openai"]
     batch_size: int
     sampling: Sampling
+    tensor_parallel: int = 1  # engine "vllm": GPUs that one copy of the model is cut over
     base_url: str | None = None  # engine "openai"
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds that service's key
 

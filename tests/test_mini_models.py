@@ -1,5 +1,7 @@
 """The miniature's fast paths equal the stock Qwen3-VL; its tokenizer is exact."""
 
+import json
+import shutil
 from random import Random
 
 import numpy as np
@@ -89,6 +91,15 @@ def test_saved_checkpoints_load_with_the_project_loader(size, tmp_path):
         assert torch.equal(value, loaded.state_dict()[name]), name
     chat = load_processor(tmp_path, "qwen3-vl")
     assert chat.tokenizer("red circle").input_ids == build_tokenizer()("red circle").input_ids
+
+
+def test_a_chat_template_that_stands_beside_the_processor_alone_is_found(tmp_path):
+    """As in the published Qwen3-VL: chat_template.json, of which the tokenizer knows nothing."""
+    shutil.copytree(pretrain.SHIPPED / "small", tmp_path, dirs_exist_ok=True)
+    template = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_processor(tmp_path, "qwen3-vl").chat_template == template
 
 
 def test_both_sizes_differ_in_the_language_model_only():
