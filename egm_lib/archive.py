@@ -33,7 +33,7 @@ def pack(run: Run) -> Path:
     files = [path for place in places for path in (place.rglob("*") if place.is_dir() else [place])]
     out = archive_file(run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(out, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=6) as archive:
+    with atomic_open(out, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
         for path in sorted(files):
             if path.is_file() and path.suffix in (".json", ".jsonl") and ".ledger" not in path.name:
                 archive.add(path, f"{run.root.name}/{path.relative_to(run.root)}", filter=_anonymous)

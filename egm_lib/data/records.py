@@ -3,9 +3,9 @@
 import json
 import logging
 import os
-import tempfile
 import types
 import typing
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -296,11 +296,11 @@ def join_image(image_root: str | Path | None, name: str) -> str:
 def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
     """A file that replaces `path` when the block ends well, and leaves no trace when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # of the usual rights, unlike tempfile's
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(unfinished, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
-        os.replace(name, path)
+        os.replace(unfinished, path)
     except BaseException:
-        os.unlink(name)
+        unfinished.unlink(missing_ok=True)
         raise
