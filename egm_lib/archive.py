@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 from egm_lib.data.fetch import FetchError, unpack
@@ -49,13 +50,16 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def restore(run: Run) -> Path:
-    """Puts a run's archived files back where they were; returns the folder.
+    """Puts a run's archived files back where they were, all or none; returns the folder.
 
     Raises FileExistsError where the run is there already, FetchError for an archive that is broken or reaches outside.
     """
     if run.root.exists():
         raise FileExistsError(f"{run.root} is there already; move it away before the archived run takes its place")
-    unpack(archive_file(run), run.root.parent)
+    run.root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{run.root.name}.", dir=run.root.parent) as scratch:
+        unpack(archive_file(run), Path(scratch))
+        (Path(scratch) / run.root.name).rename(run.root)
     return run.root
 
 

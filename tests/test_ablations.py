@@ -84,3 +84,15 @@ def test_without_a_finished_run_it_says_what_to_do(tmp_path, monkeypatch, capsys
 def test_every_way_to_decode_is_one_that_the_engine_knows(way):
     engine = SimpleNamespace(family=None, revision=None)
     assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
+
+
+def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("egm_lib.jobs.run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs))
+    for name in ("training.require_checkpoint", "training.require_file", "tables.build_tables"):
+        monkeypatch.setattr(f"egm_lib.{name}", lambda *args, **options: None)
+    ablations.run_all(run, 7)
+    trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
+    expected = [f"ablations-7-{name}" for name in trained] + ["ablations-7"]
+    assert asked == expected + [f"generate-vanilla-small-egm@{way}" for way in ablations.DECODINGS]
+    assert "decoding" in capsys.readouterr().out

@@ -63,6 +63,20 @@ def test_nothing_is_written_over_and_a_broken_archive_leaves_nothing(run):
     assert not run.root.exists()
 
 
+def test_a_restore_that_was_stopped_leaves_nothing(run, monkeypatch):
+    archive.pack(run)
+    shutil.rmtree(run.root)
+
+    def stopped(packed, folder):
+        (folder / run.root.name).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive, "unpack", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        archive.restore(run)
+    assert list(run.root.parent.iterdir()) == []
+
+
 def test_the_command_says_what_is_missing(capsys):
     assert archive.main(["--profile", "paper-qwen3vl-2b", "--restore"]) == 2
     assert "no archive in" in capsys.readouterr().err

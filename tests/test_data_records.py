@@ -18,6 +18,7 @@ from egm_lib.data import (
     write_samples,
 )
 from egm_lib.data.pictures import PictureError, mirrored_name, write_mirrored
+from egm_lib.data.records import atomic_open
 
 
 def sample(number=0, **changes):
@@ -201,3 +202,10 @@ def test_a_mirrored_picture(tmp_path):
     picture.save(tmp_path / "a.png")
     write_mirrored(tmp_path / "a.png", tmp_path / "flip" / "a.png")
     assert open_image(tmp_path / "flip" / "a.png").getpixel((2, 0)) == (255, 0, 0)
+
+
+def test_a_file_that_is_replaced_whole_has_the_rights_of_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    with atomic_open(tmp_path / "whole") as file:
+        file.write("text")
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode

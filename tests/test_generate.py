@@ -13,6 +13,7 @@ import regex
 import torch
 from PIL import Image
 
+from egm_lib import generate
 from egm_lib.decoding import decoded_as, most_agreed
 from egm_lib.engines import (
     ANSWER_PATTERNS,
@@ -509,3 +510,11 @@ def test_a_service_s_key_comes_from_the_variable_that_the_profile_names(monkeypa
         make_engine(replace(profile, generation=away), profile.models.large)
     monkeypatch.setenv("HERE_API_KEY", "its-own-key")
     assert make_engine(replace(profile, generation=away), profile.models.large).client.api_key == "its-own-key"
+
+
+def test_vllm_gets_the_profile_s_gpus_and_the_model_s_revision(monkeypatch):
+    monkeypatch.setattr(generate, "VLLMEngine", lambda *args, **options: (args, options))
+    profile = load_profile("eval-egm-8b")
+    profile = replace(profile, generation=replace(profile.generation, engine="vllm", tensor_parallel=2))
+    (path, family), options = make_engine(profile, replace(profile.models.small, revision="abc"))
+    assert family == "qwen3-vl" and options["tensor_parallel"] == 2 and options["revision"] == "abc"

@@ -12,9 +12,9 @@ from PIL import Image
 from training_world import make_samples, moved_names, sft_options, store_model, stored
 from transformers import AutoConfig, TrainerCallback
 
-from egm_lib import training
+from egm_lib import grpo, sft, training
 from egm_lib.plan import count_parameters
-from egm_lib.profile import Lora, Model, load_profile
+from egm_lib.profile import Lora, Model, Run, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.sft import PictureSampler, PlainCollator, answer_rows, make_trainer, read_traces
 from egm_lib.sft import sft_options as trl_options
@@ -254,6 +254,19 @@ def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         with pytest.raises(TrainingError, match="more GPUs") if refused else nullcontext():
             check_memory(profile, "sft", place)
+
+
+@pytest.mark.parametrize("stage", [sft, grpo])
+def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_path, capsys):
+    def refuse(*args):
+        raise TrainingError("no room")
+
+    monkeypatch.setattr(Run, "root", property(lambda run: tmp_path))
+    monkeypatch.setattr(stage, "check_memory", refuse)
+    if stage is grpo:
+        monkeypatch.setattr(grpo, "require_checkpoint", lambda *args: tmp_path)
+    assert stage.main(["--profile", "mini"]) == 2
+    assert capsys.readouterr().err == "no room\n"
 
 
 def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
