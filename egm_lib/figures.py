@@ -38,6 +38,7 @@ from egm_lib.evaluation import Estimate, estimate, pair, read_rows
 from egm_lib.palette import FAILED, FAINT, GRID, GROUND_TRUTH, INK, SOLVED, look, new_figure, save, styled
 from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, paper
+from egm_lib.tables.cells import decimal_text
 from egm_lib.tables.own import latency_stats
 from egm_lib.tables.published import cause_shares
 
@@ -337,7 +338,9 @@ def training(material: Material) -> tuple[Figure, str]:
         ax.grid(True)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     seeds = max(len(frames) for tasks in logs.values() for frames in tasks.values())
-    band = "mean of the seeds, 95 % interval (t)" if seeds > 1 else "one seed: no interval"
+    band = {1: "one seed: no interval", 2: "mean and range of two seeds: an interval of two would fill the panel"}.get(
+        seeds, "mean of the seeds, 95 % interval (t)"
+    )
     return figure, f"Training logs against steps; faint: as logged; line: running mean of a tenth of the steps, {band}."
 
 
@@ -351,9 +354,9 @@ def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str, task: str) -> 
     table = pd.concat(smooth, axis=1, join="inner")
     mean, count = table.mean(axis=1), table.shape[1]
     ax.plot(mean.index, mean, line, color=colour, linewidth=1.5, marker="o" if len(mean) == 1 else None, label=task)
-    if count > 1:
-        half = stats.t.ppf(0.975, count - 1) * table.std(axis=1) / np.sqrt(count)
-        ax.fill_between(mean.index, mean - half, mean + half, color=colour, alpha=0.18, linewidth=0)
+    half = stats.t.ppf(0.975, count - 1) * table.std(axis=1) / np.sqrt(count) if count > 2 else 0.0
+    low, high = (table.min(axis=1), table.max(axis=1)) if count == 2 else (mean - half, mean + half)
+    ax.fill_between(mean.index, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 # --- where the gain is ---
@@ -401,7 +404,7 @@ def solved_share(material: Material) -> tuple[Figure, str]:
         ax.errorbar(place, 100 * value.mean, _down_up([value]), fmt="none", color=INK, linewidth=0.9)
     overall = 100 * failed["b"].mean()
     published = paper("table11")["rows"][0]["values"][2]
-    ax.axhline(overall, color=SOLVED, linewidth=1.2, label=f"all failures: {overall:.1f} %")
+    ax.axhline(overall, color=SOLVED, linewidth=1.2, label=f"all failures: {decimal_text(overall)} %")
     ax.axhline(published, color=FAINT, linewidth=1.2, linestyle="--", label=f"paper, Table 11: {published} %")
     counted = [f"{label}\nn = {len(rows)}" for label, rows in groups]
     ax.set(xticks=range(len(labels)), xticklabels=counted, ylabel="solved by small + EGM, %", ylim=(0, 100),
@@ -477,7 +480,7 @@ def overview(material: Material) -> tuple[Figure, str]:
         bars.barh(-place, 100 * value.mean, 0.66, color=style.colour)
         bars.errorbar(100 * value.mean, -place, xerr=_down_up([value]), fmt="none", color=INK, linewidth=1)
         end = 100 * (value.ci95[1] if value.ci95 else value.mean)
-        bars.text(end + 1.5, -place, f"{100 * value.mean:.1f}", va="center", fontsize=9)
+        bars.text(end + 1.5, -place, decimal_text(100 * value.mean), va="center", fontsize=9)
     bars.set(yticks=[-place for place in range(len(values))], yticklabels=[look(model).label for model in values],
              xlabel="accuracy at IoU > 0.5, %", xlim=(0, 108))  # fmt: skip
     bars.tick_params(axis="y", length=0)

@@ -20,6 +20,7 @@ from egm_lib.figures import EGM, LARGE, SMALL, Material, data_root, lot
 from egm_lib.palette import look
 from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, read_json
+from egm_lib.tables.cells import summarised
 
 TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at some 5 MB
 KINDS: dict[str, Callable[[Comparison], bool]] = {
@@ -99,8 +100,8 @@ def _headline(summary: dict | None) -> str:
 def _percent(value: dict | None) -> str:
     if value is None:
         return '<span class="not-run">not run</span>'
-    interval = value["ci95"] and f"<small>[{100 * value['ci95'][0]:.1f}, {100 * value['ci95'][1]:.1f}]</small>"
-    return f"{100 * value['mean']:.1f} {interval or ''}"
+    mean, *interval = str(summarised(value)).split(" ", 1)
+    return f"{mean} {''.join(f'<small>{ends}</small>' for ends in interval)}"
 
 
 def _figure(drawn: dict, folder: Path) -> str:

@@ -11,33 +11,32 @@ from pathlib import Path
 from egm_lib.data.records import atomic_open
 from egm_lib.profile import project_root
 from egm_lib.results import MODELS, paper, paper_models
+from egm_lib.tables.cells import cell_text, published, stated_text, summarised
 
 PROFILES = ("mini-full", "mini")
 
 
 def numbers(summary: dict | None) -> str:
     """The table as Markdown; a cell that was not run says so."""
-    published = {row["name"]: row for row in paper("table4")["rows"]}
+    rows = {row["name"]: row for row in paper("table4")["rows"]}
     counterparts, _ = paper_models(summary["profile"] if summary else PROFILES[0])
     lines = ["| paper | accuracy | ours | accuracy | amodal |", "|---|---|---|---|---|"]
     for model in MODELS:
         theirs = counterparts.get(model)
-        row = published.get(theirs)
-        mean = row and (row["mean_printed"] or round(row["mean_of_splits"], 1))
+        row = rows.get(theirs)
+        mean = cell_text(published(row["mean_printed"] or row["mean_of_splits"])) if row else ""
         ours = [_cell(summary, key, model) for key in ("acc_at_50", "amodal_acc_at_50")]
-        lines.append(f"| {theirs or 'not in the paper'} | {mean or ''} | `{model}` | {ours[0]} | {ours[1]} |")
+        lines.append(f"| {theirs or 'not in the paper'} | {mean} | `{model}` | {ours[0]} | {ours[1]} |")
     if summary is None:
         return "\n".join(lines)
     seeds = ", ".join(map(str, summary["seeds"]))
-    return "\n".join([*lines, "", f"Profile {summary['profile']}, seeds {seeds}, revision {summary['git']}."])
+    run = f"Profile {summary['profile']}, seeds {seeds}, revision {stated_text(summary['git'])}."
+    return "\n".join([*lines, "", run])
 
 
 def _cell(summary: dict | None, key: str, model: str) -> str:
     value = summary and summary[key].get(model)
-    if not value:
-        return "not run"
-    interval = "" if value["ci95"] is None else f" [{100 * value['ci95'][0]:.1f}, {100 * value['ci95'][1]:.1f}]"
-    return f"{100 * value['mean']:.1f}{interval}"
+    return cell_text(summarised(value))
 
 
 def picture(root: Path) -> str:

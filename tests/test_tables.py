@@ -7,9 +7,10 @@ import math
 import pytest
 
 from egm_lib.data import eval_splits, split_id
+from egm_lib.readme import numbers
 from egm_lib.results import Results, paper, paper_models
 from egm_lib.tables import TABLES, build_tables
-from egm_lib.tables.cells import Number, Row, Table, to_latex, to_markdown
+from egm_lib.tables.cells import Number, Row, Table, decimal_text, to_latex, to_markdown
 
 PER_SPLIT = 10
 
@@ -39,8 +40,8 @@ def run_root(tmp_path):
     solved = {"small-base": range(5), "small-egm": range(2, 10), "large-base": range(7)}
     for task in ("vanilla", "amodal"):
         for dataset, split in eval_splits(task):
-            for model, numbers in solved.items():
-                rows = [prediction(task, dataset, split, n, model, n in numbers, 0) for n in range(PER_SPLIT)]
+            for model, hits in solved.items():
+                rows = [prediction(task, dataset, split, n, model, n in hits, 0) for n in range(PER_SPLIT)]
                 write_rows(root / "predictions" / model / f"{split_id(dataset, split)}.jsonl", rows)
     judged = [(5, "COMPLEX-PROMPT"), (6, "COMPLEX-PROMPT"), (7, "COMPLEX-PROMPT"), (8, "SMALL-OBJECT")]
     failures = [
@@ -226,8 +227,19 @@ def test_what_the_curation_dropped_is_a_share_of_what_was_answered(run_root, tmp
     assert vanilla == "" and cells(table, "traces dropped by filters, %") == [None, None]
 
 
+def test_numbers_round_as_people_do_the_same_everywhere():
+    texts = {49.05: "49.1", 100 * 0.48050: "48.1", -2.25: "-2.3", -0.04: "0.0", 1234.5: "1,234.5", 0.349999: "0.3"}
+    assert {value: decimal_text(value) for value in texts} == texts
+    assert [decimal_text(value, 1, signed=True) for value in (0.04, -0.04, 21.95)] == ["+0.0", "+0.0", "+22.0"]
+    assert decimal_text(1999.5, 0) == "2,000" and math.isnan(float(decimal_text(math.nan)))
+    values = {"small-base": {"mean": 0.4905, "ci95": [0.46, 0.51449], "n": 2000, "splits": 8}}
+    summary = {"profile": "mini", "seeds": [0, 1], "git": ["a", "b"], "acc_at_50": values, "amodal_acc_at_50": {}}
+    text = numbers(summary)
+    assert "| 49.1 [46.0, 51.4] | not run |" in text and "seeds 0, 1, revision a, b." in text
+
+
 def test_markdown_and_latex_escape_what_would_break_them():
     table = Table("table1", "50 % & more", ["a_b"], [Row("x|y", "ours", [Number(1.25, (1.0, 1.5))])], ["<note>"])
-    assert "| x/y | ours | 1.2 [1.0, 1.5] |" in to_markdown(table, "stamp")
+    assert "| x/y | ours | 1.3 [1.0, 1.5] |" in to_markdown(table, "stamp")
     latex = to_latex(table, "git #1")
     assert r"50 \% \& more" in latex and r"a\_b" in latex and r"git \#1" in latex and "$<$note$>$" in latex

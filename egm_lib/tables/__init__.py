@@ -102,7 +102,7 @@ def summary(results: Results) -> dict:
 
 def _rounded(value: Estimate | Difference) -> dict:
     return {
-        "mean": round(value.mean, 5),
-        "ci95": None if value.ci95 is None else [round(end, 5) for end in value.ci95],
+        "mean": round(value.mean, 7),
+        "ci95": None if value.ci95 is None else [round(end, 7) for end in value.ci95],
         "n": value.n,
     }

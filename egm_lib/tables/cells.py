@@ -5,12 +5,20 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
 
 from egm_lib.evaluation import Difference, Estimate
 from egm_lib.results import Results
 
 NOT_RUN = "not run"
 UNKNOWN = "not at hand"  # the paper's number, in no text that we have
+
+
+def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
+    """A number as people round it, halves away from zero: 49.05 is 49.1, though its double lies a hair below."""
+    exact = Decimal(str(round(float(value), 9)))
+    rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP) + 0  # + 0: no "-0.0"
+    return f"{rounded:{'+' if signed else ''},f}"
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,8 @@ class Number:
     signed: bool = False
 
     def __str__(self) -> str:
-        def show(value: float) -> str:
-            return f"{value:{'+' if self.signed else ''},.{self.decimals}f}"
-
-        text = show(self.value)
-        if self.ci95 is not None:
-            text += f" [{show(self.ci95[0])}, {show(self.ci95[1])}]"
-        return text
+        value, *ends = (decimal_text(each, self.decimals, self.signed) for each in (self.value, *(self.ci95 or ())))
+        return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 Cell = Number | str | None  # None: not run
@@ -65,6 +68,11 @@ def percent(value: Estimate | Difference | None, signed: bool = False) -> Cell:
     is_difference = isinstance(value, Difference)
     p = value.p_value if is_difference else None
     return Number(100 * value.mean, ci95, value.n, p, signed=signed or is_difference)
+
+
+def summarised(value: dict | None) -> Cell:
+    """A mean as summary.json has it, as percent; None where it was not run."""
+    return percent(Estimate(value["mean"], value["ci95"], value["n"])) if value else None
 
 
 def published(value: float | None, decimals: int = 1) -> Cell:
@@ -148,5 +156,7 @@ def to_latex(table: Table, stamp: str) -> str:
 
 
 def stated_text(value) -> str:
-    """What manifests state, as one line."""
+    """What manifests state, as one line; a list where several runs state different things."""
+    if isinstance(value, list):
+        return ", ".join(map(stated_text, value))
     return "not recorded" if value is None else (value if isinstance(value, str) else json.dumps(value, sort_keys=True))

@@ -11,7 +11,7 @@ from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
 from egm_lib.evaluation import Difference, Estimate, estimate, iter_rows, paired_difference, split_keys
 from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.results import Results, paper
-from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, percent, published
+from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, decimal_text, percent, published
 
 # --- Sec. 3 ----------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def table1(results: Results) -> Table:
         if not judged.empty:
             open_share = (judged["cause"] == "no majority").mean()
             table.notes.append(
-                f"{model}: {len(judged)} failures; without a majority of judges: {100 * open_share:.1f} %."
+                f"{model}: {len(judged)} failures; without a majority of judges: {decimal_text(100 * open_share)} %."
             )
     table.notes.append(
         f"Paper: {source['source']}. Ours: the cause that most judges ({', '.join(results.judges) or NOT_RUN}) name."
@@ -103,7 +103,7 @@ def _agreement(failures: pd.DataFrame) -> str:
         return "no failure was judged by all"
     everyone = table.loc["all"]
     return (
-        f"{everyone['percent']:.1f} % unanimous, Fleiss' kappa {everyone['kappa']:.2f} "
+        f"{decimal_text(everyone['percent'])} % unanimous, Fleiss' kappa {everyone['kappa']:.2f} "
         f"[{everyone['low']:.2f}, {everyone['high']:.2f}], n = {everyone['n']:.0f}"
     )
 
