@@ -10,6 +10,7 @@ Table 3 is made, is large and counted for the first seed only; so it is kept of 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tarfile
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from egm_lib.data.fetch import FetchError, unpack
 from egm_lib.data.records import atomic_open
+from egm_lib.jobs import data_job
 from egm_lib.profile import ProfileError, Run, load_profile
 
 KEPT = ("manifest.json", "selection.json", "predictions", "failures", "latency", "logs", "groups", "ablations")
@@ -77,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
             raise FileNotFoundError(f"{what}; `make reproduce PROFILE={profile.name}` makes one")
         for run in there:
             print(restore(run) if args.restore else pack(run))
+        if args.restore and not profile.data.path.exists():
+            made_by = shlex.join([".venv/bin/python", *data_job(runs[0]).command[1:]])
+            print(f"No pictures in {profile.data.path}: before `make figures` or `make gallery`, {made_by}")
     except (ProfileError, OSError, FetchError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -82,3 +82,15 @@ def test_the_command_says_what_is_missing(capsys):
     assert "no archive in" in capsys.readouterr().err
     assert archive.main(["--profile", "paper-qwen3vl-2b"]) == 2
     assert "make reproduce PROFILE=paper-qwen3vl-2b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_restore_says_where_pictures_come_from(run, monkeypatch, capsys, there):
+    monkeypatch.setattr(archive, "load_profile", lambda name: replace(run.profile, seeds=(0,)))
+    archive.pack(run)
+    shutil.rmtree(run.root)
+    if there:
+        run.profile.data.path.mkdir(parents=True)
+    assert archive.main(["--profile", "toy", "--restore"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in said) is there
