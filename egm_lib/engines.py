@@ -17,17 +17,17 @@ import regex
 import torch
 import xxhash
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, ProcessorMixin
 
 from egm_lib.decode_loop import Prefix, SamplingOptions, complete, read_inputs
-from egm_lib.models import DTYPES, load_model, load_processor
+from egm_lib.models import DTYPES, load_model, load_processor, picture_tokens
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES, Family
 from egm_lib.shared_prefix import Reader, read_prefix
 from egm_lib.vision_cache import freeze_vision
 
 THINK_END = "</think>"
-MAX_MODEL_LEN = 32_768  # tokens that vLLM sets memory aside for: ours, far beyond a picture and 4,096 tokens of answer
+MAX_MODEL_LEN = 32_768  # tokens that vLLM sets memory aside for: Table 6, for rollouts; ours, for evaluation
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,7 @@ class TransformersEngine:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.eos_ids = frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
-        config = self.model.config
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        self.suppress_ids = sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None})
+        self.suppress_ids = picture_tokens(self.model.config)
         think_end = tokenizer.convert_tokens_to_ids(THINK_END)
         self.think_end_id = None if think_end in (None, tokenizer.unk_token_id) else think_end
 
@@ -255,7 +253,7 @@ class TransformersEngine:
         prefix = self._read([request.image for request in requests], texts)
         options = SamplingOptions(
             sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k or 0,
-            tuple(self.suppress_ids), sampling.repetition_penalty,
+            self.suppress_ids, sampling.repetition_penalty,
         )  # fmt: skip
         form = None
         if not reasoning:
@@ -429,6 +427,17 @@ def data_url(image: Image.Image) -> str:
 # --- vLLM, offline -------------------------------------------------------------------------------------------------
 
 
+# No video: vLLM 0.30 tries one as it starts, in a way that transformers 5.23 refuses.
+VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
+
+
+def vllm_pictures(processor: ProcessorMixin) -> dict:
+    """vLLM's options on pictures: one a prompt, in the sizes of `processor`, whatever the checkpoint's own says."""
+    size = processor.image_processor.size
+    limits = {name: size[name] for name in ("shortest_edge", "longest_edge") if size.get(name)}  # InternVL-3: none
+    return {"limit_mm_per_prompt": VLLM_LIMITS, "mm_processor_kwargs": {"size": limits} if limits else None}
+
+
 class VLLMEngine:
     """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no GPU was at hand.
 
@@ -452,9 +461,7 @@ class VLLMEngine:
         text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
         self.llm = LLM(
             model=model_path, revision=revision, dtype=dtype, tensor_parallel_size=tensor_parallel, seed=seed,
-            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
-            limit_mm_per_prompt={"image": 1, "video": 0},
-            mm_processor_kwargs=None if max_pixels is None else {"max_pixels": max_pixels},
+            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings), **vllm_pictures(self.processor),
         )  # fmt: skip
 
     def describe(self) -> dict:

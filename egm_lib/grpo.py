@@ -10,6 +10,7 @@ Deviations from TRL, with rollouts by transformers on one process:
 2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and entropy terms are
    lost, and their tokens do not count in the token-level mean.
 3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL carries it along masked.
+With vLLM, its weight for tokens that the sampler finds more or less likely than the trainer is off: Eq. 3 has none.
 The first step of every sitting compares the trainer's log-probs with the sampler's and stops where they disagree.
 """
 
@@ -21,8 +22,9 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,15 +32,18 @@ from datasets import Dataset, Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
 from trl.trainer.utils import RepeatSampler
 
 from egm_lib.data import open_image, read_samples, resolve_image
+from egm_lib.engines import MAX_MODEL_LEN, VLLM_LIMITS, vllm_pictures
 from egm_lib.groups import SAMPLE_FIELDS, GroupKeeper
 from egm_lib.loss import group_advantages, grpo_loss
+from egm_lib.models import picture_tokens
 from egm_lib.profile import GRPO, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
 from egm_lib.reward import egm_reward
-from egm_lib.shared_prefix import Reader, SamplingOptions, sample, suffix_logps
+from egm_lib.shared_prefix import ROLLOUT_ROWS, Reader, SamplingOptions, sample, suffix_logps
 from egm_lib.training import (
     Clock,
     TimedSchedule,
@@ -60,8 +65,8 @@ from egm_lib.training import (
 from egm_lib.vision_cache import freeze_vision
 
 MODEL = "small-egm"
-MAX_LOGP_GAP = 0.1  # nats; bf16 and kernels differ by about 0.01, another prompt by about 1
-ROLLOUT_ROWS = 512  # completions sampled together: more is no faster on a CPU, and the KV cache grows
+# Nats: bf16 and kernels differ by about 0.01, a top-p of 0.9 by 0.1 at most, another prompt by about 1.
+MAX_LOGP_GAP = 0.1
 
 
 def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -> dict:
@@ -96,6 +101,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "importance_sampling_level": options.ratio_level,
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
+        "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
     }
 
 
@@ -145,10 +151,23 @@ def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
     return gap
 
 
-def collapse_picture_tokens(ids: Sequence[int], picture_token: int) -> list[int]:
-    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a longer prompt."""
-    runs = ((token, len(list(run))) for token, run in itertools.groupby(ids))
+def collapse_picture_tokens(ids: Sequence[int], picture_token: int, ends: Collection[int] = ()) -> list[int]:
+    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a longer prompt.
+
+    ends: tokens before and after a picture that vLLM puts there too (InternVL-3's); they are left out.
+    """
+    runs = ((token, len(list(run))) for token, run in itertools.groupby(ids) if token not in ends)
     return [token for token, length in runs for _ in range(1 if token == picture_token else length)]
+
+
+def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Sequence[int]]) -> None:
+    """Raises TrainingError where the sampler has read other tokens than the trainer: other answers would be trained."""
+    for ours, theirs in zip(trainer, sampler, strict=True):
+        if list(ours) != list(theirs):
+            raise TrainingError(
+                f"the sampler read a prompt of {len(theirs)} tokens, and the trainer has {len(ours)}: they expand a "
+                "picture in different ways, which the checkpoint's processor and vLLM's model of it decide."
+            )
 
 
 class EpochSampler(RepeatSampler):
@@ -209,8 +228,28 @@ class _Timed(TimedSchedule, GRPOTrainer):
         self.keeper.keep(self.state.global_step + 1, samples, texts, rewards_B, self.num_generations)
 
 
+@contextmanager
+def vllm_options(**options: object) -> Iterator[None]:
+    """Within it TRL starts its vLLM with these options besides its own, which leave no place for them."""
+    plain = getattr(vllm_generation, "LLM", None)  # None: vLLM is not installed
+    if plain is None:
+        yield
+        return
+    vllm_generation.LLM = partial(plain, **options)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = plain
+
+
 class PlainGRPO(_Timed):
     """TRL's own rollouts and loss, which equals ours (a test); with the cure for vLLM and the first step's check."""
+
+    def __init__(self, *args, rollout_dtype: str, **kwargs):
+        with vllm_options(dtype=rollout_dtype, **vllm_pictures(kwargs["processing_class"])):
+            super().__init__(*args, **kwargs)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            self.vllm_generation.generate = partial(self._generate_in_process, self.vllm_generation.generate)
 
     def _generate(self, prompts):
         began = time.perf_counter()
@@ -224,17 +263,26 @@ class PlainGRPO(_Timed):
         self._note_rewards(inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began)
         return rewards_B_1
 
-    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
-        if self.use_vllm and self.vllm_mode == "colocate" and images is not None:
-            picture_token = self.model.config.image_token_id
-            prompt_ids = [collapse_picture_tokens(ids, picture_token) for ids in prompt_ids]
-        return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+    def _generate_in_process(self, generate: Callable, prompts: list[list[int]], images: list | None, **kwargs):
+        """vLLM's `generate` with pictures as vLLM wants them; it must come to the prompts that the trainer has."""
+        if images is None:
+            return generate(prompts=prompts, images=None, **kwargs)
+        processor = self.processing_class
+        ends = [getattr(processor, f"{end}_image_token_id", None) for end in ("start", "end")]  # InternVL-3's
+        bare = [collapse_picture_tokens(ids, processor.image_token_id, ends) for ids in prompts]
+        read, *sampled = generate(prompts=bare, images=images, **kwargs)
+        check_same_prompts(prompts, read)
+        return read, *sampled
 
     def _compute_loss(self, model, inputs):
         if not self.checked and "sampling_per_token_logps" in inputs:
             keep = inputs["completion_mask"].bool() & ~inputs["sampling_per_token_logps"].isnan()
             check_same_policy(inputs["old_per_token_logps"][keep], inputs["sampling_per_token_logps"][keep])
             self.checked = True
+            # TRL brings the trainer's log-probs along where it also weights the loss by exp(trainer - sampler) summed
+            # over a completion. Eq. 3 has no such weight, and with top-p below 1 it is far below 1: the sampler's are
+            # those of a cut and renormalised distribution.
+            self.vllm_importance_sampling_correction = False
         return super()._compute_loss(model, inputs)
 
 
@@ -272,13 +320,9 @@ class SharedPrefixGRPO(_Timed):
 
     def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
         """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
-        config = self.model.config
-        suppress = [config.image_token_id, getattr(config, "video_token_id", None)]
-        suppress += [getattr(config, name, None) for name in ("vision_start_token_id", "vision_end_token_id")]
         options = SamplingOptions(
-            self.max_completion_length, self.temperature, self.top_p, self.top_k,
-            tuple(token for token in suppress if token is not None),
-        )  # fmt: skip
+            self.max_completion_length, self.temperature, self.top_p, self.top_k, picture_tokens(self.model.config)
+        )
         policy, completions, logps = self._policy(self.model), [], []
         step = max(1, ROLLOUT_ROWS // self.num_generations)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
@@ -388,6 +432,10 @@ def make_trainer(
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
     processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of Qwen3-VL-Thinking.
+    config.vllm_max_model_length = min(MAX_MODEL_LEN, model.config.get_text_config().max_position_embeddings)
+    if config.use_vllm:  # with transformers TRL sees to it itself
+        config.generation_kwargs = {"logit_bias": dict.fromkeys(picture_tokens(model.config), -100.0)}
     if len(dataset) < options.prompts_per_step:  # TRL drops what does not fill a step: it would train on nothing
         repeats = -(-options.prompts_per_step // len(dataset))
         print(f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one")
@@ -395,13 +443,14 @@ def make_trainer(
     clock, keeper = Clock(log, options.max_minutes), GroupKeeper(groups, begun_answer(processor, family))
     arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock, "keeper": keeper}
     arguments |= {"peft_config": lora_config(options.lora), "reward_weight": options.reward_weight}
+    arguments |= {"rollout_dtype": options.rollout_dtype}
     arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
     possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
     possible = possible and options.rollout == "transformers" and config.world_size == 1
     if possible if shared_prefix is None else shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
-        return SharedPrefixGRPO(train_dataset=dataset, reader=reader, rollout_dtype=options.rollout_dtype, **arguments)
+        return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainGRPO(train_dataset=dataset.cast_column("image", Image()), **arguments)
 
@@ -432,11 +481,22 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
     model, processor = load_start(start, profile.models.small, options.dtype if options.lora else "float32")
-    trainer = make_trainer(
-        model, processor, question_rows(samples, family, profile.data.path), family, options,
-        work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), groups=run.groups(task), seed=run.seed,
-    )  # fmt: skip
+    try:
+        trainer = make_trainer(
+            model, processor, question_rows(samples, family, profile.data.path), family, options,
+            work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), groups=run.groups(task), seed=run.seed,
+        )  # fmt: skip
+    except OSError as error:  # a server that does not answer is one; TRL has waited for it
+        if options.rollout != "vllm-server":
+            raise
+        raise TrainingError(f"{error} Start one, on GPUs of its own: `{server_command(start)}`") from error
     return train_to(trainer, processor, out)
+
+
+def server_command(model: str) -> str:
+    """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout: vllm-server)."""
+    limits = json.dumps(VLLM_LIMITS)
+    return f"trl vllm-serve --model {model} --max-model-len {MAX_MODEL_LEN} --limit-mm-per-prompt '{limits}'"
 
 
 def dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    InternVLProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-    Qwen3VLProcessor,
-)
+import transformers
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, ProcessorMixin
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import VIDEO_PROCESSOR_NAME
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from egm_lib.prompts import FAMILIES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class PictureProcessor(Qwen3VLProcessor):
-    """Qwen3-VL's processor without its video half, which needs torchvision."""
+class Qwen3VLProcessor(transformers.Qwen3VLProcessor):
+    """Qwen3-VL's processor without its video half, which needs torchvision.
+
+    It bears the public name because checkpoints state it, and are to be read by those who do not have this class.
+    """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
@@ -33,8 +33,8 @@ class PictureProcessor(Qwen3VLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-class TileProcessor(InternVLProcessor):
-    """InternVL-3's processor without its video half, which needs torchvision. image_seq_length: tokens of a tile."""
+class InternVLProcessor(transformers.InternVLProcessor):
+    """InternVL-3's, likewise. image_seq_length: tokens of a tile."""
 
     def __init__(self, image_processor=None, tokenizer=None, image_seq_length=256, chat_template=None, **kwargs):
         super().__init__(image_processor, tokenizer, None, image_seq_length, chat_template=chat_template, **kwargs)
@@ -67,6 +67,12 @@ def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrained
     return model.eval()
 
 
+def picture_tokens(config) -> tuple[int, ...]:
+    """Tokens of a model's vocabulary that stand for pictures and videos: an answer with one cannot be read again."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return tuple(sorted({getattr(config, name) for name in names if getattr(config, name, None) is not None}))
+
+
 def load_processor(
     path: str | Path, family: str, max_pixels: int | None = None, revision: str | None = None
 ) -> ProcessorMixin:
@@ -85,12 +91,29 @@ def load_processor(
 def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
-    place, kind = _present(path), {"qwen3-vl": PictureProcessor, "internvl-3": TileProcessor}[family]
+    place, kind = _present(path), {"qwen3-vl": Qwen3VLProcessor, "internvl-3": InternVLProcessor}[family]
     stated, _ = kind.get_processor_dict(place, **hub)
     tokenizer = AutoTokenizer.from_pretrained(place, **hub)
     template = stated.get("chat_template") or tokenizer.chat_template  # Qwen3-VL's may stand with the processor alone
     if family == "internvl-3":
         pictures = GotOcr2ImageProcessorPil.from_pretrained(place, **hub)
-        return TileProcessor(pictures, tokenizer, stated["image_seq_length"], chat_template=template)
+        return InternVLProcessor(pictures, tokenizer, stated["image_seq_length"], chat_template=template)
     pictures = Qwen2VLImageProcessorPil.from_pretrained(place, **hub)
-    return PictureProcessor(pictures, tokenizer, chat_template=template)
+    return Qwen3VLProcessor(pictures, tokenizer, chat_template=template)
+
+
+def video_half(place: str | Path) -> dict | None:
+    """What a checkpoint states of videos; None where it states nothing."""
+    try:
+        stated, _ = BaseVideoProcessor.get_video_processor_dict(place)
+    except OSError:
+        return None
+    return stated if "video_processor_type" in stated else None  # transformers falls back on what it says of pictures
+
+
+def save_processor(processor: ProcessorMixin, folder: Path, videos: dict | None) -> None:
+    """Writes a checkpoint's processor. videos: of `video_half`; we never load it, but vLLM refuses to start without."""
+    processor.save_pretrained(folder)
+    if videos:
+        text = json.dumps(videos, indent=2, sort_keys=True)
+        (folder / VIDEO_PROCESSOR_NAME).write_text(text + "\n", encoding="utf-8")

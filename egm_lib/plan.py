@@ -18,14 +18,15 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from egm_lib.engines import MAX_MODEL_LEN
 from egm_lib.profile import Profile, ProfileError, load_profile
+from egm_lib.shared_prefix import ROLLOUT_ROWS
 
 GIB = 2**30
 ADAM_BYTES = 8  # two float32 moments a trained parameter
 LOGITS_TILE = 4096 * 32768 * 4  # TRL's chunked head: tokens x vocabulary x float32, whatever the batch
 LIVE_ACTIVATIONS = 34  # bytes a token and unit of width that one layer holds in bf16 (Korthikanti et al. 2022)
 UTILISATION = 0.35  # share of the peak that training reaches: between 0.3 and 0.45 on A100 and H100
-ROLLOUTS = 256  # that vLLM decodes at once on a GPU (its max_num_seqs); the others wait, so they take no memory
 DECODE_UTILISATION = 0.05  # of decoding, which waits for memory
 
 
@@ -46,7 +47,10 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory of one GPU in GiB, and the work; `fits` leaves a tenth of the memory free."""
+    """Memory of one GPU in GiB, and the work; `fits` leaves a tenth of the memory free.
+
+    rollout_weights, kv_cache: a colocated vLLM's, its own copy of the weights whole on every GPU; together its share.
+    """
 
     stage: str
     parameters: int
@@ -57,6 +61,7 @@ class Estimate:
     reference_gib: float
     activations_gib: float
     logits_gib: float
+    rollout_weights_gib: float
     kv_cache_gib: float
     total_gib: float
     fits: bool
@@ -101,10 +106,16 @@ def estimate(
     activations = kept * text.num_hidden_layers + kept * LIVE_ACTIVATIONS / 2  # checkpoints, and one layer recomputed
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * 2
-    reference = cache = 0.0
+    reference = copy = cache = 0.0
+    enough = True
     if stage == "grpo":
         per_step, group = options.prompts_per_step, options.num_generations
-        cache = min(per_step * group / hardware.gpus, ROLLOUTS) * length * kv_token  # pages fill as tokens come
+        if options.rollout == "vllm-colocate":  # it takes its share whole: weights, and the rest for the cache
+            copy, longest = counts["total"] * 2, min(MAX_MODEL_LEN, text.max_position_embeddings) * kv_token
+            share = options.vllm_gpu_memory_utilization * hardware.memory_gib * GIB
+            enough, cache = share >= copy + longest, max(share - copy, longest)
+        elif options.rollout == "transformers":
+            cache = min(per_step * group / hardware.gpus, ROLLOUT_ROWS) * length * kv_token
         reference = counts["total"] * width if options.beta and not options.lora else 0.0
         passes = samples * group * options.num_train_epochs
         steps = math.ceil(samples / per_step) * options.num_train_epochs
@@ -119,13 +130,14 @@ def estimate(
     parts = {
         "weights_gib": weights / hardware.gpus, "gradients_gib": trained * 4 / hardware.gpus,
         "optimizer_gib": trained * ADAM_BYTES / hardware.gpus, "reference_gib": reference / hardware.gpus,
-        "activations_gib": activations, "logits_gib": LOGITS_TILE, "kv_cache_gib": cache,
+        "activations_gib": activations, "logits_gib": LOGITS_TILE, "rollout_weights_gib": copy,
+        "kv_cache_gib": cache,
     }  # fmt: skip
     parts = {name: value / GIB for name, value in parts.items()}
     total = sum(parts.values())
     return Estimate(
         stage=stage, parameters=counts["total"], trained_parameters=trained, **parts, total_gib=total,
-        fits=total <= 0.9 * hardware.memory_gib, steps=int(steps), tokens=int(passes * length),
+        fits=enough and total <= 0.9 * hardware.memory_gib, steps=int(steps), tokens=int(passes * length),
         hours=flops / (hardware.gpus * hardware.tflops * 1e12) / 3600,
     )  # fmt: skip
 
@@ -148,7 +160,7 @@ def as_text(plans: list[Estimate], hardware: Hardware) -> str:
     lines = [f"{hardware.gpus} x {hardware.memory_gib:g} GiB, {hardware.tflops:g} Tflop/s; fits: a tenth stays free"]
     for name in (field.name for field in fields(Estimate)):
         label = name.replace("_gib", ", GiB a GPU").replace("_", " ")
-        lines.append(f"{label:24s}" + "".join(f"{shown(getattr(plan, name)):>16s}" for plan in plans))
+        lines.append(f"{label:28s}" + "".join(f"{shown(getattr(plan, name)):>16s}" for plan in plans))
     return "\n".join(lines)
 
 

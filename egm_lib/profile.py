@@ -168,6 +168,7 @@ class GRPO:
     top_p: float
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
+    vllm_gpu_memory_utilization: float = 0.3  # share of each GPU that a colocated vLLM takes: TRL's default
     freeze_vision: bool
     freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
     dtype: DType

@@ -21,7 +21,7 @@ from transformers import AutoConfig, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from egm_lib import plan
-from egm_lib.models import load_model, load_processor
+from egm_lib.models import load_model, load_processor, save_processor, video_half
 from egm_lib.profile import Lora, Model, Profile, ProfileError, Run, load_profile
 from egm_lib.prompts import Family
 
@@ -151,7 +151,7 @@ def is_finished(out: Path) -> bool:
 
 def train_to(trainer, processor, out: Path) -> Path:
     """Trains (going on from the last checkpoint, if any) and puts model and processor into `out`, at once and whole."""
-    work = work_folder(out)
+    work, origin = work_folder(out), trainer.model.name_or_path
     resume = get_last_checkpoint(str(work)) if work.is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
     finished = work / "finished"
@@ -161,7 +161,7 @@ def train_to(trainer, processor, out: Path) -> Path:
         trainer.save_model(str(finished))
     if not trainer.accelerator.is_main_process:
         return out
-    processor.save_pretrained(str(finished))
+    save_processor(processor, finished, video_half(origin))
     (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to trust it
     if out.exists():
         shutil.rmtree(out)
@@ -237,6 +237,13 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
             f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on each of {gpus} "
             f"GPUs, and one has {memory_gib:.0f}: take more GPUs (launch.num_processes) or train with lora; "
             f"`python -m egm_lib.plan --profile {profile.name}` says what would do."
+        )
+    share_gib = profile.grpo.vllm_gpu_memory_utilization * memory_gib
+    if parts.rollout_weights_gib > share_gib:
+        raise TrainingError(
+            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, and its share is "
+            f"{share_gib:.0f} of {memory_gib:.0f}: raise grpo.vllm_gpu_memory_utilization, or set grpo.rollout to "
+            "vllm-server or transformers."
         )
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from datasets import Dataset
 
 from egm_lib.data import read_samples, resolve_image
+from egm_lib.engines import MAX_MODEL_LEN
 from egm_lib.profile import GRPO, Profile, Run
 from egm_lib.prompts import FAMILIES, Family
 from egm_lib.training import TrainingError, require_file, stage_command, write_text
 
 REWARD = Path(__file__).with_name("reward.py")
-CONTEXT = 32_768  # tokens, Table 6
 PROMPT = 4_096  # tokens, ours: InternVL-3's 13 tiles of 256 and the question; VeRL's default of 512 would refuse them
 
 
@@ -85,7 +85,7 @@ def verl_overrides(profile: Profile, seed: int, *, model: Path, train: Path, out
         f"{rollout}.top_p": grpo.top_p,
         f"{rollout}.top_k": -1 if grpo.top_k is None else grpo.top_k,
         f"{rollout}.dtype": grpo.rollout_dtype,
-        f"{rollout}.max_model_len": CONTEXT,
+        f"{rollout}.max_model_len": MAX_MODEL_LEN,
         f"{rollout}.log_prob_micro_batch_size_per_gpu": rows,
         "custom_reward_function.path": str(REWARD),
         "custom_reward_function.name": "compute_score",

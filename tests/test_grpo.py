@@ -1,8 +1,10 @@
 """GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are not one policy."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import requests
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
@@ -12,6 +14,7 @@ from egm_lib import grpo as grpo_module
 from egm_lib.groups import read_groups
 from egm_lib.grpo import (
     check_same_policy,
+    check_same_prompts,
     collapse_picture_tokens,
     make_reward,
     make_trainer,
@@ -21,7 +24,7 @@ from egm_lib.grpo import (
     grpo_options as trl_options,
 )
 from egm_lib.loss import group_advantages
-from egm_lib.profile import Lora
+from egm_lib.profile import Lora, Run, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import TrainingError, train_to, work_folder
 from egm_lib.viewer import TraceViewer
@@ -258,14 +261,22 @@ def test_nan_is_no_agreement():
         check_same_policy(torch.tensor([float("nan")]), torch.tensor([0.0]))
 
 
-@pytest.mark.parametrize(("ids", "collapsed"), [
-    ([1, 9, 9, 9, 2], [1, 9, 2]),
-    ([9, 9, 1, 9, 9, 9], [9, 1, 9]),  # two pictures
-    ([1, 1, 2], [1, 1, 2]),  # other repeated tokens stay
-    ([], []),
+@pytest.mark.parametrize(("ids", "ends", "collapsed"), [
+    ([1, 9, 9, 9, 2], (), [1, 9, 2]),
+    ([9, 9, 1, 9, 9, 9], (), [9, 1, 9]),  # two pictures
+    ([1, 1, 2], (), [1, 1, 2]),  # other repeated tokens stay
+    ([1, 7, 9, 9, 8, 2], (7, 8), [1, 9, 2]),  # InternVL-3's ends, which vLLM puts there
+    ([1, 7, 9, 9, 8, 2], (None, None), [1, 7, 9, 8, 2]),
+    ([], (), []),
 ])  # fmt: skip
-def test_picture_tokens_collapse_to_one_a_picture(ids, collapsed):
-    assert collapse_picture_tokens(ids, 9) == collapsed
+def test_picture_tokens_collapse_to_one_a_picture(ids, ends, collapsed):
+    assert collapse_picture_tokens(ids, 9, ends) == collapsed
+
+
+def test_a_sampler_that_reads_another_prompt_is_stopped():
+    check_same_prompts([[1, 9, 9, 2]], [(1, 9, 9, 2)])
+    with pytest.raises(TrainingError, match="read a prompt of 5 tokens, and the trainer has 4"):
+        check_same_prompts([[1, 9, 9, 2]], [[1, 9, 9, 9, 2]])
 
 
 def test_reward_sees_what_the_template_has_begun(world):
@@ -289,6 +300,22 @@ def test_vllm_without_a_gpu_is_said_before_anything_starts():
     grpo_module.check_rollout(grpo_options())
     with pytest.raises(TrainingError, match="sees no GPU here"):
         grpo_module.check_rollout(grpo_options(rollout="vllm-colocate"))
+
+
+def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_path, monkeypatch):
+    def wait(*args, **kwargs):
+        raise requests.ConnectionError("The vLLM server can't be reached after 240.0 seconds.")
+
+    base = load_profile("smoke")
+    served = replace(base, grpo=replace(base.grpo, rollout="vllm-server"))
+    monkeypatch.setattr(Run, "root", property(lambda run: tmp_path))
+    monkeypatch.setattr(grpo_module, "check_rollout", lambda options: None)
+    monkeypatch.setattr(grpo_module, "require_checkpoint", lambda *args: world[0])
+    monkeypatch.setattr(grpo_module, "require_file", lambda *args: tmp_path)
+    monkeypatch.setattr(grpo_module, "read_samples", lambda path: world[1])
+    monkeypatch.setattr(grpo_module, "make_trainer", wait)
+    with pytest.raises(TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model .*\"video\": 0"):
+        grpo_module.run_grpo(Run(served, 0), "vanilla")
 
 
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):

@@ -9,9 +9,10 @@ from tiny_qwen import tiny_qwen
 from transformers import Qwen3VLConfig
 
 from egm_lib import grpo, sft
-from egm_lib.plan import ROLLOUTS, Hardware, PlanError, count_parameters, estimate, lora_parameters, main
+from egm_lib.plan import Hardware, PlanError, count_parameters, estimate, lora_parameters, main
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
+from egm_lib.shared_prefix import ROLLOUT_ROWS
 from egm_lib.training import freeze_tower, lora_config
 
 ONE = Hardware(gpus=1, memory_gib=80, tflops=312)
@@ -50,15 +51,19 @@ def test_several_gpus_share_the_state_and_the_work():
     assert one.optimizer_gib == pytest.approx(8 * one.trained_parameters / 2**30)
 
 
-def test_real_sizes_say_what_everyone_knows():
-    """An 8B model's full training does not fit one GPU of 80 GiB, fits eight; LoRA fits one."""
-    config = Qwen3VLConfig(
+def qwen_8b() -> Qwen3VLConfig:
+    return Qwen3VLConfig(
         text_config={"vocab_size": 151_936, "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32,
                      "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12_288},
         vision_config={"depth": 27, "hidden_size": 1152, "num_heads": 16, "intermediate_size": 4304,
                        "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
         tie_word_embeddings=False,
     )  # fmt: skip
+
+
+def test_real_sizes_say_what_everyone_knows():
+    """An 8B model's full training does not fit one GPU of 80 GiB, fits eight; LoRA fits one."""
+    config = qwen_8b()
     full, lora = profile(), profile(lora=Lora(r=16, alpha=32))
     assert 8.0e9 < estimate(full, config, "sft", ONE, samples=1000).parameters < 9.5e9
     assert not estimate(full, config, "sft", ONE, samples=1000).fits
@@ -80,9 +85,21 @@ def test_no_gpu_is_no_plan():
 
 def test_rollouts_that_wait_take_no_memory():
     config, base = tiny_qwen()[0].config, load_profile("paper-qwen3vl-8b")
-    few, many = (replace(base, grpo=replace(base.grpo, prompts_per_step=count)) for count in (1, 4096))
+    grpo_ = replace(base.grpo, rollout="transformers")
+    few, many = (replace(base, grpo=replace(grpo_, prompts_per_step=count)) for count in (1, 4096))
     small, large = (estimate(each, config, "grpo", ONE, samples=100).kv_cache_gib for each in (few, many))
-    assert large == pytest.approx(small * ROLLOUTS / base.grpo.num_generations)
+    assert large == pytest.approx(small * ROLLOUT_ROWS / base.grpo.num_generations)
+
+
+@pytest.mark.parametrize(("share", "memory_gib", "fits"), [(0.3, 80, True), (0.2, 80, False), (0.3, 40, False)])
+def test_a_colocated_vllm_needs_room_for_its_weights_and_a_whole_context(share, memory_gib, fits):
+    """8.8 billion parameters of 2 bytes are 16 GiB; 32,768 tokens x 36 layers x 2 x 8 heads x 128 x 2 bytes, 4.5."""
+    base, hardware = load_profile("paper-qwen3vl-8b"), Hardware(gpus=8, memory_gib=memory_gib, tflops=312)
+    base = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
+    plan = estimate(base, qwen_8b(), "grpo", hardware, samples=1000)
+    assert plan.fits == fits
+    assert plan.rollout_weights_gib == pytest.approx(plan.parameters * 2 / 2**30)
+    assert plan.rollout_weights_gib + plan.kv_cache_gib == pytest.approx(max(share * memory_gib, 16.3 + 4.5), rel=0.01)
 
 
 def test_the_command_prints_a_table_or_json(capsys):

@@ -4,15 +4,18 @@ import argparse
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from PIL import Image
-from training_world import make_samples, moved_names, sft_options, store_model, stored
+from training_world import VIDEOS, make_samples, moved_names, sft_options, store_model, stored
 from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import grpo, sft, training
+from egm_lib.models import video_half
 from egm_lib.plan import count_parameters
 from egm_lib.profile import Lora, Model, Run, load_profile
 from egm_lib.prompts import FAMILIES
@@ -123,6 +126,13 @@ def test_eight_small_batches_equal_one_large(world, internvl_world, tmp_path, fa
     assert losses(tmp_path / "large/log.jsonl") == pytest.approx(losses(tmp_path / "small/log.jsonl"), abs=1e-5)
 
 
+def check_readable(out, family):
+    """Others read it, vLLM first: it states transformers' own class, and of videos what its start states."""
+    stated = json.loads((out / "processor_config.json").read_text())["processor_class"]
+    assert getattr(transformers, stated).__module__.startswith("transformers.")
+    assert video_half(out) == VIDEOS[family]
+
+
 @pytest.mark.parametrize(("merger", "lora", "moves"), [
     (True, None, ("language_model", "lm_head")),
     (False, None, ("language_model", "lm_head", "merger")),
@@ -135,6 +145,7 @@ def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
     assert moved and all(any(part in name for part in moves) for name in moved)
     assert any("language_model.layers" in name for name in moved)
     assert not any("visual.blocks" in name or "patch_embed" in name for name in moved)
+    check_readable(out, "qwen3-vl")
 
 
 @pytest.mark.parametrize(("merger", "lora", "moves"), [
@@ -144,7 +155,9 @@ def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
 ])  # fmt: skip
 def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merger, lora, moves):
     trainer, processor = trainer_of(internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora)
-    moved = moved_names(internvl_world[0], train_to(trainer, processor, tmp_path / "out"))
+    out = train_to(trainer, processor, tmp_path / "out")
+    check_readable(out, "internvl-3")
+    moved = moved_names(internvl_world[0], out)
     assert all(any(part in name for name in moved) for part in moves if part != "lm_head")  # tied to the embeddings
     assert all(any(part in name for part in moves) and "vision_tower" not in name for name in moved)
 
@@ -254,6 +267,19 @@ def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         with pytest.raises(TrainingError, match="more GPUs") if refused else nullcontext():
             check_memory(profile, "sft", place)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.3, False), (0.001, True)])
+def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_is_loaded(
+    world, monkeypatch, share, refused
+):
+    base, place = load_profile("paper-qwen3vl-8b"), str(world[0])
+    profile = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
+    memory = 100 * count_parameters(AutoConfig.from_pretrained(place))["total"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    with pytest.raises(TrainingError, match="raise grpo.vllm_gpu_memory_utilization") if refused else nullcontext():
+        check_memory(profile, "grpo", place)
 
 
 @pytest.mark.parametrize("stage", [sft, grpo])

@@ -5,7 +5,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from egm_lib.models import TileProcessor
+from egm_lib.models import InternVLProcessor
 
 PICTURE = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
            "video_token": "<video>"}  # fmt: skip
@@ -29,7 +29,7 @@ def tiny_internvl(seed: int = 0):
     config = InternVLConfig(
         text_config={
             "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "initializer_range": 0.2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 96, "initializer_range": 0.2,
             "eos_token_id": token_id(SPECIAL[2]), "pad_token_id": token_id(SPECIAL[0]), "tie_word_embeddings": True,
         },
         vision_config={
@@ -45,4 +45,4 @@ def tiny_internvl(seed: int = 0):
     pictures = GotOcr2ImageProcessorPil(
         size={"height": TILE_PX, "width": TILE_PX}, crop_to_patches=True, min_patches=1, max_patches=4
     )
-    return model, TileProcessor(pictures, tokenizer, TILE_TOKENS, chat_template=TEMPLATE)
+    return model, InternVLProcessor(pictures, tokenizer, TILE_TOKENS, chat_template=TEMPLATE)

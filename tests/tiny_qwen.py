@@ -5,7 +5,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from egm_lib.models import PictureProcessor
+from egm_lib.models import Qwen3VLProcessor
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
@@ -46,4 +46,4 @@ def tiny_qwen(seed: int = 0):
     images = Qwen2VLImageProcessorPil(
         patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 256, "longest_edge": 4096}
     )
-    return model, PictureProcessor(images, tokenizer, chat_template=TEMPLATE)
+    return model, Qwen3VLProcessor(images, tokenizer, chat_template=TEMPLATE)

@@ -8,16 +8,20 @@ from PIL import Image
 from tiny_internvl import tiny_internvl
 from tiny_qwen import tiny_qwen
 
-from egm_lib.models import load_model, load_processor
+from egm_lib.models import load_model, load_processor, save_processor
 from egm_lib.profile import GRPO, SFT
 
 SIZE_PX = 64
+VIDEOS = {
+    "qwen3-vl": {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": 8, "merge_size": 2},
+    "internvl-3": {"video_processor_type": "InternVLVideoProcessor"},
+}
 
 
 def store_model(folder: Path, family: str = "qwen3-vl") -> Path:
     model, processor = {"qwen3-vl": tiny_qwen, "internvl-3": tiny_internvl}[family]()
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_processor(processor, folder, VIDEOS[family])
     processor.tokenizer.save_pretrained(folder)  # with the chat template, as the shipped checkpoints have it
     return folder
 

@@ -5,6 +5,8 @@ Widths are equal, so that tower, mergers and embeddings are the very same tensor
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -101,23 +103,25 @@ def processor(tokenizer):
     """The miniature's processor: pictures of exactly SIZE_PX square, no resizing."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from egm_lib.models import PictureProcessor
+    from egm_lib.models import Qwen3VLProcessor
 
     area = SIZE_PX * SIZE_PX
     pictures = Qwen2VLImageProcessorPil(
         patch_size=PATCH_PX, merge_size=MERGE, temporal_patch_size=2,
         size={"shortest_edge": area, "longest_edge": area}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )
-    return PictureProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+    return Qwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def save(model, folder) -> None:
     """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers needs to load it."""
     from egm_lib.mini.tokens import build_tokenizer
+    from egm_lib.models import save_processor
 
     tokenizer = build_tokenizer()
     model.model.language_model.config._attn_implementation = "sdpa"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    processor(tokenizer).save_pretrained(folder)
+    videos = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": PATCH_PX, "merge_size": MERGE}
+    save_processor(processor(tokenizer), Path(folder), videos | {"temporal_patch_size": 2})
