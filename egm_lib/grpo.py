@@ -489,14 +489,14 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     except OSError as error:  # a server that does not answer is one; TRL has waited for it
         if options.rollout != "vllm-server":
             raise
-        raise TrainingError(f"{error} Start one, on GPUs of its own: `{server_command(start)}`") from error
+        raise TrainingError(f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`") from error
     return train_to(trainer, processor, out)
 
 
-def server_command(model: str) -> str:
+def server_command(model: str, options: GRPO) -> str:
     """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout: vllm-server)."""
-    limits = json.dumps(VLLM_LIMITS)
-    return f"trl vllm-serve --model {model} --max-model-len {MAX_MODEL_LEN} --limit-mm-per-prompt '{limits}'"
+    own = f"--dtype {options.rollout_dtype} --max-model-len {MAX_MODEL_LEN}"
+    return f"trl vllm-serve --model {model} {own} --limit-mm-per-prompt '{json.dumps(VLLM_LIMITS)}'"
 
 
 def dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:

@@ -2,10 +2,12 @@
 
 import json
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from toy_run import write_run
 
-from egm_lib.figures import FIGURES, build_figures, lot, main
+from egm_lib.figures import FIGURES, _curve, build_figures, lot, main
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,17 @@ def test_every_figure_is_drawn_from_a_whole_run_and_listed(toy):
     listed = json.loads((folder / "figures" / "figures.json").read_text())
     assert [each["name"] for each in listed] == list(FIGURES)
     assert all(bool(each["caption"]) != bool(each["not_run"]) for each in listed)
+
+
+def test_bands_of_training_curves():
+    """Two seeds: from one to the other. Three: the t interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3)."""
+    for seeds, expected in ((1, (1.0, 1.0)), (2, (1.0, 2.0)), (3, (2 - 2.4842, 2 + 2.4842))):
+        ax = Figure().subplots()
+        frames = [pd.DataFrame({"step": range(1, 21), "loss": float(seed)}) for seed in range(1, seeds + 1)]
+        _curve(ax, frames, "loss", "vanilla")
+        [band] = ax.collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx(expected, abs=1e-3)
 
 
 def test_absent_files_are_not_run_and_an_old_figure_does_not_stay(toy, tmp_path):

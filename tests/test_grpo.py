@@ -1,6 +1,7 @@
 """GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are not one policy."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
+from trl.scripts.vllm_serve import make_parser
 
 from egm_lib import grpo as grpo_module
 from egm_lib.groups import read_groups
@@ -314,8 +316,12 @@ def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_p
     monkeypatch.setattr(grpo_module, "require_file", lambda *args: tmp_path)
     monkeypatch.setattr(grpo_module, "read_samples", lambda path: world[1])
     monkeypatch.setattr(grpo_module, "make_trainer", wait)
-    with pytest.raises(TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model .*\"video\": 0"):
+    with pytest.raises(TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model ") as stopped:
         grpo_module.run_grpo(Run(served, 0), "vanilla")
+    words = shlex.split(str(stopped.value).split("`")[1])
+    options, others = make_parser().parse_args_and_config(words[2:], return_remaining_strings=True)
+    assert (options.model, options.dtype, options.max_model_len) == (str(world[0]), served.grpo.rollout_dtype, 32_768)
+    assert others == ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']  # goes on to vLLM as it is
 
 
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):
