@@ -108,7 +108,8 @@ def video_half(place: str | Path) -> dict | None:
         stated, _ = BaseVideoProcessor.get_video_processor_dict(place)
     except OSError:
         return None
-    return stated if "video_processor_type" in stated else None  # transformers falls back on what it says of pictures
+    of_pictures = "image_processor_type" in stated and "video_processor_type" not in stated  # transformers falls back
+    return None if of_pictures else stated
 
 
 def save_processor(processor: ProcessorMixin, folder: Path, videos: dict | None) -> None:

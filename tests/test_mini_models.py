@@ -13,7 +13,7 @@ from egm_lib.mini import pretrain
 from egm_lib.mini.models import build, encode_pictures, patchify, processor, save
 from egm_lib.mini.tokens import NUMBERS, build_tokenizer
 from egm_lib.mini.vision import scene_batch
-from egm_lib.models import load_model, load_processor
+from egm_lib.models import load_model, load_processor, video_half
 from egm_lib.prompts import FAMILIES
 
 
@@ -141,3 +141,15 @@ def test_the_shipped_bases_look_through_the_same_eyes():
     small, large = (load_model(pretrain.SHIPPED / size).model.visual.state_dict() for size in ("small", "large"))
     assert small.keys() == large.keys()
     assert all(torch.equal(small[name], large[name]) for name in small)
+
+
+@pytest.mark.parametrize(("files", "videos"), [
+    ({}, None),
+    ({"preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"}}, None),
+    ({"video_preprocessor_config.json": {"patch_size": 8}}, {"patch_size": 8}),
+    ({"processor_config.json": {"video_processor": {"video_processor_type": "X"}}}, {"video_processor_type": "X"}),
+])  # fmt: skip
+def test_what_a_checkpoint_states_of_videos(tmp_path, files, videos):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert video_half(tmp_path) == videos
