@@ -1,9 +1,11 @@
-"""CPU seconds of a training step: TRL's plain path, the same with the vision cache, and ours (shared prefix).
+"""Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache, ours (shared prefix).
 
     python benchmarks/bench_training.py grpo --way plain|cache|ours [--dtype bfloat16] [--steps 2]
+    python benchmarks/bench_training.py grpo --way plain|cache|ours --size 8b --lora 16 --dtype bfloat16 --rows 16
 
-One way a process, so that each has its own peak memory. CPU time, not wall time: other work does not count.
-Rewards are drawn at random in half of the groups and equal in the others: the share of mixed groups is the same.
+One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's: other work does
+not count. Rewards are drawn at random in half of the groups and equal in the others: the share of mixed groups is the
+same. Sizes of Qwen3-VL have its shapes and vocabulary and random weights; without LoRA there is no KL (no reference).
 """
 
 from __future__ import annotations
@@ -18,31 +20,39 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from transformers import Qwen3VLForConditionalGeneration, TrainerCallback
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib import grpo, sft
-from egm_lib.data import read_train
-from egm_lib.mini.models import build, save
+from egm_lib.data import read_samples
+from egm_lib.mini.models import build, config, save
 from egm_lib.mini.tokens import build_tokenizer
-from egm_lib.models import load_model, load_processor
-from egm_lib.profile import load_profile
+from egm_lib.mini.world import write_split
+from egm_lib.models import DTYPES, Qwen3VLProcessor, load_model, load_processor
+from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import logged_minutes
 from egm_lib.vision_cache import freeze_vision
 
 
 class Stopwatch(TrainerCallback):
-    """CPU seconds of each step; the first one, which fills caches, apart."""
+    """Seconds of each step; the first one, which fills caches, apart."""
 
     def __init__(self):
         self.at: list[float] = []
 
+    def now(self) -> float:
+        if not torch.cuda.is_available():
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.at:
-            self.at.append(time.process_time())
+            self.at.append(self.now())
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.at.append(time.process_time())
+        self.at.append(self.now())
 
 
 def half_random(group_size: int):
@@ -54,10 +64,60 @@ def half_random(group_size: int):
     return reward
 
 
-def random_small(folder: Path) -> str:
-    """The miniature's small model with random weights: it rarely ends an answer, so every way writes as many tokens."""
-    save(build("small", build_tokenizer(), seed=0), folder)
-    return str(folder)
+# Qwen3-VL's configurations: hidden, layers, heads, intermediate, tied; vision: depth, hidden, intermediate, deepstack.
+SIZES = {
+    "2b": (2048, 28, 16, 6144, True, 24, 1024, 4096, (5, 11, 17)),
+    "4b": (2560, 36, 32, 9728, True, 24, 1024, 4096, (5, 11, 17)),
+    "8b": (4096, 36, 32, 12_288, False, 27, 1152, 4304, (8, 16, 24)),
+}
+SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens a picture
+
+
+def random_model(size: str, dtype: str):
+    """(model, processor) with random weights: it rarely ends an answer, so every way writes as many tokens."""
+    tokenizer = build_tokenizer()
+    if size == "mini":
+        folder = Path(tempfile.mkdtemp())
+        save(build("small", tokenizer, seed=0), folder)
+        return load_model(folder), load_processor(folder, "qwen3-vl")
+    width, layers, heads, between, tied, depth, tower, tower_between, deepstack = SIZES[size]
+    shape = config("small", tokenizer)
+    for name, value in {
+        "vocab_size": 151_936, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": between, "initializer_range": 0.02,
+        "max_position_embeddings": 32_768, "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
+                            "mrope_interleaved": True},
+    }.items():  # fmt: skip
+        setattr(shape.text_config, name, value)
+    for name, value in {
+        "depth": depth, "hidden_size": tower, "num_heads": 16, "intermediate_size": tower_between, "patch_size": 16,
+        "out_hidden_size": width, "num_position_embeddings": 2304, "deepstack_visual_indexes": list(deepstack),
+    }.items():  # fmt: skip
+        setattr(shape.vision_config, name, value)
+    shape.tie_word_embeddings = tied
+    torch.set_default_dtype(DTYPES[dtype])
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3VLForConditionalGeneration(shape)
+    torch.set_default_dtype(torch.float32)
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=16, merge_size=2, temporal_patch_size=2,
+        size={"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    return model.eval(), Qwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def drawn_samples(folder: Path, count: int) -> list[dict]:
+    (folder / "images").mkdir()
+    write_split(folder, "validation.jsonl", count)
+    return list(read_samples(folder / "validation.jsonl"))
+
+
+def peak_mb() -> int:
+    """Of GPU memory where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def main() -> None:
@@ -68,26 +128,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a GRPO step")
     parser.add_argument("--rows", type=int, default=128, help="rows of a batch; of a part of the step in GRPO")
+    parser.add_argument("--tokens", type=int, default=48, help="of a completion in GRPO")
+    parser.add_argument("--size", choices=("mini", *SIZES), default="mini")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     profile, family = load_profile("mini"), FAMILIES["qwen3-vl"]
-    place = random_small(Path(tempfile.mkdtemp()))
-    model, processor = load_model(place), load_processor(place, family.name)
-    samples = list(read_train(profile.data.path, "vanilla", "selection", 256))
+    model, processor = random_model(args.size, args.dtype if args.lora else "float32")
     scratch = Path(tempfile.mkdtemp())
+    samples = drawn_samples(scratch, 256)
+    lora = Lora(r=args.lora, alpha=2 * args.lora) if args.lora else None
     if args.way == "cache":
         freeze_vision(model)
     common = {"work": scratch, "log": scratch / "log.jsonl", "seed": 0, "shared_prefix": args.way == "ours"}
     if args.stage == "sft":
         samples = [{**sample, "reasoning": " ".join([sample["expression"]] * 3)} for sample in samples]
         options = replace(profile.sft, max_minutes=None, max_steps=args.steps, per_device_train_batch_size=args.rows,
-                          num_train_epochs=1000.0, dtype=args.dtype)  # fmt: skip
-        rows = sft.answer_rows(samples, family, profile.data.path, reasoning=True, grid=20, label=False)
+                          num_train_epochs=1000.0, dtype=args.dtype, lora=lora)  # fmt: skip
+        rows = sft.answer_rows(samples, family, scratch, reasoning=True, grid=20, label=False)
         trainer = sft.make_trainer(model, processor, rows, family, options, **common)
     else:
         options = replace(profile.grpo, max_minutes=None, max_steps=args.steps, prompts_per_step=args.prompts,
-                          per_device_train_batch_size=args.rows, max_completion_length=48, dtype=args.dtype)
-        rows = grpo.question_rows(samples, family, profile.data.path)
+                          per_device_train_batch_size=args.rows, max_completion_length=args.tokens, dtype=args.dtype,
+                          beta=profile.grpo.beta if lora or args.size == "mini" else 0.0, lora=lora)  # fmt: skip
+        rows = grpo.question_rows(samples, family, scratch)
         common |= {"reward": half_random(options.num_generations), "groups": scratch / "groups.jsonl"}
         trainer = grpo.make_trainer(model, processor, rows, family, options, **common)
     watch = Stopwatch()
@@ -96,10 +160,11 @@ def main() -> None:
     seconds = [round(b - a, 3) for a, b in zip(watch.at, watch.at[1:], strict=False)]
     last = [json.loads(line) for line in common["log"].read_text().splitlines()][-2]
     print(json.dumps({
-        "stage": args.stage, "way": args.way, "dtype": args.dtype, "rows": args.rows, "cpu_s_first": seconds[0],
-        "cpu_s_step": round(sum(seconds[1:]) / max(1, len(seconds) - 1), 3),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU", "size": args.size,
+        "stage": args.stage, "way": args.way, "dtype": args.dtype, "lora": args.lora, "rows": args.rows,
+        "s_first": seconds[0], "s_step": round(sum(seconds[1:]) / max(1, len(seconds) - 1), 3),
         "wall_minutes": round(logged_minutes(common["log"]), 2),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mb": peak_mb(),
         "last": {key: last[key] for key in sorted(last) if key.startswith(("time/", "completions/mean", "tokens"))},
     }))  # fmt: skip
 
