@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import Qwen3VLForConditionalGeneration, TrainerCallback
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib import grpo, sft
@@ -64,12 +64,22 @@ def half_random(group_size: int):
     return reward
 
 
-# Qwen3-VL's configurations: hidden, layers, heads, intermediate, tied; vision: depth, hidden, intermediate, deepstack.
-SIZES = {
-    "2b": (2048, 28, 16, 6144, True, 24, 1024, 4096, (5, 11, 17)),
-    "4b": (2560, 36, 32, 9728, True, 24, 1024, 4096, (5, 11, 17)),
-    "8b": (4096, 36, 32, 12_288, False, 27, 1152, 4304, (8, 16, 24)),
-}
+TOWER = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
+SMALL_TOWER = TOWER | {
+    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17],
+}  # fmt: skip
+LARGE_TOWER = TOWER | {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24],
+}  # fmt: skip
+SIZES = {  # Qwen3-VL's: its language model and its tower
+    "2b": ({"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144,
+            "tie_word_embeddings": True}, SMALL_TOWER),
+    "4b": ({"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728,
+            "tie_word_embeddings": True}, SMALL_TOWER),
+    "8b": ({"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12_288,
+            "tie_word_embeddings": False}, LARGE_TOWER),
+}  # fmt: skip
+TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens a picture
 
 
@@ -80,22 +90,16 @@ def random_model(size: str, dtype: str):
         folder = Path(tempfile.mkdtemp())
         save(build("small", tokenizer, seed=0), folder)
         return load_model(folder), load_processor(folder, "qwen3-vl")
-    width, layers, heads, between, tied, depth, tower, tower_between, deepstack = SIZES[size]
-    shape = config("small", tokenizer)
-    for name, value in {
-        "vocab_size": 151_936, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": between, "initializer_range": 0.02,
-        "max_position_embeddings": 32_768, "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
-                            "mrope_interleaved": True},
-    }.items():  # fmt: skip
-        setattr(shape.text_config, name, value)
-    for name, value in {
-        "depth": depth, "hidden_size": tower, "num_heads": 16, "intermediate_size": tower_between, "patch_size": 16,
-        "out_hidden_size": width, "num_position_embeddings": 2304, "deepstack_visual_indexes": list(deepstack),
-    }.items():  # fmt: skip
-        setattr(shape.vision_config, name, value)
-    shape.tie_word_embeddings = tied
+    own, tower = SIZES[size]
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    ids = config("small", tokenizer)  # the miniature's vocabulary is the beginning of theirs
+    shape = Qwen3VLConfig(
+        text_config=own | {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope,
+                           "max_position_embeddings": 32_768, "pad_token_id": tokenizer.pad_token_id,
+                           "eos_token_id": tokenizer.eos_token_id},
+        vision_config=tower | {"out_hidden_size": own["hidden_size"]}, tie_word_embeddings=own["tie_word_embeddings"],
+        **{name: getattr(ids, name) for name in TOKENS},
+    )  # fmt: skip
     torch.set_default_dtype(DTYPES[dtype])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3VLForConditionalGeneration(shape)

@@ -100,8 +100,8 @@ def _headline(summary: dict | None) -> str:
 def _percent(value: dict | None) -> str:
     if value is None:
         return '<span class="not-run">not run</span>'
-    mean, *interval = str(summarised(value)).split(" ", 1)
-    return f"{mean} {''.join(f'<small>{ends}</small>' for ends in interval)}"
+    mean, interval = summarised(value).texts()
+    return f"{mean} {interval and f'<small>{interval}</small>'}"
 
 
 def _figure(drawn: dict, folder: Path) -> str:

@@ -442,8 +442,8 @@ def make_trainer(
         dataset = Dataset.from_list(list(dataset) * repeats)
     clock, keeper = Clock(log, options.max_minutes), GroupKeeper(groups, begun_answer(processor, family))
     arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock, "keeper": keeper}
-    arguments |= {"peft_config": lora_config(options.lora), "reward_weight": options.reward_weight}
-    arguments |= {"rollout_dtype": options.rollout_dtype}
+    arguments |= {"peft_config": lora_config(options.lora), "rollout_dtype": options.rollout_dtype}
+    arguments |= {"reward_weight": options.reward_weight}
     arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
     possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
     possible = possible and options.rollout == "transformers" and config.world_size == 1

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
+from trl.generation import vllm_generation
 from trl.scripts.vllm_serve import make_parser
 
 from egm_lib import grpo as grpo_module
@@ -302,6 +304,20 @@ def test_vllm_without_a_gpu_is_said_before_anything_starts():
     grpo_module.check_rollout(grpo_options())
     with pytest.raises(TrainingError, match="sees no GPU here"):
         grpo_module.check_rollout(grpo_options(rollout="vllm-colocate"))
+
+
+def test_vllm_is_started_with_what_the_profile_says_and_trl_does_not(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_generation, "LLM", dict, raising=False)
+    with grpo_module.vllm_options(dtype="float16"):
+        assert vllm_generation.LLM(model="x") == {"model": "x", "dtype": "float16"}
+    assert vllm_generation.LLM is dict
+    started = {}
+    monkeypatch.setattr(grpo_module, "vllm_options", lambda **options: nullcontext(started.update(options)))
+    trainer, processor = trainer_of(world, tmp_path, shared=False, rollout_dtype="float16")
+    size = processor.image_processor.size
+    assert started["dtype"] == "float16" and started["limit_mm_per_prompt"] == {"image": 1, "video": 0}
+    assert started["mm_processor_kwargs"]["size"] == {name: size[name] for name in ("shortest_edge", "longest_edge")}
+    assert trainer.args.vllm_max_model_length == 32_768 < trainer.model.config.text_config.max_position_embeddings
 
 
 def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """vLLM on a CPU (`make test-vllm`): answers are transformers', a bound form binds, GRPO samples what it trains."""
 
 import json
-from pathlib import Path
 
 import pytest
 import regex
@@ -30,16 +29,11 @@ def installed():
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> tuple[Path, list[dict]]:
+def requests(tmp_path_factory) -> list[Request]:
     folder = tmp_path_factory.mktemp("scenes")
     (folder / "images").mkdir()
     write_split(folder, "validation.jsonl", 64)
-    return folder, [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def requests(scenes) -> list[Request]:
-    folder, rows = scenes
+    rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     return [Request(open_image(folder / row["image"]), FAMILY.prompt(row["expression"], "vanilla")) for row in rows]
 
 

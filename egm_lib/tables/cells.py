@@ -33,8 +33,12 @@ class Number:
     signed: bool = False
 
     def __str__(self) -> str:
+        return " ".join(filter(None, self.texts()))
+
+    def texts(self) -> tuple[str, str]:
+        """The value, and its interval in brackets or nothing."""
         value, *ends = (decimal_text(each, self.decimals, self.signed) for each in (self.value, *(self.ci95 or ())))
-        return f"{value} [{', '.join(ends)}]" if ends else value
+        return value, f"[{', '.join(ends)}]" if ends else ""
 
 
 Cell = Number | str | None  # None: not run
