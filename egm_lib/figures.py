@@ -40,7 +40,7 @@ from egm_lib.profile import ProfileError, Run, load_profile
 from egm_lib.results import Results, paper
 from egm_lib.tables.cells import decimal_text
 from egm_lib.tables.own import latency_stats
-from egm_lib.tables.published import cause_shares
+from egm_lib.tables.published import cause_shares, counted_failures
 
 SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
 DRAWS = 1000  # of a bootstrap
@@ -172,11 +172,8 @@ def _millions(size: int | None) -> str:
 
 def fig2(material: Material) -> tuple[Figure, str]:
     results = material.results
-    shares = {
-        model: cause_shares(causes, DRAWS)
-        for model in (SMALL, LARGE)
-        if not (causes := results.majority_causes(model)).empty
-    }
+    judged = {model: results.majority_causes(model) for model in (SMALL, LARGE)}
+    shares = {model: cause_shares(causes, DRAWS) for model, causes in judged.items() if not causes.empty}
     if not shares:
         raise NotRun("no judged failures (notebook 01)")
     source = paper("table1")
@@ -193,8 +190,9 @@ def fig2(material: Material) -> tuple[Figure, str]:
         values = [by_cause[cause] for cause in causes]
         style = look(model)
         hatch = "///" if model == LARGE else ""
+        total = counted_failures(values[0].n, judged[model]["seed"].nunique())
         ax.barh(y, [100 * value.mean for value in values], height, color=style.colour, hatch=hatch, edgecolor="white",
-                label=f"{style.label}: {values[0].n} failures")  # fmt: skip
+                label=f"{style.label}: {total}")  # fmt: skip
         ax.errorbar([100 * value.mean for value in values], y, xerr=_down_up(values), fmt="none", color=INK,
                     linewidth=0.9)  # fmt: skip
     ax.set(yticks=places, yticklabels=causes, xlabel="share of a model's failures, %", title="Why the box is wrong")

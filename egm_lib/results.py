@@ -153,10 +153,6 @@ class Results:
             columns=["seed", "sample_id", "image_id", "cause"],
         )
 
-    def jsons(self, relative: str) -> list[dict]:
-        """A JSON file of every run that has it."""
-        return [value for root in self.roots if (value := read_json(root / relative)) is not None]
-
     def seconds(self) -> dict[str, float]:
         """Wall time by stage, mean over the seeds."""
         times: dict[str, list[float]] = {}

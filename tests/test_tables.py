@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 
@@ -156,6 +157,34 @@ def test_several_seeds_are_pooled(run_root, tmp_path):
     assert mean.ci95[0] < 52 and mean.ci95[1] > 88  # the seeds differ by 40 points, and the interval knows
     gain = cells(table, "small-egm - small-base", "ours, gain")[8]
     assert gain.n == 80  # paired within the seed that has both
+
+
+def test_failures_of_a_base_in_two_seeds_are_said_to_be_a_sum(run_root, tmp_path):
+    shutil.copytree(run_root, second := tmp_path / "toy-1")
+    for roots, said in (([run_root], "4 failures;"), ([run_root, second], "8 failures, 2 seeds together;")):
+        table = build_tables(roots, tmp_path / "out", draws=99, only=["table1"])["table1"]
+        assert f"small-base: {said}" in table.notes[0]
+
+
+def test_counts_of_data_are_the_first_seeds_and_say_so(run_root, tmp_path):
+    shutil.copytree(run_root, second := tmp_path / "toy-1")
+    (second / "selection.json").write_text(json.dumps({"learner": "small-sft", "n_hard": 99}))
+    for roots, notes in (([run_root], []), ([run_root, second], ["Ours: seed 0."])):
+        tables = build_tables(roots, tmp_path / "out", draws=99, only=["table3", "table7"])
+        assert [cell.value for cell in cells(tables["table7"], "n_hard")] == [12]
+        assert tables["table3"].notes[:1] == notes and tables["table7"].notes[1:2] == notes
+
+
+def test_settings_of_seeds_are_stated_where_their_profiles_differ(run_root, tmp_path):
+    shutil.copytree(run_root, second := tmp_path / "toy-1")
+    for root, beta, device_option in ((run_root, 0.1, {}), (second, 0.2, {"tensor_parallel": 1})):
+        values = {"grpo": {"num_generations": 8, "beta": beta, "top_k": None}, "generation": device_option}
+        (root / "manifest.json").write_text(json.dumps({"git": "abc123", "values": values}))
+        write_rows(root / "logs" / "grpo-vanilla.jsonl", [{"step": 1}])
+    table = build_tables([run_root, second], tmp_path / "out", draws=99, only=["table6"])["table6"]
+    ours = {row.label: row.cells[-1] for row in table.rows}
+    assert (ours["completions a prompt"], ours["KL weight"], ours["rollout top_k"]) == ("8", "0.1 / 0.2", "none")
+    assert ours["learning rate"] == "not run"
 
 
 def test_the_same_files_give_the_same_bytes(run_root, tmp_path):

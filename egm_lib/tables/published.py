@@ -10,7 +10,7 @@ from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
 from egm_lib.evaluation import Difference, Estimate, estimate, iter_rows, paired_difference, split_keys
 from egm_lib.profile import ProfileError, Sampling, load_profile
-from egm_lib.results import Results, paper
+from egm_lib.results import Results, paper, read_json
 from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, decimal_text, percent, published
 
 # --- Sec. 3 ----------------------------------------------------------------------------------------------------------
@@ -23,6 +23,11 @@ def cause_shares(failures: pd.DataFrame, draws: int) -> dict[str, Estimate]:
         cause: estimate(seeds.assign(hit=(seeds["cause"] == cause).astype(float)), "hit", draws=draws)
         for cause in causes
     }
+
+
+def counted_failures(number: int, seeds: int) -> str:
+    """How many failures a share is of. A base fails alike in every seed, so a sum over seeds says that it is one."""
+    return f"{number:,} failures" + (f", {seeds} seeds together" if seeds > 1 else "")
 
 
 def table1(results: Results) -> Table:
@@ -43,7 +48,8 @@ def table1(results: Results) -> Table:
         if not judged.empty:
             open_share = (judged["cause"] == "no majority").mean()
             table.notes.append(
-                f"{model}: {len(judged)} failures; without a majority of judges: {decimal_text(100 * open_share)} %."
+                f"{model}: {counted_failures(len(judged), judged['seed'].nunique())}; without a majority of judges: "
+                f"{decimal_text(100 * open_share)} %."
             )
     table.notes.append(
         f"Paper: {source['source']}. Ours: the cause that most judges ({', '.join(results.judges) or NOT_RUN}) name."
@@ -102,9 +108,10 @@ def _agreement(failures: pd.DataFrame) -> str:
     if "all" not in table.index:
         return "no failure was judged by all"
     everyone = table.loc["all"]
+    judged = counted_failures(int(everyone["n"]), failures["seed"].nunique())
     return (
         f"{decimal_text(everyone['percent'])} % unanimous, Fleiss' kappa {everyone['kappa']:.2f} "
-        f"[{everyone['low']:.2f}, {everyone['high']:.2f}], n = {everyone['n']:.0f}"
+        f"[{everyone['low']:.2f}, {everyone['high']:.2f}], {judged}"
     )
 
 
@@ -132,11 +139,17 @@ def table3(results: Results) -> Table:
     for label, stages in DROPPED.items():
         table.rows.append(Row(label, "paper", [UNKNOWN if stage else "" for stage in stages]))
         table.rows.append(Row(label, "ours", [_dropped(results, stage) if stage else "" for stage in stages]))
+    table.notes += _first_seed_note(results)
     return table
 
 
+def _first_seed_note(results: Results) -> list[str]:
+    """Said under counts of data, which are of one seed: the others' differ by chance alone."""
+    return [f"Ours: seed {results.seeds[0]}."] if len(results.seeds) > 1 else []
+
+
 def _dropped(results: Results, stage: str) -> Cell:
-    """Share of a curation stage's answers that its filters dropped, in the first seed that has it."""
+    """Share of a curation stage's answers that its filters dropped, in the first seed."""
     outcomes = Counter(row["status"] for row in _first_seeds_rows(results, f"curation/{stage}.jsonl"))
     answered = outcomes["ok"] + outcomes["filtered"]
     return Number(100 * outcomes["filtered"] / answered, n=answered) if answered else None
@@ -154,9 +167,9 @@ def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
 
 
 def _first_seeds_rows(results: Results, relative: str) -> Iterator[dict]:
-    """Rows of a file of the first seed that has it, one at a time."""
-    paths = [root / relative for root in results.roots]
-    return next((iter_rows(path) for path in paths if path.is_file()), iter(()))
+    """Rows of a file of the first seed, one at a time; none where it has no such file."""
+    path = results.roots[0] / relative
+    return iter_rows(path) if path.is_file() else iter(())
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
@@ -176,16 +189,13 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
 
 
 def table7(results: Results) -> Table:
-    """Sizes of the RL data, and what our selection found."""
+    """Sizes of the RL data, and what our selection found in the first seed."""
     source = paper("table7")
     table = Table("table7", source["title"], ["samples"])
     table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
-    selections = results.jsons("selection.json")
-    if not selections:
-        table.rows.append(Row("small", "ours", [None]))
-    for stats in selections[:1]:
-        table.rows += [Row(name, "ours", [value]) for name, value in _flat(stats)]
-    table.notes.append(f"Paper: {source['source']}.")
+    stats = read_json(results.roots[0] / "selection.json")
+    table.rows += [Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])]
+    table.notes += [f"Paper: {source['source']}.", *_first_seed_note(results)]
     return table
 
 
@@ -193,10 +203,10 @@ def table7(results: Results) -> Table:
 
 
 def table6(results: Results) -> Table:
-    """GRPO's hyperparameters: the paper's and those that the run began with."""
+    """GRPO's hyperparameters: the paper's and those that the run began with, each value once where seeds differ."""
     trained = any((root / "logs" / "grpo-vanilla.jsonl").is_file() for root in results.roots)
-    values = results.stated("values") if trained else None
-    return _settings("table6", values["grpo"] if isinstance(values, dict) else {})
+    stated = [manifest["values"]["grpo"] for manifest in results.manifests if "values" in manifest]
+    return _settings("table6", stated if trained else [])
 
 
 def table8(results: Results) -> Table:
@@ -204,23 +214,23 @@ def table8(results: Results) -> Table:
     try:
         sampling = load_profile(results.profile).generation.sampling
     except ProfileError:
-        return _settings("table8", {})
-    return _settings("table8", {item.name: getattr(sampling, item.name) for item in fields(Sampling)})
+        return _settings("table8", [])
+    return _settings("table8", [{item.name: getattr(sampling, item.name) for item in fields(Sampling)}])
 
 
-def _settings(name: str, ours: dict) -> Table:
+def _settings(name: str, ours: Sequence[dict]) -> Table:
     source = paper(name)
     table = Table(name, source["title"], [*(f"paper: {column}" for column in source["columns"]), "ours"])
     for row in source["rows"]:
-        value = ours.get(row["key"], NOT_RUN)
-        cells = [_setting(each) for each in (*row["values"], "none" if value is None else value)]
+        stated = [_setting(values[row["key"]]) for values in ours if row["key"] in values]
+        cells = [*map(_setting, row["values"]), " / ".join(dict.fromkeys(stated)) or NOT_RUN]
         table.rows.append(Row(row["name"], "paper | ours", cells))
     table.notes.append(f"Paper: {source['source']}.")
     return table
 
 
 def _setting(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- Sec. 5: accuracy ------------------------------------------------------------------------------------------------
