@@ -132,7 +132,9 @@ def clean(path: Path) -> None:
 
 
 def publish(run: Run) -> None:
-    """Puts the run's executed notebooks in the place of the stored ones, outputs and all, without papermill's cell."""
+    """Puts the run's executed notebooks in the place of the stored ones, with outputs but without papermill's cell and
+    the times of cells. All of them, or none: ReproduceError where one was not run or was changed since."""
+    books = {}
     for notebook in stages():
         executed = run.notebook(notebook.name)
         if not executed.exists():
@@ -140,10 +142,13 @@ def publish(run: Run) -> None:
         book = nbformat.read(executed, as_version=4)
         book.cells = [cell for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
         for cell in book.cells:
+            cell.metadata.pop("execution", None)
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if _worth_seeing(output)]
         if _code(book) != _sources(notebook):
             raise ReproduceError(f"{notebook.name} was changed since it was run: run the profile again first")
+        books[notebook] = book
+    for notebook, book in books.items():
         with atomic_open(notebook) as file:
             nbformat.write(book, file)
 

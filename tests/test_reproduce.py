@@ -218,17 +218,22 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
         nbformat.v4.new_output("stream", name="stderr", text="FutureWarning"),
         nbformat.v4.new_output("display_data", {"text/plain": "Loading weights: 100%"}),
     ]
+    executed.cells[-1].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
     executed.cells.insert(1, nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]}))
     nbformat.write(executed, run.notebook("01_b.ipynb"))
     before = module._sources(root / "notebooks" / "01_b.ipynb")
     publish(run)
     assert module._sources(root / "notebooks" / "01_b.ipynb") == before
-    [output] = nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs
+    published = nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1]
+    [output] = published.outputs
     assert output.text == "seen\n"  # neither the job's progress, nor warnings, nor bars
+    assert published.metadata == {}
     assert again(run, ran) == []
     write_notebook(root / "notebooks" / "02_c.ipynb", "print('newer')")
+    write_notebook(root / "notebooks" / "01_b.ipynb", "print('01_b')")  # as before, without its outputs
     with pytest.raises(ReproduceError, match="02_c.ipynb was changed since it was run"):
         publish(run)
+    assert nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs == []  # all or none
 
 
 def test_command_line_says_one_sentence(capsys):
