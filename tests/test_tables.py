@@ -185,6 +185,9 @@ def test_settings_of_seeds_are_stated_where_their_profiles_differ(run_root, tmp_
     ours = {row.label: row.cells[-1] for row in table.rows}
     assert (ours["completions a prompt"], ours["KL weight"], ours["rollout top_k"]) == ("8", "0.1 / 0.2", "none")
     assert ours["learning rate"] == "not run"
+    (second / "logs" / "grpo-vanilla.jsonl").unlink()  # a seed that was not trained has no settings to state
+    table = build_tables([run_root, second], tmp_path / "out", draws=99, only=["table6"])["table6"]
+    assert {row.label: row.cells[-1] for row in table.rows}["KL weight"] == "0.1"
 
 
 def test_the_same_files_give_the_same_bytes(run_root, tmp_path):

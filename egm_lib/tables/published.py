@@ -204,9 +204,9 @@ def table7(results: Results) -> Table:
 
 def table6(results: Results) -> Table:
     """GRPO's hyperparameters: the paper's and those that the run began with, each value once where seeds differ."""
-    trained = any((root / "logs" / "grpo-vanilla.jsonl").is_file() for root in results.roots)
-    stated = [manifest["values"]["grpo"] for manifest in results.manifests if "values" in manifest]
-    return _settings("table6", stated if trained else [])
+    trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
+    manifests = [read_json(root / "manifest.json") or {} for root in trained]
+    return _settings("table6", [manifest["values"]["grpo"] for manifest in manifests if "values" in manifest])
 
 
 def table8(results: Results) -> Table:
