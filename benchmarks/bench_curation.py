@@ -1,6 +1,7 @@
 """The curation client under fire: misbehaving services, kills, throughput, memory. Loopback only.
 
-python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [dry_run] [memory]; without names, all of them.
+python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [dry_run] [memory]; without
+names, all of them.
 """
 
 from __future__ import annotations
@@ -44,16 +45,33 @@ def make_samples(folder: Path, count: int, pictures: int = 50) -> Path:
         noise.save(folder / f"{number}.jpg")
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
         for number in range(count):
-            sample = {"sample_id": f"s{number}", "dataset": "refcoco", "split": "train", "task": "vanilla"}
-            sample |= {"image": f"{number * pictures // count}.jpg", "width": 640, "height": 480, "image_id": "0"}
-            sample |= {"expression": f"number {number} from the left", "gt_box": [100, 100, 200, 250]}
+            sample = {
+                "sample_id": f"s{number}",
+                "dataset": "refcoco",
+                "split": "train",
+                "task": "vanilla",
+            }
+            sample |= {
+                "image": f"{number * pictures // count}.jpg",
+                "width": 640,
+                "height": 480,
+                "image_id": "0",
+            }
+            sample |= {
+                "expression": f"number {number} from the left",
+                "gt_box": [100, 100, 200, 250],
+            }
             file.write(json.dumps(sample) + "\n")
     return folder / "samples.jsonl"
 
 
 def command(folder: Path, url: str, out: Path, timeout_s: float) -> list[str]:
     words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out} --base-url {url} --model fake"
-    return [sys.executable, *words.split(), *f"--concurrency {CONCURRENCY} --timeout {timeout_s} --price 2 8".split()]
+    return [
+        sys.executable,
+        *words.split(),
+        *f"--concurrency {CONCURRENCY} --timeout {timeout_s} --price 2 8".split(),
+    ]
 
 
 def paid(log: Path) -> Counter[str]:
@@ -65,7 +83,9 @@ def misbehave(folder: Path, count: int = 2000) -> dict:
     make_samples(folder, count)
     with running("--misbehave", "1", "--delay-ms", "20") as url:
         started = time.monotonic()
-        done = subprocess.run(command(folder, url, folder / "out.jsonl", 8.0), capture_output=True, text=True)
+        done = subprocess.run(
+            command(folder, url, folder / "out.jsonl", 8.0), capture_output=True, text=True
+        )
         wall_s = time.monotonic() - started
     rows = list(JsonlSamples(folder / "out.jsonl"))
     return {
@@ -89,7 +109,8 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
         for _ in tqdm(range(number), mininterval=10):
             before = answered(ledger)
             process = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            while not ledger.exists() or answered(ledger) <= before:  # killed while it works, not while it starts
+            # Killed while it works, not while it starts
+            while not ledger.exists() or answered(ledger) <= before:
                 time.sleep(0.01)
                 if process.poll() is not None:
                     break
@@ -103,7 +124,9 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
         charged = paid(log)
         lines = [line.split()[0] for line in log.read_text().splitlines()]
         again = sum(sample_id in had for at, had in marks for sample_id in lines[at:])
-        calm = subprocess.run(command(folder, url, folder / "calm.jsonl", 30.0), capture_output=True)
+        calm = subprocess.run(
+            command(folder, url, folder / "calm.jsonl", 30.0), capture_output=True
+        )
     disturbed, undisturbed = (
         sorted(map(json.dumps, JsonlSamples(folder / name))) for name in ("out.jsonl", "calm.jsonl")
     )
@@ -125,11 +148,17 @@ def answered(ledger: Path) -> set[str]:
     if not ledger.exists():
         return set()
     whole = ledger.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    return {record["sample_id"] for record in map(json.loads, filter(None, whole)) if record["status"] == "answered"}
+    return {
+        record["sample_id"]
+        for record in map(json.loads, filter(None, whole))
+        if record["status"] == "answered"
+    }
 
 
 def throughput(folder: Path, count: int = 2000) -> dict:
-    """Our client against a bare AsyncOpenAI loop that sends the same bodies, made beforehand or on the way."""
+    """Our client against a bare AsyncOpenAI loop that sends the same bodies, made beforehand or on
+    the way.
+    """
     make_samples(folder, count)
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
@@ -143,18 +172,31 @@ def throughput(folder: Path, count: int = 2000) -> dict:
         cpu_ms.setdefault(name, []).append(1000 * (time.process_time() - cpu) / count)
 
     with running("--delay-ms", "20") as url:
-        teacher = Teacher(base_url=url, model="fake", temperature=0.7, max_tokens=800, concurrency=CONCURRENCY)
+        teacher = Teacher(
+            base_url=url, model="fake", temperature=0.7, max_tokens=800, concurrency=CONCURRENCY
+        )
         plan = Plan(task, samples, teacher, folder)
         requests = [plan.request(sample) for sample in samples]
         bodies = [plan.body(request) for request in requests]
         for trial in range(3):
-            paths = {"out": folder / f"{trial}.jsonl", "ledger": folder / f"{trial}.ledger", "root": folder}
-            measure("client", lambda paths=paths: run_task(task, samples, teacher, progress=False, **paths))
+            paths = {
+                "out": folder / f"{trial}.jsonl",
+                "ledger": folder / f"{trial}.ledger",
+                "root": folder,
+            }
+            measure(
+                "client",
+                lambda paths=paths: run_task(task, samples, teacher, progress=False, **paths),
+            )
             measure("bare", lambda: asyncio.run(bare_loop(url, bodies.__getitem__, count)))
             drawing = lambda number: plan.body(requests[number])  # noqa: E731
-            measure("bare, drawing", lambda drawing=drawing: asyncio.run(bare_loop(url, drawing, count)))
+            measure(
+                "bare, drawing", lambda drawing=drawing: asyncio.run(bare_loop(url, drawing, count))
+            )
     result = {f"{name}: answers/s": round(max(values), 1) for name, values in rates.items()}
-    result |= {f"{name}: CPU ms an answer": round(min(values), 2) for name, values in cpu_ms.items()}
+    result |= {
+        f"{name}: CPU ms an answer": round(min(values), 2) for name, values in cpu_ms.items()
+    }
     for name in ("bare", "bare, drawing"):
         result[f"ratio to {name}"] = round(max(rates["client"]) / max(rates[name]), 3)
     return result
@@ -187,24 +229,41 @@ def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) 
 
 
 def memory(folder: Path) -> dict:
-    """Peak memory of a resume over an answered ledger at growing input, each in a process of its own."""
+    """Peak memory of a resume over an answered ledger at growing input, each in a process of its
+    own.
+    """
     peaks = {}
     for count in (5_750, 57_500, 575_000):
         make_samples(folder, count, pictures=1)
         call = [sys.executable, __file__, "--resume", str(folder), str(count)]
-        peaks[count] = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+        peaks[count] = json.loads(
+            subprocess.run(call, capture_output=True, text=True, check=True).stdout
+        )
     return peaks
 
 
 def resume(folder: Path, count: int) -> None:
-    """Write a ledger that answers all samples, then resume on it; prints peak memory and seconds."""
+    """Write a ledger that answers all samples, then resume on it; prints peak memory and
+    seconds.
+    """
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
-    teacher = Teacher(base_url="http://127.0.0.1:9/v1", model="fake", temperature=0.7, max_tokens=800, concurrency=64)
+    teacher = Teacher(
+        base_url="http://127.0.0.1:9/v1",
+        model="fake",
+        temperature=0.7,
+        max_tokens=800,
+        concurrency=64,
+    )
     plan = Plan(task, samples, teacher, folder)
     with open(folder / "ledger.jsonl", "w", encoding="utf-8") as file:
         for sample in samples:
-            record = {"key": plan.request(sample).key, "task": "trace", "model": "fake", "status": "answered"}
+            record = {
+                "key": plan.request(sample).key,
+                "task": "trace",
+                "model": "fake",
+                "status": "answered",
+            }
             record |= {
                 "usage": {"prompt_tokens": 1, "completion_tokens": 1},
                 "cost_usd": 0.0,

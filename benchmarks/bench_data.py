@@ -1,7 +1,8 @@
-"""Time and memory of samples at scale: `python benchmarks/bench_data.py 57000 575000 5750000`, one process each.
+"""Time and memory of samples at scale: `python benchmarks/bench_data.py 57000 575000 5750000`, one
+process each.
 
-Prints markdown: wall and CPU seconds per step and the peak memory so far. Goal at 575k: first row under 2 s, stats
-under 20 s, peak under 1.5 GB, cost growing linearly.
+Prints markdown: wall and CPU seconds per step and the peak memory so far. Goal at 575k: first row
+under 2 s, stats under 20 s, peak under 1.5 GB, cost growing linearly.
 """
 
 import json
@@ -28,12 +29,30 @@ def write_rows(folder: Path, count: int) -> tuple[Path, Path]:
         for number in range(count):
             picture = rng.randrange(max(count // SAMPLES_PER_IMAGE, 1))
             x, y = round(rng.random() * 300, 2), round(rng.random() * 200, 2)
-            common = dict(image=f"train2014/COCO_train2014_{picture:012d}.jpg", width=640, height=480)
+            common = dict(
+                image=f"train2014/COCO_train2014_{picture:012d}.jpg", width=640, height=480
+            )
             box, words = [x, y, x + 100, y + 80], "second woman from the left in a blue coat"
             lines.write(json.dumps(common | dict(sent=words, bbox=box)) + "\n")
-            samples.write(json.dumps(common | dict(
-                sample_id=f"s{number}", dataset="refcoco", split="train", task="vanilla", expression=words, gt_box=box,
-                modal_box=None, image_id=str(picture), ann_id=str(number), ref_id=str(number), flipped=False)) + "\n")
+            samples.write(
+                json.dumps(
+                    common
+                    | dict(
+                        sample_id=f"s{number}",
+                        dataset="refcoco",
+                        split="train",
+                        task="vanilla",
+                        expression=words,
+                        gt_box=box,
+                        modal_box=None,
+                        image_id=str(picture),
+                        ann_id=str(number),
+                        ref_id=str(number),
+                        flipped=False,
+                    )
+                )
+                + "\n"
+            )
     return ours, theirs
 
 
@@ -49,10 +68,16 @@ def measure(count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = write_rows(Path(folder), count)
         samples = step("load, first row", lambda: _first(read_samples(ours)))
-        step("remove leakage", lambda: remove_leakage([samples], [samples.select(range(count // 50))]))
+        step(
+            "remove leakage",
+            lambda: remove_leakage([samples], [samples.select(range(count // 50))]),
+        )
         step("shuffle, first row", lambda: _first(samples.shuffle(seed=0)))
         step("stats", lambda: describe(samples))
-        step("load_jsonl, first row", lambda: _first(load_jsonl(theirs, dataset="refcoco", split="train")))
+        step(
+            "load_jsonl, first row",
+            lambda: _first(load_jsonl(theirs, dataset="refcoco", split="train")),
+        )
 
 
 def _first(samples):
@@ -65,6 +90,9 @@ if __name__ == "__main__":
     if len(counts) == 1:
         measure(counts[0])
     else:
-        print("| rows | step | wall, s | CPU, s | peak so far, GB |\n|---|---|---|---|---|", flush=True)
+        print(
+            "| rows | step | wall, s | CPU, s | peak so far, GB |\n|---|---|---|---|---|",
+            flush=True,
+        )
         for each in counts:
             subprocess.run([sys.executable, __file__, str(each)], check=True)

@@ -1,8 +1,10 @@
-"""Throughput and memory of mini evaluation: batches with a KV cache against plain `generate` one by one.
+"""Throughput and memory of mini evaluation: batches with a KV cache against plain `generate` one by
+one.
 
     python benchmarks/bench_generate.py [--model data/mini/small] [--samples 256] [--alone 32]
 
-Both answer the same expressions of data/raw/mini; greedy texts are compared too. Goal: at least 5 times as fast.
+Both answer the same expressions of data/raw/mini; greedy texts are compared too. Goal: at least 5
+times as fast.
 """
 
 import argparse
@@ -25,7 +27,10 @@ def alone(engine: TransformersEngine, request: Request, max_new_tokens: int) -> 
     )
     inputs = engine.processor(text=[text], images=[[request.image]], return_tensors="pt")
     output = engine.model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=engine.suppress_ids
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        suppress_tokens=engine.suppress_ids,
     )
     ids = output[0, inputs["input_ids"].shape[1] :].tolist()
     ids = [token for token in ids if token not in engine.eos_ids]
@@ -40,29 +45,45 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     args = parser.parse_args()
-    samples = list(islice((row for pair in EVAL_SPLITS for row in read_eval(args.root, *pair)), args.samples))
+    samples = list(
+        islice((row for pair in EVAL_SPLITS for row in read_eval(args.root, *pair)), args.samples)
+    )
     plain = TransformersEngine(args.model, "qwen3-vl", "float32", device="cpu", cache_vision=False)
     sampling = Sampling(
-        temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=args.max_new_tokens, repetition_penalty=1.0
+        temperature=0.0,
+        top_p=1.0,
+        top_k=20,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=1.0,
     )
     requests = [
-        Request(open_image(resolve_image(row, args.root)), plain.family.prompt(row["expression"], row["task"]))
+        Request(
+            open_image(resolve_image(row, args.root)),
+            plain.family.prompt(row["expression"], row["task"]),
+        )
         for row in samples
     ]
     print(f"{args.model}, float32, {torch.get_num_threads()} thread(s), {len(requests)} samples")
     start, cpu = time.perf_counter(), time.process_time()
     expected = [alone(plain, request, args.max_new_tokens) for request in requests[: args.alone]]
     base = (time.process_time() - cpu) / args.alone
-    print(f"one by one: {(time.perf_counter() - start) / args.alone * 1000:.0f} ms a sample, {base * 1000:.0f} of CPU")
+    print(
+        f"one by one: {(time.perf_counter() - start) / args.alone * 1000:.0f} ms a sample, {base * 1000:.0f} of CPU"
+    )
     for batch_size in (16, 64, 256):
         engine = TransformersEngine(args.model, "qwen3-vl", "float32", batch_size, device="cpu")
         start, cpu = time.perf_counter(), time.process_time()
         answers = list(engine.answer(requests, sampling))
-        wall, cpu = (time.perf_counter() - start) / len(requests), (time.process_time() - cpu) / len(requests)
+        wall, cpu = (
+            (time.perf_counter() - start) / len(requests),
+            (time.process_time() - cpu) / len(requests),
+        )
         same = sum(a.raw_answer == text for a, text in zip(answers, expected, strict=False))
         tokens = sum(a.reasoning_tokens + a.answer_tokens for a in answers) / len(answers)
-        print(f"batch {batch_size}: {wall * 1000:.0f} ms a sample, {cpu * 1000:.0f} of CPU ({base / cpu:.1f} times as "
-              f"fast), {tokens:.0f} tokens an answer, {same} of {len(expected)} texts the same")  # fmt: skip
+        print(
+            f"batch {batch_size}: {wall * 1000:.0f} ms a sample, {cpu * 1000:.0f} of CPU ({base / cpu:.1f} times as "
+            f"fast), {tokens:.0f} tokens an answer, {same} of {len(expected)} texts the same"
+        )
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 

@@ -1,4 +1,5 @@
-"""Selection of the RL samples at the paper's size (575k), a tenth and ten times of it: CPU seconds, and linear growth.
+"""Selection of the RL samples at the paper's size (575k), a tenth and ten times of it: CPU seconds,
+and linear growth.
 
     python benchmarks/bench_learnability.py
 """

@@ -1,4 +1,5 @@
-"""Parsing: completions a second on one core, and whether any text makes the time grow faster than its length.
+"""Parsing: completions a second on one core, and whether any text makes the time grow faster than
+its length.
 
     python benchmarks/bench_parsing.py
 """
@@ -58,7 +59,9 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
 
 
 def completions() -> dict[str, str]:
-    """Answers of about 100 tokens, the length of EGM-8B's (101, the paper's teaser), as each family writes them."""
+    """Answers of about 100 tokens, the length of EGM-8B's (101, the paper's teaser), as each family
+    writes them.
+    """
     reasoning = (
         "To correctly identify the lady with the blue shirt, compare the people standing on the court. The first from "
         "the left wears white, the man beside her holds a racket, and the third from the left wears a bright blue top "
@@ -72,7 +75,9 @@ def completions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=1_000_000, help="characters of a hostile answer")
+    parser.add_argument(
+        "--size", type=int, default=1_000_000, help="characters of a hostile answer"
+    )
     size = parser.parse_args().size
 
     def parse(text: str, rule: str = "egm") -> object:
@@ -82,7 +87,9 @@ def main() -> None:
         took = seconds(lambda text=text: [parse(text) for _ in range(4096)], repeats=7)
         print(f"{name}: {len(text)} characters, {4096 / took:,.0f} completions/s")
 
-    print(f"\n{size:,} characters, against a benign answer of that length (goal: 3) and against half of it (linear: 2)")
+    print(
+        f"\n{size:,} characters, against a benign answer of that length (goal: 3) and against half of it (linear: 2)"
+    )
     box = '{"bbox_2d": [100, 200, 300, 400]}'
     benign = (BENIGN * (size // len(BENIGN) + 1))[: size - len(box)] + box
     for rule in RULES:
@@ -90,11 +97,15 @@ def main() -> None:
         rows = []
         for name, unit in HOSTILE.items():
             text = (unit * (size // len(unit) + 1))[:size]
-            took, half = (seconds(lambda t=t, r=rule: parse(t, r)) for t in (text, text[: size // 2]))
+            took, half = (
+                seconds(lambda t=t, r=rule: parse(t, r)) for t in (text, text[: size // 2])
+            )
             rows.append((took, took / base, took / half, name))
         print(f"{rule}: benign {base * 1e3:.1f} ms; the three slowest:")
         for took, ratio, growth, name in sorted(rows, reverse=True)[:3]:
-            print(f"    {name:28} {took * 1e3:8.1f} ms  {ratio:6.1f} x benign  {growth:5.1f} x half")
+            print(
+                f"    {name:28} {took * 1e3:8.1f} ms  {ratio:6.1f} x benign  {growth:5.1f} x half"
+            )
 
 
 if __name__ == "__main__":

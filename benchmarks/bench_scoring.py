@@ -1,9 +1,11 @@
-"""Time and memory of scoring the paper's 575,208 training samples' worth of predictions, with intervals.
+"""Time and memory of scoring the paper's 575,208 training samples' worth of predictions, with
+intervals.
 
     python benchmarks/bench_scoring.py [--rows 575208]
 
-Writes prediction files of real length (a reasoning of two sentences) to a temporary folder, then reads, parses, scores
-and bootstraps them in a process of its own, whose peak memory is what is reported. Goal: 60 s and 2 GB.
+Writes prediction files of real length (a reasoning of two sentences) to a temporary folder, then
+reads, parses, scores and bootstraps them in a process of its own, whose peak memory is what is
+reported. Goal: 60 s and 2 GB.
 """
 
 import argparse
@@ -23,20 +25,44 @@ def write_rows(path: Path, rows: int) -> None:
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(rows):
-            box = [rng.randrange(100), rng.randrange(100), 400 + rng.randrange(200), 400 + rng.randrange(200)]
+            box = [
+                rng.randrange(100),
+                rng.randrange(100),
+                400 + rng.randrange(200),
+                400 + rng.randrange(200),
+            ]
             answer = f'```json\n[\n\t{{"bbox_2d": {box}, "label": "the second person"}}\n]\n```'
             row = {
-                "sample_id": f"refcoco-train-{number}", "dataset": "refcoco", "split": "val", "task": "vanilla",
-                "image": f"COCO_train2014_{number // 24:012d}.jpg", "width": 640, "height": 480,
-                "expression": "the second person from the left", "gt_box": [10.5, 20.25, 310.0, 230.75],
-                "image_id": str(number // 24), "prompt_kind": None, "num_lookalikes": None, "model": "small-egm",
-                "revision": None, "profile": "bench", "seed": 0,
+                "sample_id": f"refcoco-train-{number}",
+                "dataset": "refcoco",
+                "split": "val",
+                "task": "vanilla",
+                "image": f"COCO_train2014_{number // 24:012d}.jpg",
+                "width": 640,
+                "height": 480,
+                "expression": "the second person from the left",
+                "gt_box": [10.5, 20.25, 310.0, 230.75],
+                "image_id": str(number // 24),
+                "prompt_kind": None,
+                "num_lookalikes": None,
+                "model": "small-egm",
+                "revision": None,
+                "profile": "bench",
+                "seed": 0,
                 "prompt": "Locate the second person from the left, output its bbox coordinates using JSON format.",
                 "raw_answer": f"<think>\n{REASONING}\n</think>\n\n{answer}",
-                "frame": "NORM_1000", "reasoning": REASONING, "boxes": [box], "box": box, "status": "ok", "error": None,
-                "prompt_tokens": 300, "reasoning_tokens": 40, "answer_tokens": 30, "finish_reason": "stop",
+                "frame": "NORM_1000",
+                "reasoning": REASONING,
+                "boxes": [box],
+                "box": box,
+                "status": "ok",
+                "error": None,
+                "prompt_tokens": 300,
+                "reasoning_tokens": 40,
+                "answer_tokens": 30,
+                "finish_reason": "stop",
                 "latency_ms": None,
-            }  # fmt: skip
+            }
             file.write(json.dumps(row) + "\n")
 
 
@@ -53,9 +79,15 @@ def measure(path: Path) -> None:
     done = time.perf_counter()
     cpu = time.process_time() - cpu_start
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{len(scored):,} predictions: read {loaded - start:.1f} s, parse and score {parsed - loaded:.1f} s")
-    print(f"intervals {done - parsed:.1f} s; all {done - start:.1f} s ({cpu:.1f} s of CPU), peak {peak_gb:.2f} GB")
-    print(f"acc_at_50 {accuracy.mean:.4f} {accuracy.ci95}, mean IoU {table['mean_iou'].iloc[0]:.4f}")
+    print(
+        f"{len(scored):,} predictions: read {loaded - start:.1f} s, parse and score {parsed - loaded:.1f} s"
+    )
+    print(
+        f"intervals {done - parsed:.1f} s; all {done - start:.1f} s ({cpu:.1f} s of CPU), peak {peak_gb:.2f} GB"
+    )
+    print(
+        f"acc_at_50 {accuracy.mean:.4f} {accuracy.ci95}, mean IoU {table['mean_iou'].iloc[0]:.4f}"
+    )
 
 
 def main() -> None:

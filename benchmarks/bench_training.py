@@ -1,11 +1,13 @@
-"""Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache, ours (shared prefix).
+"""Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache,
+ours (shared prefix).
 
     python benchmarks/bench_training.py grpo --way plain|cache|ours [--dtype bfloat16] [--steps 2]
     python benchmarks/bench_training.py grpo --way plain|cache|ours --size 8b --lora 16 --dtype bfloat16 --rows 16
 
-One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's: other work does
-not count. Rewards are drawn at random in half of the groups and equal in the others: the share of mixed groups is the
-same. Sizes of Qwen3-VL have its shapes and vocabulary and random weights; without LoRA there is no KL (no reference).
+One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's:
+other work does not count. Rewards are drawn at random in half of the groups and equal in the
+others: the share of mixed groups is the same. Sizes of Qwen3-VL have its shapes and vocabulary and
+random weights; without LoRA there is no KL (no reference).
 """
 
 from __future__ import annotations
@@ -66,49 +68,100 @@ def half_random(group_size: int):
 
 TOWER = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
 SMALL_TOWER = TOWER | {
-    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17],
-}  # fmt: skip
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
 LARGE_TOWER = TOWER | {
-    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24],
-}  # fmt: skip
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 SIZES = {  # Qwen3-VL's: its language model and its tower
-    "2b": ({"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 6144,
-            "tie_word_embeddings": True}, SMALL_TOWER),
-    "4b": ({"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728,
-            "tie_word_embeddings": True}, SMALL_TOWER),
-    "8b": ({"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 12_288,
-            "tie_word_embeddings": False}, LARGE_TOWER),
-}  # fmt: skip
+    "2b": (
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "intermediate_size": 6144,
+            "tie_word_embeddings": True,
+        },
+        SMALL_TOWER,
+    ),
+    "4b": (
+        {
+            "hidden_size": 2560,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "intermediate_size": 9728,
+            "tie_word_embeddings": True,
+        },
+        SMALL_TOWER,
+    ),
+    "8b": (
+        {
+            "hidden_size": 4096,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "intermediate_size": 12_288,
+            "tie_word_embeddings": False,
+        },
+        LARGE_TOWER,
+    ),
+}
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens a picture
 
 
 def random_model(size: str, dtype: str):
-    """(model, processor) with random weights: it rarely ends an answer, so every way writes as many tokens."""
+    """(model, processor) with random weights: it rarely ends an answer, so every way writes as many
+    tokens.
+    """
     tokenizer = build_tokenizer()
     if size == "mini":
         folder = Path(tempfile.mkdtemp())
         save(build("small", tokenizer, seed=0), folder)
         return load_model(folder), load_processor(folder, "qwen3-vl")
     own, tower = SIZES[size]
-    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": [24, 20, 20],
+        "mrope_interleaved": True,
+    }
     ids = config("small", tokenizer)  # the miniature's vocabulary is the beginning of theirs
     shape = Qwen3VLConfig(
-        text_config=own | {"vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope,
-                           "max_position_embeddings": 32_768, "pad_token_id": tokenizer.pad_token_id,
-                           "eos_token_id": tokenizer.eos_token_id},
-        vision_config=tower | {"out_hidden_size": own["hidden_size"]}, tie_word_embeddings=own["tie_word_embeddings"],
+        text_config=own
+        | {
+            "vocab_size": 151_936,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rope_parameters": rope,
+            "max_position_embeddings": 32_768,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        vision_config=tower | {"out_hidden_size": own["hidden_size"]},
+        tie_word_embeddings=own["tie_word_embeddings"],
         **{name: getattr(ids, name) for name in TOKENS},
-    )  # fmt: skip
+    )
     torch.set_default_dtype(DTYPES[dtype])
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3VLForConditionalGeneration(shape)
     torch.set_default_dtype(torch.float32)
     pictures = Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, temporal_patch_size=2,
-        size={"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-    )  # fmt: skip
-    return model.eval(), Qwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return model.eval(), Qwen3VLProcessor(
+        pictures, tokenizer, chat_template=tokenizer.chat_template
+    )
 
 
 def drawn_samples(folder: Path, count: int) -> list[dict]:
@@ -131,7 +184,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a GRPO step")
-    parser.add_argument("--rows", type=int, default=128, help="rows of a batch; of a part of the step in GRPO")
+    parser.add_argument(
+        "--rows", type=int, default=128, help="rows of a batch; of a part of the step in GRPO"
+    )
     parser.add_argument("--tokens", type=int, default=48, help="of a completion in GRPO")
     parser.add_argument("--size", choices=("mini", *SIZES), default="mini")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters alone")
@@ -144,33 +199,72 @@ def main() -> None:
     lora = Lora(r=args.lora, alpha=2 * args.lora) if args.lora else None
     if args.way == "cache":
         freeze_vision(model)
-    common = {"work": scratch, "log": scratch / "log.jsonl", "seed": 0, "shared_prefix": args.way == "ours"}
+    common = {
+        "work": scratch,
+        "log": scratch / "log.jsonl",
+        "seed": 0,
+        "shared_prefix": args.way == "ours",
+    }
     if args.stage == "sft":
-        samples = [{**sample, "reasoning": " ".join([sample["expression"]] * 3)} for sample in samples]
-        options = replace(profile.sft, max_minutes=None, max_steps=args.steps, per_device_train_batch_size=args.rows,
-                          num_train_epochs=1000.0, dtype=args.dtype, lora=lora)  # fmt: skip
+        samples = [
+            {**sample, "reasoning": " ".join([sample["expression"]] * 3)} for sample in samples
+        ]
+        options = replace(
+            profile.sft,
+            max_minutes=None,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.rows,
+            num_train_epochs=1000.0,
+            dtype=args.dtype,
+            lora=lora,
+        )
         rows = sft.answer_rows(samples, family, scratch, reasoning=True, grid=20, label=False)
         trainer = sft.make_trainer(model, processor, rows, family, options, **common)
     else:
-        options = replace(profile.grpo, max_minutes=None, max_steps=args.steps, prompts_per_step=args.prompts,
-                          per_device_train_batch_size=args.rows, max_completion_length=args.tokens, dtype=args.dtype,
-                          beta=profile.grpo.beta if lora or args.size == "mini" else 0.0, lora=lora)  # fmt: skip
+        options = replace(
+            profile.grpo,
+            max_minutes=None,
+            max_steps=args.steps,
+            prompts_per_step=args.prompts,
+            per_device_train_batch_size=args.rows,
+            max_completion_length=args.tokens,
+            dtype=args.dtype,
+            beta=profile.grpo.beta if lora or args.size == "mini" else 0.0,
+            lora=lora,
+        )
         rows = grpo.question_rows(samples, family, scratch)
-        common |= {"reward": half_random(options.num_generations), "groups": scratch / "groups.jsonl"}
+        common |= {
+            "reward": half_random(options.num_generations),
+            "groups": scratch / "groups.jsonl",
+        }
         trainer = grpo.make_trainer(model, processor, rows, family, options, **common)
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()
     seconds = [round(b - a, 3) for a, b in zip(watch.at, watch.at[1:], strict=False)]
     last = [json.loads(line) for line in common["log"].read_text().splitlines()][-2]
-    print(json.dumps({
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU", "size": args.size,
-        "stage": args.stage, "way": args.way, "dtype": args.dtype, "lora": args.lora, "rows": args.rows,
-        "s_first": seconds[0], "s_step": round(sum(seconds[1:]) / max(1, len(seconds) - 1), 3),
-        "wall_minutes": round(logged_minutes(common["log"]), 2),
-        "peak_mb": peak_mb(),
-        "last": {key: last[key] for key in sorted(last) if key.startswith(("time/", "completions/mean", "tokens"))},
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU",
+                "size": args.size,
+                "stage": args.stage,
+                "way": args.way,
+                "dtype": args.dtype,
+                "lora": args.lora,
+                "rows": args.rows,
+                "s_first": seconds[0],
+                "s_step": round(sum(seconds[1:]) / max(1, len(seconds) - 1), 3),
+                "wall_minutes": round(logged_minutes(common["log"]), 2),
+                "peak_mb": peak_mb(),
+                "last": {
+                    key: last[key]
+                    for key in sorted(last)
+                    if key.startswith(("time/", "completions/mean", "tokens"))
+                },
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

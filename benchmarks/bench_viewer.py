@@ -1,8 +1,9 @@
-"""How long 10,000 samples of two models take to open in the trace viewer, and to filter, sort and walk.
+"""How long 10,000 samples of two models take to open in the trace viewer, and to filter, sort and
+walk.
 
-Prediction files of the form that the evaluation writes, each of two models answering every sample with a trace, are
-written to a temporary folder, with 64 pictures of 640 x 480 pixels. CPU seconds of one process, and the bytes that the
-page gets for a sample.
+Prediction files of the form that the evaluation writes, each of two models answering every sample
+with a trace, are written to a temporary folder, with 64 pictures of 640 x 480 pixels. CPU seconds
+of one process, and the bytes that the page gets for a sample.
 
     python benchmarks/bench_viewer.py
 """
@@ -19,7 +20,10 @@ from PIL import Image
 from egm_lib.viewer import TraceViewer
 
 SAMPLES, PICTURES, IMAGE_WH = 10_000, 64, (640, 480)
-TRACE = "There are three people at the table; the second one from the left wears a red hat, the others do not. " * 6
+TRACE = (
+    "There are three people at the table; the second one from the left wears a red hat, the others do not. "
+    * 6
+)
 
 
 def write_world(root: Path) -> None:
@@ -36,14 +40,36 @@ def write_world(root: Path) -> None:
             for number in range(SAMPLES):
                 gt_box = [100.0, 100.0, 300.0, 260.0]
                 box = gt_box if rng.random() < 0.6 else [320.0, 100.0, 500.0, 260.0]
-                file.write(json.dumps({
-                    "sample_id": f"s{number}", "dataset": "refcoco", "split": "val", "task": "vanilla", "model": model,
-                    "image": f"images/{number % PICTURES}.jpg", "width": IMAGE_WH[0], "height": IMAGE_WH[1],
-                    "expression": f"person {number} from the left", "gt_box": gt_box, "modal_box": None, "seed": 0,
-                    "prompt_kind": "ordinal", "num_lookalikes": number % 5, "frame": "NORM_1000", "box": box,
-                    "boxes": [box], "status": "ok", "error": None, "reasoning": TRACE, "reasoning_tokens": 150,
-                    "raw_answer": f"{TRACE}</think>\n\n[{{'bbox_2d': {box}}}]", "answer_tokens": 20,
-                }) + "\n")  # fmt: skip
+                file.write(
+                    json.dumps(
+                        {
+                            "sample_id": f"s{number}",
+                            "dataset": "refcoco",
+                            "split": "val",
+                            "task": "vanilla",
+                            "model": model,
+                            "image": f"images/{number % PICTURES}.jpg",
+                            "width": IMAGE_WH[0],
+                            "height": IMAGE_WH[1],
+                            "expression": f"person {number} from the left",
+                            "gt_box": gt_box,
+                            "modal_box": None,
+                            "seed": 0,
+                            "prompt_kind": "ordinal",
+                            "num_lookalikes": number % 5,
+                            "frame": "NORM_1000",
+                            "box": box,
+                            "boxes": [box],
+                            "status": "ok",
+                            "error": None,
+                            "reasoning": TRACE,
+                            "reasoning_tokens": 150,
+                            "raw_answer": f"{TRACE}</think>\n\n[{{'bbox_2d': {box}}}]",
+                            "answer_tokens": 20,
+                        }
+                    )
+                    + "\n"
+                )
 
 
 def cpu_s(act) -> float:
@@ -61,10 +87,14 @@ def main() -> None:
         print(f"open {viewer.total:,} samples of {len(viewer.models)} models: {opening:.2f} CPU s")
         filtering = cpu_s(lambda: viewer.set_trait("filter", {"show": "B solves what A misses"}))
         sorting = cpu_s(lambda: viewer.set_trait("sort", "gain A to B, high first"))
-        print(f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: {1000 * sorting:.0f} ms")
+        print(
+            f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: {1000 * sorting:.0f} ms"
+        )
         steps = 50
         walking = cpu_s(lambda: [viewer.set_trait("index", place) for place in range(1, steps + 1)])
-        print(f"next sample: {1000 * walking / steps:.1f} ms, {len(json.dumps(viewer.view)) / 1000:.0f} kB to the page")
+        print(
+            f"next sample: {1000 * walking / steps:.1f} ms, {len(json.dumps(viewer.view)) / 1000:.0f} kB to the page"
+        )
 
 
 if __name__ == "__main__":

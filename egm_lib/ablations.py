@@ -1,10 +1,12 @@
-"""EGM taken apart, as the paper does not do: the reward's weight, the KL, SFT and GRPO alone; other ways to decode.
+"""EGM taken apart, as the paper does not do: the reward's weight, the KL, SFT and GRPO alone; other
+ways to decode.
 
     python -m egm_lib.ablations --profile mini [--seed 0] [--steps 40]
 
-Needs a finished run. Each variant of the training is a short GRPO run of the same number of steps in a folder of its
-own below the run, and answers one validation split (ablation_grpo.md). `small-egm` answers the test splits with less
-reasoning, by sampling and by a vote (table4_decoding.md; egm_lib.decoding). What is finished is not run again.
+Needs a finished run. Each variant of the training is a short GRPO run of the same number of steps
+in a folder of its own below the run, and answers one validation split (ablation_grpo.md).
+`small-egm` answers the test splits with less reasoning, by sampling and by a vote
+(table4_decoding.md; egm_lib.decoding). What is finished is not run again.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from egm_lib.profile import Model, Profile, ProfileError, Run, load_profile
 
 TASK = "vanilla"
 STEPS = 40  # ours: enough for the curves of the miniature to part
-DECODINGS = ("budget-8", "budget-16", "budget-24", "majority-1", "majority-8")  # ours; majority-1: one sample
+# Ours; majority-1: one sample
+DECODINGS = ("budget-8", "budget-16", "budget-24", "majority-1", "majority-8")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """start: the model that is trained, small-base or small-sft; changes: of the profile's `grpo`, None: no GRPO."""
+    """start: the model that is trained, small-base or small-sft; changes: of the profile's `grpo`,
+    None: no GRPO.
+    """
 
     start: str
     changes: Mapping[str, float] | None = field(default_factory=dict)
@@ -36,14 +41,19 @@ VARIANTS = {
     "sft": Variant("small-sft", None),
     "grpo": Variant("small-base"),
     "sft-and-grpo": Variant("small-sft"),  # as in the paper: reward weight 0.5, with KL
-    **{f"reward-weight-{weight:g}": Variant("small-sft", {"reward_weight": weight}) for weight in (0, 0.25, 0.75, 1)},
+    **{
+        f"reward-weight-{weight:g}": Variant("small-sft", {"reward_weight": weight})
+        for weight in (0, 0.25, 0.75, 1)
+    },
     "without-kl": Variant("small-sft", {"beta": 0.0}),
 }
 
 
 @dataclass(frozen=True)
 class VariantRun(Run):
-    """A run below another: trains a model of it on its samples, and keeps its own checkpoint, log and answers."""
+    """A run below another: trains a model of it on its samples, and keeps its own checkpoint, log
+    and answers.
+    """
 
     origin: Run
     name: str
@@ -64,7 +74,11 @@ def variant_run(run: Run, name: str, steps: int) -> VariantRun:
     """The run of a variant; all have the same steps, whatever limits the profile sets."""
     variant, profile = VARIANTS[name], run.profile
     grpo = replace(profile.grpo, max_steps=steps, max_minutes=None, **(variant.changes or {}))
-    start = run.checkpoint(TASK, "small-sft") if variant.start == "small-sft" else _folder(profile.models.small)
+    start = (
+        run.checkpoint(TASK, "small-sft")
+        if variant.start == "small-sft"
+        else _folder(profile.models.small)
+    )
     return VariantRun(replace(profile, grpo=grpo), run.seed, run, name, start)
 
 
@@ -82,7 +96,9 @@ def answers_file(run: Run, name: str, steps: int) -> Path:
 
 
 def validation_samples(profile: Profile):
-    """validation.jsonl of the data root where there is one (no table tests on it), else RefCOCO's val."""
+    """validation.jsonl of the data root where there is one (no table tests on it), else RefCOCO's
+    val.
+    """
     from egm_lib.data import read_eval, read_samples
 
     path = profile.data.path / "validation.jsonl"
@@ -106,9 +122,15 @@ def answer(run: Run, steps: int) -> None:
         folder = own.start if variant.changes is None else own.checkpoint(TASK, "small-egm")
         engine = make_engine(run.profile, replace(small, path=str(folder), revision=None), run.seed)
         predict(
-            samples, engine, out=answers_file(run, name, steps), model=name, profile=run.profile.name, seed=run.seed,
-            root=run.profile.data.path, sampling=run.profile.generation.sampling,
-        )  # fmt: skip
+            samples,
+            engine,
+            out=answers_file(run, name, steps),
+            model=name,
+            profile=run.profile.name,
+            seed=run.seed,
+            root=run.profile.data.path,
+            sampling=run.profile.generation.sampling,
+        )
 
 
 def run_all(run: Run, steps: int) -> None:
@@ -120,11 +142,22 @@ def run_all(run: Run, steps: int) -> None:
     require_checkpoint(run, TASK, "small-sft", f"`make reproduce PROFILE={run.profile.name}`")
     require_file(run.samples(f"rl_{TASK}"), "notebook 05")
     trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
-    run_jobs(run, [training_job(run, "ablations", "--steps", str(steps), "--train", name) for name in trained])
+    run_jobs(
+        run,
+        [
+            training_job(run, "ablations", "--steps", str(steps), "--train", name)
+            for name in trained
+        ],
+    )
     run_jobs(run, [job(run, "ablations", "--steps", str(steps), "--answer")])
-    run_jobs(run, [job(run, "generate", "--task", TASK, "--model", f"small-egm@{way}") for way in DECODINGS])
+    run_jobs(
+        run,
+        [job(run, "generate", "--task", TASK, "--model", f"small-egm@{way}") for way in DECODINGS],
+    )
     evaluation, names = run.profile.evaluation, ["ablation_grpo", "table4_decoding"]
-    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names)
+    build_tables(
+        run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
+    )
     for name in names:
         print((run.figures / f"{name}.md").read_text(encoding="utf-8"))
 
@@ -134,12 +167,18 @@ def main(argv: list[str] | None = None) -> int:
     from egm_lib.jobs import JobFailed
     from egm_lib.training import TrainingError
 
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.ablations", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.ablations", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--seed", type=int, help="default: the profile's first")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each variant (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of each variant (default: %(default)s)"
+    )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--train", choices=VARIANTS, metavar="VARIANT", help="train this variant only")
+    part.add_argument(
+        "--train", choices=VARIANTS, metavar="VARIANT", help="train this variant only"
+    )
     part.add_argument("--answer", action="store_true", help="only let the trained variants answer")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
@@ -152,7 +191,14 @@ def main(argv: list[str] | None = None) -> int:
             answer(run, args.steps)
         else:
             run_all(run, args.steps)
-    except (ProfileError, TrainingError, JobFailed, EngineFailure, FileNotFoundError, ValueError) as error:
+    except (
+        ProfileError,
+        TrainingError,
+        JobFailed,
+        EngineFailure,
+        FileNotFoundError,
+        ValueError,
+    ) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,10 +1,12 @@
-"""What a run's tables and figures are made from, as one small file that can be committed and put back.
+"""What a run's tables and figures are made from, as one small file that can be committed and put
+back.
 
     python -m egm_lib.archive --profile mini-full            # data/runs/mini-full-* -> figures/mini-full/seed-*.tar.xz
     python -m egm_lib.archive --profile mini-full --restore  # and back: then `make tables PROFILE=mini-full`
 
-Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and pictures. Curated data, of which
-Table 3 is made, is large and counted for the first seed only; so it is kept of that one.
+Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and pictures.
+Curated data, of which Table 3 is made, is large and counted for the first seed only; so it is kept
+of that one.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from egm_lib.data.records import atomic_open
 from egm_lib.jobs import data_job
 from egm_lib.profile import ProfileError, Run, load_profile
 
-KEPT = ("manifest.json", "selection.json", "predictions", "failures", "latency", "logs", "groups", "ablations")
+KEPT = (
+    "manifest.json",
+    "selection.json",
+    "predictions",
+    "failures",
+    "latency",
+    "logs",
+    "groups",
+    "ablations",
+)
 KEPT_OF_FIRST = ("curation", "traces")
 
 
@@ -36,10 +47,15 @@ def pack(run: Run) -> Path:
     files = [path for place in places for path in (place.rglob("*") if place.is_dir() else [place])]
     out = archive_file(run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(out, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive:
+    with (
+        atomic_open(out, "wb") as file,
+        tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive,
+    ):
         for path in sorted(files):
             if path.is_file() and path.suffix in (".json", ".jsonl") and ".ledger" not in path.name:
-                archive.add(path, f"{run.root.name}/{path.relative_to(run.root)}", filter=_anonymous)
+                archive.add(
+                    path, f"{run.root.name}/{path.relative_to(run.root)}", filter=_anonymous
+                )
     return out
 
 
@@ -54,10 +70,13 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 def restore(run: Run) -> Path:
     """Puts a run's archived files back where they were, all or none; returns the folder.
 
-    Raises FileExistsError where the run is there already, FetchError for an archive that is broken or reaches outside.
+    Raises FileExistsError where the run is there already, FetchError for an archive that is broken
+    or reaches outside.
     """
     if run.root.exists():
-        raise FileExistsError(f"{run.root} is there already; move it away before the archived run takes its place")
+        raise FileExistsError(
+            f"{run.root} is there already; move it away before the archived run takes its place"
+        )
     run.root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{run.root.name}.", dir=run.root.parent) as scratch:
         unpack(archive_file(run), Path(scratch))
@@ -66,22 +85,36 @@ def restore(run: Run) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.archive", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.archive", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--profile", default="mini")
-    parser.add_argument("--restore", action="store_true", help="from figures/PROFILE back to data/runs")
+    parser.add_argument(
+        "--restore", action="store_true", help="from figures/PROFILE back to data/runs"
+    )
     args = parser.parse_args(argv)
     try:
         profile = load_profile(args.profile)
         runs = [Run(profile, seed) for seed in profile.seeds]
-        there = [run for run in runs if (archive_file(run).is_file() if args.restore else run.manifest.is_file())]
+        there = [
+            run
+            for run in runs
+            if (archive_file(run).is_file() if args.restore else run.manifest.is_file())
+        ]
         if not there:
-            what = f"no archive in {runs[0].figures}" if args.restore else f"no run of {profile.name} in data/runs"
+            what = (
+                f"no archive in {runs[0].figures}"
+                if args.restore
+                else f"no run of {profile.name} in data/runs"
+            )
             raise FileNotFoundError(f"{what}; `make reproduce PROFILE={profile.name}` makes one")
         for run in there:
             print(restore(run) if args.restore else pack(run))
         if args.restore and not profile.data.path.exists():
             made_by = shlex.join([".venv/bin/python", *data_job(runs[0]).command[1:]])
-            print(f"No pictures in {profile.data.path}: before `make figures` or `make gallery`, {made_by}")
+            print(
+                f"No pictures in {profile.data.path}: before `make figures` or `make gallery`, {made_by}"
+            )
     except (ProfileError, OSError, FetchError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """Boxes: frames, conversion, IoU and success (Eq. 1).
 
-A box is (x1, y1, x2, y2) in continuous coordinates: width is x2 - x1, without the "+1 pixel" of some evaluators.
+A box is (x1, y1, x2, y2) in continuous coordinates: width is x2 - x1, without the "+1 pixel" of
+some evaluators.
 """
 
 from collections.abc import Sequence
@@ -51,14 +52,19 @@ def frame_scale(frame: BoxFrame, image_wh: tuple[int, int]) -> tuple[float, floa
         return 1.0, 1.0, 1.0
     if frame is BoxFrame.NORM_1:
         return width, height, 1.0
-    raise ValueError(f"unknown box frame {frame!r}: use one of {', '.join(str(known) for known in BoxFrame)}")
+    raise ValueError(
+        f"unknown box frame {frame!r}: use one of {', '.join(str(known) for known in BoxFrame)}"
+    )
 
 
-def convert(box: Sequence[float], source: BoxFrame, target: BoxFrame, image_wh: tuple[int, int]) -> Box:
+def convert(
+    box: Sequence[float], source: BoxFrame, target: BoxFrame, image_wh: tuple[int, int]
+) -> Box:
     """The same box in another frame; neither rounded nor clipped.
 
     image_wh: width and height of the original image, px.
-    Raises ValueError for four numbers that are not finite, an unknown frame, or a non-positive image size.
+    Raises ValueError for four numbers that are not finite, an unknown frame, or a non-positive
+    image size.
     """
     x1, y1, x2, y2 = numbers = _four_numbers(box, "box")
     from_width, from_height, from_unit = frame_scale(source, image_wh)
@@ -77,7 +83,8 @@ def convert(box: Sequence[float], source: BoxFrame, target: BoxFrame, image_wh: 
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes in the same frame; 0.0 where a box is degenerate (no area).
+    """Intersection over union of two boxes in the same frame; 0.0 where a box is degenerate (no
+    area).
 
     Raises ValueError for a wrong length, nan or inf.
     """
@@ -101,16 +108,22 @@ def pairwise_iou(a_N4: ArrayLike, b_M4: ArrayLike) -> np.ndarray:
     largest = max(np.abs(a_N4).max(initial=0.0), np.abs(b_M4).max(initial=0.0))
     if largest > 1e150:  # areas would overflow
         a_N4, b_M4 = a_N4 / largest, b_M4 / largest
-    size_NM2 = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:]) - np.maximum(a_N4[:, None, :2], b_M4[None, :, :2])
+    size_NM2 = np.minimum(a_N4[:, None, 2:], b_M4[None, :, 2:]) - np.maximum(
+        a_N4[:, None, :2], b_M4[None, :, :2]
+    )
     intersection_NM = size_NM2.clip(min=0).prod(axis=2)
     area_N = (a_N4[:, 2:] - a_N4[:, :2]).clip(min=0).prod(axis=1)
     area_M = (b_M4[:, 2:] - b_M4[:, :2]).clip(min=0).prod(axis=1)
     union_NM = area_N[:, None] + area_M[None, :] - intersection_NM
     valid_NM = (area_N[:, None] > 0) & (area_M[None, :] > 0) & (union_NM > 0)
-    return np.divide(intersection_NM, union_NM, out=np.zeros_like(union_NM), where=valid_NM).clip(max=1.0)
+    return np.divide(intersection_NM, union_NM, out=np.zeros_like(union_NM), where=valid_NM).clip(
+        max=1.0
+    )
 
 
-def is_success(pred: Sequence[float] | None, gt: Sequence[float], threshold: float = SUCCESS_IOU) -> bool:
+def is_success(
+    pred: Sequence[float] | None, gt: Sequence[float], threshold: float = SUCCESS_IOU
+) -> bool:
     """Eq. 1: IoU strictly above the threshold; no prediction is no success."""
     return pred is not None and iou(pred, gt) > threshold
 
@@ -122,7 +135,8 @@ def _four_numbers(box: Sequence[float], name: str) -> Box:
         x1, y1, x2, y2 = map(float, box)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be four numbers (x1, y1, x2, y2), got {box!r}") from None
-    # The sum of finite numbers may overflow, but that of others is never finite: one test settles the common case.
+    # The sum of finite numbers may overflow, but that of others is never finite: one test settles
+    # the common case.
     if not isfinite(x1 + y1 + x2 + y2) and not all(map(isfinite, (x1, y1, x2, y2))):
         raise ValueError(f"{name} must be finite, got {box!r}")
     return x1, y1, x2, y2
@@ -135,5 +149,7 @@ def _box_array(boxes: ArrayLike, name: str) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != 4:
         raise ValueError(f"{name} must have shape (number of boxes, 4), got {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} must be finite, got {array[~np.isfinite(array).all(axis=1)][0].tolist()}")
+        raise ValueError(
+            f"{name} must be finite, got {array[~np.isfinite(array).all(axis=1)][0].tolist()}"
+        )
     return array

@@ -1,4 +1,6 @@
-"""One sample and what each model answered: what the viewer, the qualitative figures and the gallery show."""
+"""One sample and what each model answered: what the viewer, the qualitative figures and the gallery
+show.
+"""
 
 import base64
 import io
@@ -55,11 +57,18 @@ class Comparison(NamedTuple):
 
 
 def rows_of(predictions) -> list[Mapping]:
-    """Prediction rows from a path (a folder stands for every *.jsonl below it), several paths, a DataFrame or rows."""
+    """Prediction rows from a path (a folder stands for every *.jsonl below it), several paths, a
+    DataFrame or rows.
+    """
     if isinstance(predictions, pd.DataFrame):
         rows = predictions.to_dict("records")
-        return [{key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-                for row in rows]  # fmt: skip
+        return [
+            {
+                key: None if isinstance(value, float) and math.isnan(value) else value
+                for key, value in row.items()
+            }
+            for row in rows
+        ]
     if isinstance(predictions, str | Path):
         predictions = [predictions]
     rows: list[Mapping] = []
@@ -69,14 +78,17 @@ def rows_of(predictions) -> list[Mapping]:
             continue
         path = Path(item)
         if not path.exists():
-            raise FileNotFoundError(f"no predictions at {path}; `python -m egm_lib.generate` makes them")
+            raise FileNotFoundError(
+                f"no predictions at {path}; `python -m egm_lib.generate` makes them"
+            )
         for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
             rows += read_rows(file)
     return rows
 
 
 def compare(rows: Iterable[Mapping]) -> list[Comparison]:
-    """Rows of several models joined on the sample (and the seed, where there are several), in order of first rows.
+    """Rows of several models joined on the sample (and the seed, where there are several), in order
+    of first rows.
 
     Raises ValueError where a model answers one sample twice, or a row has no sample_id.
     """
@@ -91,22 +103,34 @@ def compare(rows: Iterable[Mapping]) -> list[Comparison]:
         key = (row["sample_id"], str(row.get("seed")) if several_seeds else None)
         answers = found.setdefault(key, Comparison(row, {})).answers
         if model in answers:
-            raise ValueError(f"{model} answers {row['sample_id']!r} twice; give one run's predictions once")
+            raise ValueError(
+                f"{model} answers {row['sample_id']!r} twice; give one run's predictions once"
+            )
         answers[model] = judge(row)
     return list(found.values())
 
 
 _TEXT, _NUMBER = ((str,), "text"), ((numbers.Real,), "a number")
 _KINDS = {
-    **dict.fromkeys(("dataset", "split", "task", "expression", "raw_answer", "reasoning", "status", "error"), _TEXT),
-    **dict.fromkeys(("width", "height", "reasoning_tokens", "answer_tokens", "latency_ms"), _NUMBER),
-    **dict.fromkeys(("prompt_kind", "num_lookalikes", "seed"), ((str, numbers.Real), "text or a number")),
-    "image": ((str, Path, Image.Image), "a path or a picture"), "boxes": ((list, tuple), "a list"),
-}  # fmt: skip
+    **dict.fromkeys(
+        ("dataset", "split", "task", "expression", "raw_answer", "reasoning", "status", "error"),
+        _TEXT,
+    ),
+    **dict.fromkeys(
+        ("width", "height", "reasoning_tokens", "answer_tokens", "latency_ms"), _NUMBER
+    ),
+    **dict.fromkeys(
+        ("prompt_kind", "num_lookalikes", "seed"), ((str, numbers.Real), "text or a number")
+    ),
+    "image": ((str, Path, Image.Image), "a path or a picture"),
+    "boxes": ((list, tuple), "a list"),
+}
 
 
 def readable(row: Mapping) -> Mapping:
-    """The row; where fields are of a wrong kind, without them, and with an error that says which."""
+    """The row; where fields are of a wrong kind, without them, and with an error that says
+    which.
+    """
     wrong = {
         name: f"{name} must be {words}, not {str(row[name])[:40]!r}"
         for name, (kinds, words) in _KINDS.items()
@@ -119,19 +143,27 @@ def readable(row: Mapping) -> Mapping:
 
 
 def judge(row: Mapping) -> Answer:
-    """A prediction row with its IoU and success (Eq. 1); a broken row becomes an answer that says what is wrong."""
+    """A prediction row with its IoU and success (Eq. 1); a broken row becomes an answer that says
+    what is wrong.
+    """
     model, error, box = str(row.get("model") or "model"), row.get("error"), row.get("box")
     status = row.get("status") or "ok"
     try:
         gt = check_box(row["gt_box"], "gt_box")
         if "box" not in row and isinstance(row.get("raw_answer"), str):
             frame = BoxFrame[row.get("frame") or "NORM_1000"]
-            parsed = parse_completion(row["raw_answer"], frame=frame, image_wh=(row["width"], row["height"]))
+            parsed = parse_completion(
+                row["raw_answer"], frame=frame, image_wh=(row["width"], row["height"])
+            )
             box, status = parsed.box, parsed.status
         if error or status == "error":
-            return Answer(model, row, None, 0.0, False, "error", error or "the row says error, and not why")
+            return Answer(
+                model, row, None, 0.0, False, "error", error or "the row says error, and not why"
+            )
         if box is None:
-            return Answer(model, row, None, 0.0, False, "no_box" if status == "ok" else status, None)
+            return Answer(
+                model, row, None, 0.0, False, "no_box" if status == "ok" else status, None
+            )
         box = check_box(box, "box")
         return Answer(model, row, box, iou(box, gt), is_success(box, gt), status, None)
     except (ValueError, TypeError, KeyError) as problem:
@@ -140,34 +172,41 @@ def judge(row: Mapping) -> Answer:
 
 
 def models_in(comparisons: Iterable[Comparison]) -> list[str]:
-    """Models that answered, in the order of the story (base, SFT, EGM, ..., large), then any other by name."""
+    """Models that answered, in the order of the story (base, SFT, EGM, ..., large), then any other
+    by name.
+    """
     names = {name for comparison in comparisons for name in comparison.answers}
     return [name for name in LOOKS if name in names] + sorted(names - set(LOOKS))
 
 
-# --- the picture ---------------------------------------------------------------------------------------------------
-
-
 def picture_of(sample: Mapping, root: str | Path) -> Image.Image:
-    """The sample's picture as RGB; its `image` may be a PIL picture, a path, or a path relative to root."""
+    """The sample's picture as RGB; its `image` may be a PIL picture, a path, or a path relative to
+    root.
+    """
     image = sample.get("image")
     if not image:
         raise ValueError("the row names no image")
-    return image.convert("RGB") if isinstance(image, Image.Image) else open_image(resolve_image(sample, root))
+    return (
+        image.convert("RGB")
+        if isinstance(image, Image.Image)
+        else open_image(resolve_image(sample, root))
+    )
 
 
 def data_url(picture: Image.Image, max_side_px: int = 900) -> str:
-    """A picture for a page: downscaled, JPEG where it is large and PNG where it is small (drawings stay crisp)."""
+    """A picture for a page: downscaled, JPEG where it is large and PNG where it is small (drawings
+    stay crisp).
+    """
     scale = min(1.0, max_side_px / max(picture.size))
     if scale < 1:
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        picture = picture.resize(
+            (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        )
     kind = "png" if picture.width * picture.height <= 256 * 256 else "jpeg"
     file = io.BytesIO()
     picture.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-
-# --- the text ------------------------------------------------------------------------------------------------------
 
 _PART = r"(?:\ (?:side|edge|corner|half))?(?:\ of)?"
 _PLACES = rf"""
@@ -184,7 +223,9 @@ _ALIKE = r"""
     | both | all | each | two | three | four | five | six | seven | several | multiple | among | candidates?
     | rather\ than | instead(?:\ of)? | unlike | except | not | \d+\ (?:of|are|is)\b
 """
-_TINTS = re.compile(rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))\b", re.IGNORECASE | re.VERBOSE)
+_TINTS = re.compile(
+    rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))\b", re.IGNORECASE | re.VERBOSE
+)
 
 
 @lru_cache(maxsize=4096)
@@ -213,29 +254,54 @@ def reasoning_and_answer(row: Mapping) -> tuple[str | None, str]:
     return row.get("reasoning") or reasoning, raw[start:].strip()
 
 
-# --- all of it, as plain values for a page -------------------------------------------------------------------------
-
-
-_FACTS = ("sample_id", "dataset", "split", "task", "expression", "prompt_kind", "num_lookalikes", "seed")
+_FACTS = (
+    "sample_id",
+    "dataset",
+    "split",
+    "task",
+    "expression",
+    "prompt_kind",
+    "num_lookalikes",
+    "seed",
+)
 
 
 def view_of(
-    comparison: Comparison, models: Sequence[str], *, root: str | Path, group: Mapping | None = None,
-    causes: Mapping[str, str] | None = None, max_side_px: int = 900,
-) -> dict:  # fmt: skip
-    """What the page draws for one sample: JSON values only. A picture or group that cannot be read: see `error`."""
+    comparison: Comparison,
+    models: Sequence[str],
+    *,
+    root: str | Path,
+    group: Mapping | None = None,
+    causes: Mapping[str, str] | None = None,
+    max_side_px: int = 900,
+) -> dict:
+    """What the page draws for one sample: JSON values only. A picture or group that cannot be read:
+    see `error`.
+    """
     sample = comparison.sample
     view = {name: sample.get(name) for name in _FACTS}
-    view |= {"width": sample.get("width"), "height": sample.get("height"), "picture": None, "error": None,
-             "gt_box": plain_box(sample.get("gt_box")), "modal_box": plain_box(sample.get("modal_box")),
-             "causes": dict(causes or {})}  # fmt: skip
+    view |= {
+        "width": sample.get("width"),
+        "height": sample.get("height"),
+        "picture": None,
+        "error": None,
+        "gt_box": plain_box(sample.get("gt_box")),
+        "modal_box": plain_box(sample.get("modal_box")),
+        "causes": dict(causes or {}),
+    }
     try:
         picture = picture_of(sample, root)
         view["picture"] = data_url(picture, max_side_px)
-        view["width"], view["height"] = view["width"] or picture.width, view["height"] or picture.height
+        view["width"], view["height"] = (
+            view["width"] or picture.width,
+            view["height"] or picture.height,
+        )
     except (OSError, ValueError, KeyError, TypeError) as problem:
         view["error"] = f"the picture cannot be shown: {problem}"
-    view["models"] = [_answer_view(comparison.answers.get(model), model, place) for place, model in enumerate(models)]
+    view["models"] = [
+        _answer_view(comparison.answers.get(model), model, place)
+        for place, model in enumerate(models)
+    ]
     view["group"] = None
     if group is not None:
         try:
@@ -256,17 +322,25 @@ def _answer_view(answer: Answer | None, model: str, place: int) -> dict:
     reasoning, text = reasoning_and_answer(row)
     gt = plain_box(row.get("gt_box"))
     return view | {
-        "box": answer.box and list(answer.box), "num_boxes": len(row.get("boxes") or ()), "iou": answer.iou,
-        "success": answer.success, "status": answer.status, "error": answer.error,
+        "box": answer.box and list(answer.box),
+        "num_boxes": len(row.get("boxes") or ()),
+        "iou": answer.iou,
+        "success": answer.success,
+        "status": answer.status,
+        "error": answer.error,
         "reward": None if gt is None or answer.error else grounding_reward(answer.box, gt),
-        "reasoning": tint(reasoning) if reasoning else [], "answer": text,
-        "tokens": _sum(row.get("reasoning_tokens"), row.get("answer_tokens")), "latency_ms": row.get("latency_ms"),
+        "reasoning": tint(reasoning) if reasoning else [],
+        "answer": text,
+        "tokens": _sum(row.get("reasoning_tokens"), row.get("answer_tokens")),
+        "latency_ms": row.get("latency_ms"),
         "truncated": row.get("finish_reason") == "length",
-    }  # fmt: skip
+    }
 
 
 def _group_view(group: Mapping, view: Mapping) -> dict:
-    """The completions of one prompt: box, reward and advantage of each (Eq. 7 and 8 where the group does not say)."""
+    """The completions of one prompt: box, reward and advantage of each (Eq. 7 and 8 where the group
+    does not say).
+    """
     completions = list(group["completions"])
     frame = BoxFrame[group.get("frame") or "NORM_1000"]
     image_wh, gt = (view["width"], view["height"]), view["gt_box"]
@@ -277,13 +351,20 @@ def _group_view(group: Mapping, view: Mapping) -> dict:
         "step": group.get("step"),
         "completions": [
             {
-                "box": each.box and list(each.box), "iou": 0.0 if each.box is None else iou(each.box, gt),
-                "success": is_success(each.box, gt), "status": each.status, "reward": float(reward),
-                "advantage": float(advantage), "reasoning": tint(each.reasoning or ""), "answer": text,
+                "box": each.box and list(each.box),
+                "iou": 0.0 if each.box is None else iou(each.box, gt),
+                "success": is_success(each.box, gt),
+                "status": each.status,
+                "reward": float(reward),
+                "advantage": float(advantage),
+                "reasoning": tint(each.reasoning or ""),
+                "answer": text,
             }
-            for text, each, reward, advantage in zip(completions, parsed, rewards, advantages, strict=True)
+            for text, each, reward, advantage in zip(
+                completions, parsed, rewards, advantages, strict=True
+            )
         ],
-    }  # fmt: skip
+    }
 
 
 def _advantages(rewards: Sequence[float]) -> list[float]:

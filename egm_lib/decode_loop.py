@@ -1,7 +1,9 @@
-"""Prompts that a model has read -> completions, token by token: the one loop behind rollouts and answers.
+"""Prompts that a model has read -> completions, token by token: the one loop behind rollouts and
+answers.
 
-Greedy completions equal those of `model.generate`. What it saves beside it: a prompt is read once for all its
-completions, keys and values are written in place, and completions that have ended leave the batch.
+Greedy completions equal those of `model.generate`. What it saves beside it: a prompt is read once
+for all its completions, keys and values are written in place, and completions that have ended leave
+the batch.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")  # what a processor returns for each token
+# What a processor returns for each token
+BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing; suppress_ids are never written."""
+    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing; suppress_ids
+    are never written.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -39,7 +44,9 @@ class Form(Protocol):
 
 @dataclass
 class Prefix:
-    """Prompts that a model has read: cache and mask_N_P of all but the last token, which starts every completion."""
+    """Prompts that a model has read: cache and mask_N_P of all but the last token, which starts
+    every completion.
+    """
 
     cache: DynamicCache
     mask_N_P: Tensor
@@ -50,7 +57,9 @@ class Prefix:
 
 @dataclass
 class Completions:
-    """Tokens (with the end token) and their log-probs, one list a row; first_token_at: time.perf_counter."""
+    """Tokens (with the end token) and their log-probs, one list a row; first_token_at:
+    time.perf_counter.
+    """
 
     tokens: list[list[int]]
     logps: list[list[float]]
@@ -59,7 +68,9 @@ class Completions:
 
 @torch.no_grad()
 def read_inputs(model, inputs: Mapping[str, Tensor]) -> Prefix:
-    """The prefix of what a processor returns for a batch, left-padded; every family that transformers knows."""
+    """The prefix of what a processor returns for a batch, left-padded; every family that
+    transformers knows.
+    """
     ids_N_T, mask_N_T = inputs["input_ids"], inputs["attention_mask"]
     by_token = {name: inputs[name][:, :-1] for name in BY_TOKEN if name in inputs}
     if not _has_3d_positions(model):  # Qwen-VL computes its own
@@ -78,7 +89,9 @@ def _has_3d_positions(model) -> bool:
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for what comes: writes in place where DynamicLayer copies all it holds at each token."""
+    """A cache layer with room for what comes: writes in place where DynamicLayer copies all it
+    holds at each token.
+    """
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int):
         super().__init__()
@@ -91,9 +104,14 @@ class _RoomyLayer(DynamicLayer):
         self._show()
 
     def _show(self) -> None:
-        self.keys, self.values = self.room_keys[:, :, : self.length], self.room_values[:, :, : self.length]
+        self.keys, self.values = (
+            self.room_keys[:, :, : self.length],
+            self.room_values[:, :, : self.length],
+        )
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         end = self.length + key_states.shape[2]
         self.room_keys[:, :, self.length : end] = key_states
         self.room_values[:, :, self.length : end] = value_states
@@ -108,20 +126,29 @@ class _RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def complete(
-    model, prefix: Prefix, group_size: int, options: SamplingOptions, eos_ids: Sequence[int],
-    generator: torch.Generator | None = None, form: Form | None = None,
-) -> Completions:  # fmt: skip
+    model,
+    prefix: Prefix,
+    group_size: int,
+    options: SamplingOptions,
+    eos_ids: Sequence[int],
+    generator: torch.Generator | None = None,
+    form: Form | None = None,
+) -> Completions:
     """group_size completions of each prompt, in order.
 
-    The log-probs are the policy's at the temperature, before suppression, form, penalty, top_k and top_p: what a
-    trainer computes.
+    The log-probs are the policy's at the temperature, before suppression, form, penalty, top_k and
+    top_p: what a trainer computes.
     """
     device, length = model.device, options.max_new_tokens
     rows = torch.arange(len(prefix.ids), device=device).repeat_interleave(group_size)
     layers = [_RoomyLayer(x.keys, x.values, rows, length) for x in prefix.cache.layers]
     cache = DynamicCache()
     cache.layers = layers
-    mask_R_T, token_R, position_R = prefix.mask_N_P[rows], prefix.last_N[rows], prefix.position_N[rows]
+    mask_R_T, token_R, position_R = (
+        prefix.mask_N_P[rows],
+        prefix.last_N[rows],
+        prefix.position_N[rows],
+    )
     mask_R_T = torch.cat([mask_R_T, mask_R_T.new_ones(len(rows), length)], dim=1)
     start, answer_R = prefix.mask_N_P.shape[1], torch.arange(len(rows), device=device)
     going_R = torch.ones(len(rows), dtype=torch.bool, device=device)
@@ -131,19 +158,28 @@ def complete(
     for step in range(length):
         position_R_1 = (position_R + step)[:, None]
         hidden_R_1_W = model.model(
-            input_ids=token_R[:, None], attention_mask=mask_R_T[:, : start + step + 1],
-            position_ids=position_R_1.expand(3, -1, -1) if _has_3d_positions(model) else position_R_1,
-            past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
+            input_ids=token_R[:, None],
+            attention_mask=mask_R_T[:, : start + step + 1],
+            position_ids=position_R_1.expand(3, -1, -1)
+            if _has_3d_positions(model)
+            else position_R_1,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
         logits_R_V = model.get_output_embeddings()(hidden_R_1_W[:, -1]).float()
         allowed_R_V = logits_R_V.clone()
         allowed_R_V[:, list(options.suppress_ids)] = -torch.inf
         if form is not None:  # before top_k, which could leave no admissible token
             keep = 1 if options.temperature == 0 else (options.top_k or logits_R_V.shape[1])
             for r in going_R.nonzero()[:, 0].tolist():
-                allowed_R_V[r] = form.bind(tokens_B_T[answer_R[r], :step].tolist(), allowed_R_V[r], keep)
+                allowed_R_V[r] = form.bind(
+                    tokens_B_T[answer_R[r], :step].tolist(), allowed_R_V[r], keep
+                )
         if options.repetition_penalty != 1:
-            seen = [prefix.ids[b // group_size] + tokens_B_T[b, :step].tolist() for b in answer_R.tolist()]
+            seen = [
+                prefix.ids[b // group_size] + tokens_B_T[b, :step].tolist()
+                for b in answer_R.tolist()
+            ]
             _penalise(allowed_R_V, seen, options.repetition_penalty)
         token_R = _pick(allowed_R_V, options, generator)
         tokens_B_T[answer_R, step] = token_R.cpu()
@@ -165,14 +201,18 @@ def complete(
 
 
 def _penalise(logits_R_V: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
-    """transformers' repetition penalty, in place: tokens of prompt or completion lose likelihood."""
+    """transformers' repetition penalty, in place: tokens of prompt or completion lose
+    likelihood.
+    """
     for logits_V, ids in zip(logits_R_V, seen, strict=True):
         known = torch.tensor(sorted(set(ids)), device=logits_V.device)
         values = logits_V[known]
         logits_V[known] = torch.where(values < 0, values * penalty, values / penalty)
 
 
-def _pick(allowed_R_V: Tensor, options: SamplingOptions, generator: torch.Generator | None) -> Tensor:
+def _pick(
+    allowed_R_V: Tensor, options: SamplingOptions, generator: torch.Generator | None
+) -> Tensor:
     """A token of each row, at the temperature, within top_k and top_p."""
     if options.temperature == 0:
         return allowed_R_V.argmax(dim=-1)
@@ -183,11 +223,16 @@ def _pick(allowed_R_V: Tensor, options: SamplingOptions, generator: torch.Genera
     probs_R_V = allowed_R_V.softmax(dim=-1)
     if options.top_p < 1.0:
         sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
-        cut_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= options.top_p  # the token that crosses top_p stays
+        # The token that crosses top_p stays
+        cut_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= options.top_p
         probs_R_V = probs_R_V.scatter(1, order_R_V, sorted_R_V.masked_fill(cut_R_V, 0.0))
-    # Inverse distribution function: torch.multinomial draws a random number for every token of the vocabulary.
+    # Inverse distribution function: torch.multinomial draws a random number for every token of the
+    # vocabulary.
     cumulative_R_V = probs_R_V.cumsum(dim=-1)
-    draw_R_1 = torch.rand(len(probs_R_V), 1, generator=generator, device=probs_R_V.device) * cumulative_R_V[:, -1:]
+    draw_R_1 = (
+        torch.rand(len(probs_R_V), 1, generator=generator, device=probs_R_V.device)
+        * cumulative_R_V[:, -1:]
+    )
     token_R = torch.searchsorted(cumulative_R_V, draw_R_1, right=True)[:, 0]
     # A draw that rounds up to the whole sum would fall behind the last token that is possible.
     return token_R.minimum((probs_R_V > 0).cumsum(dim=-1).argmax(dim=-1))
@@ -198,7 +243,9 @@ def _logps(logits_R_V: Tensor, token_R: Tensor, temperature: float) -> Tensor:
     return scaled_R_V.gather(1, token_R[:, None])[:, 0] - scaled_R_V.logsumexp(dim=-1)
 
 
-def _until_end(tokens_B_T: Tensor, logps_B_T: Tensor, eos: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+def _until_end(
+    tokens_B_T: Tensor, logps_B_T: Tensor, eos: Tensor
+) -> tuple[list[list[int]], list[list[float]]]:
     """Rows up to and with the first end token; rows that went on in the batch after it are cut."""
     ended_B_T = torch.isin(tokens_B_T, eos)
     length_B = torch.where(

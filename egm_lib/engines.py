@@ -1,7 +1,9 @@
-"""Three ways to have a model answer: transformers (any machine), vLLM (GPUs), an OpenAI-compatible endpoint.
+"""Three ways to have a model answer: transformers (any machine), vLLM (GPUs), an OpenAI-compatible
+endpoint.
 
-Each engine takes requests (picture, prompt) and yields answers in the order of the requests. `reasoning=False` switches
-the reasoning off (Table 10) and binds the output to the form of an answer; an engine that cannot bind it says so.
+Each engine takes requests (picture, prompt) and yields answers in the order of the requests.
+`reasoning=False` switches the reasoning off (Table 10) and binds the output to the form of an
+answer; an engine that cannot bind it says so.
 """
 
 import base64
@@ -27,14 +29,16 @@ from egm_lib.shared_prefix import Reader, read_prefix
 from egm_lib.vision_cache import freeze_vision
 
 THINK_END = "</think>"
-MAX_MODEL_LEN = 32_768  # tokens that vLLM sets memory aside for: Table 6, for rollouts; ours, for evaluation
+# Tokens that vLLM sets memory aside for: Table 6, for rollouts; ours, for evaluation
+MAX_MODEL_LEN = 32_768
 
 
 @dataclass(frozen=True)
 class Request:
     """One question about one picture; prompt is the user's text, without chat template.
 
-    begun: what the assistant has written already, after the template's own opener; the answer goes on from there.
+    begun: what the assistant has written already, after the template's own opener; the answer goes
+    on from there.
     """
 
     image: Image.Image
@@ -44,11 +48,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The assistant's text: what the chat template had begun (such as "<think>"), then what the model wrote.
+    """The assistant's text: what the chat template had begun (such as "<think>"), then what the
+    model wrote.
 
     finish_reason: "stop" | "length" | "error". Tokens are None where an endpoint does not tell.
-    latency_ms, first_token_ms: from handing the request over to the last (first) token, in the company that it had;
-    a batch ends as one.
+    latency_ms, first_token_ms: from handing the request over to the last (first) token, in the
+    company that it had; a batch ends as one.
     """
 
     raw_answer: str
@@ -66,7 +71,9 @@ class Answer:
 
 
 class Engine(Protocol):
-    """batch_size: requests that are answered together; `answer` may be given any number. seed: of sampled answers."""
+    """batch_size: requests that are answered together; `answer` may be given any number. seed: of
+    sampled answers.
+    """
 
     family: Family
     revision: str | None
@@ -80,17 +87,17 @@ class Engine(Protocol):
     def describe(self) -> dict: ...
 
 
-# --- the form of an answer -----------------------------------------------------------------------------------------
-
 _NUMBER = r"(?:0|[1-9]\d{0,2}|1000)"
-_LABEL = r'(?:[^"\\<\x00-\x1f]|\\["\\/bfnrt]){0,200}'  # no "<": a label must not write protocol tags
+# No "<": a label must not write protocol tags
+_LABEL = r'(?:[^"\\<\x00-\x1f]|\\["\\/bfnrt]){0,200}'
 _BOX = rf"\[{_NUMBER}(?:, ?{_NUMBER}){{3}}\]"
 _OBJECT = rf'\{{"bbox_2d": ?{_BOX}(?:, ?"label": ?"{_LABEL}")?\}}'
 ANSWER_PATTERNS = {
     "qwen3-vl": rf"(?:```json\n)?\[[ \n\t]{{0,2}}{_OBJECT}[ \n\t]{{0,2}}\](?:\n```)?",
     "internvl-3": rf"(?:<answer>)?(?:<ref>[^<\n]{{0,200}}</ref>)?<box>\[?{_BOX}\]?</box>(?:</answer>)?",
 }
-ANSWER_SCHEMA = {  # the same for endpoints that take JSON schemas; a family that answers in tags has the pattern alone
+# The same for endpoints that take JSON schemas; a family that answers in tags has the pattern alone
+ANSWER_SCHEMA = {
     "type": "array",
     "minItems": 1,
     "maxItems": 1,
@@ -116,7 +123,9 @@ class ConstraintIgnored(RuntimeError):
 
 
 def check_bound(text: str, pattern: str, *, finished: bool) -> None:
-    """Raise ConstraintIgnored unless text has the form (an answer that was cut off: the beginning of the form)."""
+    """Raise ConstraintIgnored unless text has the form (an answer that was cut off: the beginning
+    of the form).
+    """
     if not regex.fullmatch(pattern, text.strip(), partial=not finished):
         raise ConstraintIgnored(
             f"asked for an answer of a fixed form, got {text[:80]!r}: this engine ignores structured output; "
@@ -125,7 +134,9 @@ def check_bound(text: str, pattern: str, *, finished: bool) -> None:
 
 
 class AnswerForm:
-    """Keeps to tokens that continue a text of the form; in order of likelihood, so few of the vocabulary are tried."""
+    """Keeps to tokens that continue a text of the form; in order of likelihood, so few of the
+    vocabulary are tried.
+    """
 
     def __init__(self, pattern: str, decode: Callable[[list[int]], str], eos_ids: frozenset[int]):
         self.pattern, self.decode, self.eos_ids = regex.compile(pattern), decode, eos_ids
@@ -133,7 +144,8 @@ class AnswerForm:
     def bind(self, written: list[int], logits_V: torch.Tensor, keep: int) -> torch.Tensor:
         """logits_V with all but the `keep` likeliest admissible tokens at -inf.
 
-        A vocabulary of words (the miniature's) can come to where none is admissible: the answer ends there.
+        A vocabulary of words (the miniature's) can come to where none is admissible: the answer
+        ends there.
         """
         before = self.decode(written)
         allowed: list[int] = []
@@ -150,7 +162,9 @@ class AnswerForm:
             bound_V[list(self.eos_ids)] = 0.0
         return bound_V
 
-    def _admissible(self, tokens: list[int], written: list[int], before: str, keep: int) -> list[int]:
+    def _admissible(
+        self, tokens: list[int], written: list[int], before: str, keep: int
+    ) -> list[int]:
         allowed: list[int] = []
         for token in tokens:
             if token in self.eos_ids:
@@ -165,8 +179,12 @@ class AnswerForm:
         return allowed
 
 
-def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning: bool) -> list[tuple[str, str]]:
-    """(chat text, what of the assistant's turn it has begun: a parser must see that too) of each request."""
+def chat_texts(
+    processor, family: Family, requests: Sequence[Request], reasoning: bool
+) -> list[tuple[str, str]]:
+    """(chat text, what of the assistant's turn it has begun: a parser must see that too) of each
+    request.
+    """
     pairs = []
     for request in requests:
         messages = family.messages(request.prompt)
@@ -177,23 +195,34 @@ def chat_texts(processor, family: Family, requests: Sequence[Request], reasoning
     return pairs
 
 
-# --- transformers --------------------------------------------------------------------------------------------------
-
-
 class TransformersEngine:
     """Batches of similar length, a KV cache, float32 or bfloat16; on a CPU or one GPU.
 
     model_path: a checkpoint folder or hub id, or a loaded model with `processor` beside it.
-    cache_vision: on a CPU a picture with several expressions goes through a Qwen3-VL's vision tower once; not for
-    measuring latency.
+    cache_vision: on a CPU a picture with several expressions goes through a Qwen3-VL's vision tower
+    once; not for measuring latency.
     """
 
     def __init__(
-        self, model_path, family: str, dtype: str = "float32", batch_size: int = 64, *, processor=None,
-        revision: str | None = None, max_pixels: int | None = None, device: str | None = None, seed: int = 0,
+        self,
+        model_path,
+        family: str,
+        dtype: str = "float32",
+        batch_size: int = 64,
+        *,
+        processor=None,
+        revision: str | None = None,
+        max_pixels: int | None = None,
+        device: str | None = None,
+        seed: int = 0,
         cache_vision: bool = True,
-    ):  # fmt: skip
-        self.family, self.revision, self.batch_size, self.seed = FAMILIES[family], revision, batch_size, seed
+    ):
+        self.family, self.revision, self.batch_size, self.seed = (
+            FAMILIES[family],
+            revision,
+            batch_size,
+            seed,
+        )
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if isinstance(model_path, torch.nn.Module):
@@ -203,7 +232,9 @@ class TransformersEngine:
             model = load_model(model_path, dtype, **hub)
             processor = processor or load_processor(model_path, family, max_pixels, revision)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
-        self.cache_vision = cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
+        self.cache_vision = (
+            cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
+        )
         self.pictures: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
         self.reader = None
         if self.cache_vision:
@@ -211,7 +242,9 @@ class TransformersEngine:
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        self.eos_ids = frozenset(token for token in (*ends, tokenizer.eos_token_id) if token is not None)
+        self.eos_ids = frozenset(
+            token for token in (*ends, tokenizer.eos_token_id) if token is not None
+        )
         self.suppress_ids = picture_tokens(self.model.config)
         think_end = tokenizer.convert_tokens_to_ids(THINK_END)
         self.think_end_id = None if think_end in (None, tokenizer.unk_token_id) else think_end
@@ -219,12 +252,20 @@ class TransformersEngine:
     def describe(self) -> dict:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return {
-            "engine": "transformers", "device": name, "dtype": str(self.dtype).removeprefix("torch."),
-            "torch": torch.__version__, "threads": torch.get_num_threads(), "cache_vision": self.cache_vision,
-        }  # fmt: skip
+            "engine": "transformers",
+            "device": name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cache_vision": self.cache_vision,
+        }
 
-    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].image.size))
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
+        order = sorted(
+            range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].image.size)
+        )
         answers: list[Answer | None] = [None] * len(requests)
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -233,10 +274,13 @@ class TransformersEngine:
                 answers[i] = answer
         yield from answers
 
-    def _answer_batch(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
+    def _answer_batch(
+        self, requests: list[Request], sampling: Sampling, reasoning: bool
+    ) -> list[Answer]:
         try:
             return self._decode(requests, sampling, reasoning)
-        except (RuntimeError, ValueError) as error:  # memory, or one odd request: find it, keep the others
+        # Memory, or one odd request: find it, keep the others
+        except (RuntimeError, ValueError) as error:
             if len(requests) == 1:
                 return [Answer.failed(error)]
             half = len(requests) // 2
@@ -249,47 +293,74 @@ class TransformersEngine:
     @torch.no_grad()
     def _decode(self, requests: list[Request], sampling: Sampling, reasoning: bool) -> list[Answer]:
         start = time.perf_counter()
-        texts, begun = zip(*chat_texts(self.processor, self.family, requests, reasoning), strict=True)
+        texts, begun = zip(
+            *chat_texts(self.processor, self.family, requests, reasoning), strict=True
+        )
         prefix = self._read([request.image for request in requests], texts)
         options = SamplingOptions(
-            sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k or 0,
-            self.suppress_ids, sampling.repetition_penalty,
-        )  # fmt: skip
+            sampling.max_new_tokens,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k or 0,
+            self.suppress_ids,
+            sampling.repetition_penalty,
+        )
         form = None
         if not reasoning:
             form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
         done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
-        latency_ms, first_token_ms = (time.perf_counter() - start) * 1000, (done.first_token_at - start) * 1000
+        latency_ms, first_token_ms = (
+            (time.perf_counter() - start) * 1000,
+            (done.first_token_at - start) * 1000,
+        )
         answers = []
         for ids, prompt_ids, opening in zip(done.tokens, prefix.ids, begun, strict=True):
             ended = ids[-1] in self.eos_ids
             ids = ids[:-1] if ended else ids
             num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
-            answers.append(Answer(
-                opening + self._text(ids), len(prompt_ids), num_reasoning, len(ids) - num_reasoning,
-                "stop" if ended else "length", latency_ms, first_token_ms,
-            ))  # fmt: skip
+            answers.append(
+                Answer(
+                    opening + self._text(ids),
+                    len(prompt_ids),
+                    num_reasoning,
+                    len(ids) - num_reasoning,
+                    "stop" if ended else "length",
+                    latency_ms,
+                    first_token_ms,
+                )
+            )
         return answers
 
     def _read(self, images: list[Image.Image], texts: Sequence[str]) -> Prefix:
         if self.reader is not None:  # a picture of several questions is processed once
-            digests = [xxhash.xxh3_128_digest(repr((x.mode, x.size)).encode() + x.tobytes()) for x in images]
+            digests = [
+                xxhash.xxh3_128_digest(repr((x.mode, x.size)).encode() + x.tobytes())
+                for x in images
+            ]
             self.pictures.clear()
             self.pictures.update(zip(digests, images, strict=True))
             features = self.reader.features(digests)
-            prompts = [self.reader.prompt(digest, text) for digest, text in zip(digests, texts, strict=True)]
+            prompts = [
+                self.reader.prompt(digest, text)
+                for digest, text in zip(digests, texts, strict=True)
+            ]
             return read_prefix(self.model, prompts, features)
         inputs = self.processor(
-            text=list(texts), images=[[image] for image in images], padding=True, padding_side="left",
+            text=list(texts),
+            images=[[image] for image in images],
+            padding=True,
+            padding_side="left",
             return_tensors="pt",
-        ).to(self.device)  # fmt: skip
+        ).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         return read_inputs(self.model, inputs)
 
     def _text(self, ids: list[int]) -> str:
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.processor.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def _reasoning_tokens(self, ids: list[int]) -> int:
         """Tokens up to and with </think>; 0 where the answer does not close a reasoning."""
@@ -298,40 +369,63 @@ class TransformersEngine:
         text = self._text(ids)
         if THINK_END not in text:
             return 0
-        return len(self.processor.tokenizer(text[: text.rindex(THINK_END) + len(THINK_END)])["input_ids"])
-
-
-# --- an OpenAI-compatible endpoint ---------------------------------------------------------------------------------
+        return len(
+            self.processor.tokenizer(text[: text.rindex(THINK_END) + len(THINK_END)])["input_ids"]
+        )
 
 
 class OpenAIEngine:
     """vLLM serve, GPT, Gemini, ...: `batch_size` requests at the same time.
 
-    extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service refuses them).
-    stream: take answers token by token, for the time to the first one; costs the client some work for every token.
-    opens_reasoning: the server's chat template begins the answer with the reasoning opener (Qwen3-VL Thinking).
+    extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service
+    refuses them).
+    stream: take answers token by token, for the time to the first one; costs the client some work
+    for every token.
+    opens_reasoning: the server's chat template begins the answer with the reasoning opener
+    (Qwen3-VL Thinking).
     key: of the service; a local one needs none.
     """
 
     def __init__(
-        self, base_url: str, model: str, family: str, batch_size: int = 64, *, extra_sampling: bool = True,
-        opens_reasoning: bool = False, revision: str | None = None, timeout_s: float = 600.0, max_retries: int = 5,
-        seed: int = 0, stream: bool = False, key: str = "none", client=None,
-    ):  # fmt: skip
+        self,
+        base_url: str,
+        model: str,
+        family: str,
+        batch_size: int = 64,
+        *,
+        extra_sampling: bool = True,
+        opens_reasoning: bool = False,
+        revision: str | None = None,
+        timeout_s: float = 600.0,
+        max_retries: int = 5,
+        seed: int = 0,
+        stream: bool = False,
+        key: str = "none",
+        client=None,
+    ):
         from openai import OpenAI
 
         self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
         self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
         self.seed, self.stream = seed, stream
         self.opener = self.family.reasoning_opener if opens_reasoning else ""
-        self.client = client or OpenAI(base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key)
+        self.client = client or OpenAI(
+            base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key
+        )
 
     def describe(self) -> dict:
         import openai
 
-        return {"engine": "openai", "device": self.base_url, "served": self.model, "openai": openai.__version__}
+        return {
+            "engine": "openai",
+            "device": self.base_url,
+            "served": self.model,
+            "openai": openai.__version__,
+        }
 
-    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
         with ThreadPoolExecutor(max_workers=max(1, self.batch_size)) as pool:
             yield from pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
 
@@ -340,11 +434,16 @@ class OpenAIEngine:
         from openai import OpenAIError
 
         if request.begun:
-            raise ValueError("a chat endpoint cannot go on from a begun answer; use the engine transformers or vllm")
+            raise ValueError(
+                "a chat endpoint cannot go on from a begun answer; use the engine transformers or vllm"
+            )
         start = time.perf_counter()
         extra = {}
         if self.extra_sampling:
-            extra = {"repetition_penalty": sampling.repetition_penalty, "top_k": sampling.top_k or -1}
+            extra = {
+                "repetition_penalty": sampling.repetition_penalty,
+                "top_k": sampling.top_k or -1,
+            }
         pattern = ANSWER_PATTERNS[self.family.name]
         options = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
         if not reasoning:
@@ -352,21 +451,32 @@ class OpenAIEngine:
                 schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
                 options["response_format"] = {"type": "json_schema", "json_schema": schema}
             else:
-                extra["structured_outputs"] = {"regex": pattern}  # vLLM; `guided_regex` would be silently ignored
+                # VLLM; `guided_regex` would be silently ignored
+                extra["structured_outputs"] = {"regex": pattern}
         content = [
             {"type": "image_url", "image_url": {"url": data_url(request.image)}},
             {"type": "text", "text": request.prompt},
         ]
         try:
-            reply = (Reply.streamed if self.stream else Reply.whole)(self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}], temperature=sampling.temperature,
-                top_p=sampling.top_p, max_tokens=sampling.max_new_tokens, seed=self.seed, extra_body=extra or None,
-                **options,
-            ))  # fmt: skip
-        except (OpenAIError, HTTPError) as error:  # the client wraps its transport's errors, but not those of a stream
+            reply = (Reply.streamed if self.stream else Reply.whole)(
+                self.client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": content}],
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=self.seed,
+                    extra_body=extra or None,
+                    **options,
+                )
+            )
+        # The client wraps its transport's errors, but not those of a stream
+        except (OpenAIError, HTTPError) as error:
             return Answer.failed(error)
         latency_ms = (time.perf_counter() - start) * 1000
-        first_token_ms = None if reply.first_token_at is None else (reply.first_token_at - start) * 1000
+        first_token_ms = (
+            None if reply.first_token_at is None else (reply.first_token_at - start) * 1000
+        )
         finish = "length" if reply.finish_reason == "length" else "stop"
         if not reasoning:
             check_bound(reply.text, pattern, finished=finish == "stop")
@@ -380,13 +490,21 @@ class OpenAIEngine:
         num_reasoning = getattr(details, "reasoning_tokens", None) or (0 if not reasoning else None)
         num_answer = None if usage is None else usage.completion_tokens - (num_reasoning or 0)
         return Answer(
-            raw_answer, usage and usage.prompt_tokens, num_reasoning, num_answer, finish, latency_ms, first_token_ms
+            raw_answer,
+            usage and usage.prompt_tokens,
+            num_reasoning,
+            num_answer,
+            finish,
+            latency_ms,
+            first_token_ms,
         )
 
 
 @dataclass
 class Reply:
-    """What a chat endpoint has said; thought: what its reasoning parser has set apart; first_token_at: perf_counter."""
+    """What a chat endpoint has said; thought: what its reasoning parser has set apart;
+    first_token_at: perf_counter.
+    """
 
     text: str = ""
     thought: str = ""
@@ -397,7 +515,12 @@ class Reply:
     @classmethod
     def whole(cls, completion) -> "Reply":
         choice = completion.choices[0]
-        return cls(choice.message.content or "", _thought(choice.message), choice.finish_reason, completion.usage)
+        return cls(
+            choice.message.content or "",
+            _thought(choice.message),
+            choice.finish_reason,
+            completion.usage,
+        )
 
     @classmethod
     def streamed(cls, chunks) -> "Reply":
@@ -424,45 +547,68 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-# --- vLLM, offline -------------------------------------------------------------------------------------------------
-
-
 # No video: vLLM 0.30 tries one as it starts, in a way that transformers 5.23 refuses.
 VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
 
 
 def vllm_pictures(processor: ProcessorMixin) -> dict:
-    """vLLM's options on pictures: one a prompt, in the sizes of `processor`, whatever the checkpoint's own says."""
+    """vLLM's options on pictures: one a prompt, in the sizes of `processor`, whatever the
+    checkpoint's own says.
+    """
     size = processor.image_processor.size
-    limits = {name: size[name] for name in ("shortest_edge", "longest_edge") if size.get(name)}  # InternVL-3: none
-    return {"limit_mm_per_prompt": VLLM_LIMITS, "mm_processor_kwargs": {"size": limits} if limits else None}
+    # InternVL-3: none
+    limits = {name: size[name] for name in ("shortest_edge", "longest_edge") if size.get(name)}
+    return {
+        "limit_mm_per_prompt": VLLM_LIMITS,
+        "mm_processor_kwargs": {"size": limits} if limits else None,
+    }
 
 
 class VLLMEngine:
-    """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no GPU was at hand.
+    """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no
+    GPU was at hand.
 
-    tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process a GPU on a share of
-    the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
+    tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process
+    a GPU on a share of the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
     """
 
     def __init__(
-        self, model_path: str, family: str, dtype: str = "bfloat16", batch_size: int = 256, *, processor=None,
-        revision: str | None = None, max_pixels: int | None = None, tensor_parallel: int = 1,
+        self,
+        model_path: str,
+        family: str,
+        dtype: str = "bfloat16",
+        batch_size: int = 256,
+        *,
+        processor=None,
+        revision: str | None = None,
+        max_pixels: int | None = None,
+        tensor_parallel: int = 1,
         seed: int = 0,
-    ):  # fmt: skip
+    ):
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ImportError("the engine 'vllm' needs vLLM: pip install -e .[gpu] on a machine with GPUs") from error
+            raise ImportError(
+                "the engine 'vllm' needs vLLM: pip install -e .[gpu] on a machine with GPUs"
+            ) from error
         self.family, self.revision, self.batch_size, self.dtype, self.seed = (
-            FAMILIES[family], revision, batch_size, dtype, seed,
-        )  # fmt: skip
+            FAMILIES[family],
+            revision,
+            batch_size,
+            dtype,
+            seed,
+        )
         self.processor = processor or load_processor(model_path, family, max_pixels, revision)
         text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
         self.llm = LLM(
-            model=model_path, revision=revision, dtype=dtype, tensor_parallel_size=tensor_parallel, seed=seed,
-            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings), **vllm_pictures(self.processor),
-        )  # fmt: skip
+            model=model_path,
+            revision=revision,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel,
+            seed=seed,
+            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
+            **vllm_pictures(self.processor),
+        )
 
     def describe(self) -> dict:
         import vllm
@@ -470,20 +616,28 @@ class VLLMEngine:
         name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
         return {"engine": "vllm", "device": name, "dtype": self.dtype, "vllm": vllm.__version__}
 
-    def answer(self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True) -> Iterator[Answer]:
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
         if not requests:
             return
-        texts, begun = zip(*chat_texts(self.processor, self.family, requests, reasoning), strict=True)
+        texts, begun = zip(
+            *chat_texts(self.processor, self.family, requests, reasoning), strict=True
+        )
         pattern = ANSWER_PATTERNS[self.family.name]
         params = SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=self.seed,
-            max_tokens=sampling.max_new_tokens, repetition_penalty=sampling.repetition_penalty,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            seed=self.seed,
+            max_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
             skip_special_tokens=False,
             structured_outputs=None if reasoning else StructuredOutputsParams(regex=pattern),
-        )  # fmt: skip
+        )
         prompts = [  # one <|image_pad|> or <IMG_CONTEXT> a picture: vLLM expands it itself
             {"prompt": text, "multi_modal_data": {"image": request.image}}
             for text, request in zip(texts, requests, strict=True)

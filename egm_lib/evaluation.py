@@ -1,8 +1,9 @@
 """Prediction files -> metrics with intervals, and differences between models with their evidence.
 
-IoU and success are never stored: `score` reads them from the raw answers, by any rule of the parser, so that the same
-files can be scored as other evaluators would. Expressions on one picture are not independent, so every interval comes
-from a bootstrap that draws pictures (and seeds, where a run has several), never samples.
+IoU and success are never stored: `score` reads them from the raw answers, by any rule of the
+parser, so that the same files can be scored as other evaluators would. Expressions on one picture
+are not independent, so every interval comes from a bootstrap that draws pictures (and seeds, where
+a run has several), never samples.
 """
 
 import json
@@ -21,10 +22,26 @@ from egm_lib.peer_rules import PEER_RULES
 
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100  # COCO's 0.50:0.05:0.95
 SCORING_COLUMNS = (
-    "sample_id", "dataset", "split", "task", "image_id", "expression", "gt_box", "width", "height", "frame",
-    "prompt_kind", "num_lookalikes", "model", "seed", "raw_answer", "status", "finish_reason",
-    "reasoning_tokens", "answer_tokens",
-)  # fmt: skip
+    "sample_id",
+    "dataset",
+    "split",
+    "task",
+    "image_id",
+    "expression",
+    "gt_box",
+    "width",
+    "height",
+    "frame",
+    "prompt_kind",
+    "num_lookalikes",
+    "model",
+    "seed",
+    "raw_answer",
+    "status",
+    "finish_reason",
+    "reasoning_tokens",
+    "answer_tokens",
+)
 
 
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
@@ -44,7 +61,8 @@ class Difference:
     """Model a minus model b on the samples that both answered.
 
     p_value: two-sided, from the clustered standard error (pictures, seeds).
-    only_a, only_b: discordant samples of McNemar's test; mcnemar_p: None where several seeds repeat a sample.
+    only_a, only_b: discordant samples of McNemar's test; mcnemar_p: None where several seeds repeat
+    a sample.
     """
 
     mean: float
@@ -56,11 +74,10 @@ class Difference:
     mcnemar_p: float | None
 
 
-# --- reading and scoring -------------------------------------------------------------------------------------------
-
-
 def iter_rows(path: Path) -> Iterator[dict]:
-    """The rows of a JSONL file; a last line that a kill cut short is left out, any other bad line is a ValueError."""
+    """The rows of a JSONL file; a last line that a kill cut short is left out, any other bad line
+    is a ValueError.
+    """
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -68,7 +85,9 @@ def iter_rows(path: Path) -> Iterator[dict]:
             except json.JSONDecodeError as error:
                 if not line.endswith("\n"):
                     return
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); delete this line") from error
+                raise ValueError(
+                    f"{path}, line {number}: not JSON ({error.msg}); delete this line"
+                ) from error
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -76,29 +95,41 @@ def read_rows(path: Path) -> list[dict]:
     return list(iter_rows(path))
 
 
-def load_predictions(paths: Path | Iterable[Path], columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Prediction rows as a frame; a folder stands for every *.jsonl below it, in the order of names.
+def load_predictions(
+    paths: Path | Iterable[Path], columns: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Prediction rows as a frame; a folder stands for every *.jsonl below it, in the order of
+    names.
 
-    columns: keep these alone (SCORING_COLUMNS is all that `score` and the tables need, and a third of the memory).
+    columns: keep these alone (SCORING_COLUMNS is all that `score` and the tables need, and a third
+    of the memory).
     """
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])
+    ]
     rows = chain.from_iterable(map(iter_rows, files))
     parts = []
     while batch := list(islice(rows, BATCH_ROWS)):
         names = columns or list(dict.fromkeys(chain.from_iterable(batch)))
         parts.append(pd.DataFrame({name: [row.get(name) for row in batch] for name in names}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns or ()))
+    return (
+        pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns or ()))
+    )
 
 
 def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     """Each answer read by `rule` and compared with its ground truth (Eq. 1).
 
-    Adds iou (0 without a box), success, num_boxes, and status as this rule sees it; a row of status "error" stays one.
-    Rules of other evaluators that accept IoU = 0.5 do so here too.
+    Adds iou (0 without a box), success, num_boxes, and status as this rule sees it; a row of status
+    "error" stays one. Rules of other evaluators that accept IoU = 0.5 do so here too.
     """
     inclusive = rule != "egm" and PEER_RULES[rule].inclusive
-    columns = [predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")]
+    columns = [
+        predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")
+    ]
     frames = predictions["frame"].tolist() if "frame" in predictions else [None] * len(predictions)
     ious, counts, statuses = [], [], []
     for raw_answer, gt_box, width, height, status, frame in zip(*columns, frames, strict=True):
@@ -115,24 +146,26 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     return predictions.assign(iou=iou_N, success=success_N, num_boxes=counts, status=statuses)
 
 
-# --- intervals -----------------------------------------------------------------------------------------------------
-
-
 def _codes(values: Iterable) -> tuple[np.ndarray, int]:
     codes, uniques = pd.factorize(pd.Series(list(values), dtype=object), use_na_sentinel=False)
     return codes, len(uniques)
 
 
 def bootstrap_means(
-    values_N_M: np.ndarray, clusters_N: Sequence, *, groups_N: Sequence | None = None, seeds_N: Sequence | None = None,
-    draws: int = 2000, rng_seed: int = 0,
-) -> np.ndarray:  # fmt: skip
+    values_N_M: np.ndarray,
+    clusters_N: Sequence,
+    *,
+    groups_N: Sequence | None = None,
+    seeds_N: Sequence | None = None,
+    draws: int = 2000,
+    rng_seed: int = 0,
+) -> np.ndarray:
     """Bootstrap draws of a mean whose rows come in clusters; returns draws x M.
 
     groups_N: the statistic is the plain mean of the groups' means (the paper's mean over splits).
-    Pictures are drawn over all groups at once, since RefCOCO's splits share pictures. seeds_N: training seeds are
-    drawn too, crossed with pictures (few seeds understate their share of the variance: n seeds by (n - 1) / n).
-    A draw that leaves a group empty is nan.
+    Pictures are drawn over all groups at once, since RefCOCO's splits share pictures. seeds_N:
+    training seeds are drawn too, crossed with pictures (few seeds understate their share of the
+    variance: n seeds by (n - 1) / n). A draw that leaves a group empty is nan.
     """
     values_N_M = np.asarray(values_N_M, dtype=float)
     if values_N_M.ndim == 1:
@@ -145,19 +178,35 @@ def bootstrap_means(
     shape = (num_seeds, num_clusters, num_groups)
     counts_K_C_G = np.bincount(cell_N, minlength=np.prod(shape)).reshape(shape).astype(float)
     sums_K_C_GM = np.stack(
-        [np.bincount(cell_N, weights=values_N_M[:, m], minlength=np.prod(shape)) for m in range(num_values)], axis=-1
+        [
+            np.bincount(cell_N, weights=values_N_M[:, m], minlength=np.prod(shape))
+            for m in range(num_values)
+        ],
+        axis=-1,
     ).reshape(num_seeds, num_clusters, num_groups * num_values)
     rng = np.random.default_rng(rng_seed)
-    step = max(1, min(draws, 20_000_000 // max(1, num_clusters)))  # at most 160 MB of weights at a time
+    # At most 160 MB of weights at a time
+    step = max(1, min(draws, 20_000_000 // max(1, num_clusters)))
     parts = []
     for start in range(0, draws, step):
         size = min(step, draws - start)
-        drawn_D_C = rng.integers(num_clusters, size=(size, num_clusters)) + num_clusters * np.arange(size)[:, None]
-        weights_D_C = np.bincount(drawn_D_C.ravel(), minlength=size * num_clusters).reshape(size, -1).astype(float)
-        weights_D_K = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=size).astype(float)
+        drawn_D_C = (
+            rng.integers(num_clusters, size=(size, num_clusters))
+            + num_clusters * np.arange(size)[:, None]
+        )
+        weights_D_C = (
+            np.bincount(drawn_D_C.ravel(), minlength=size * num_clusters)
+            .reshape(size, -1)
+            .astype(float)
+        )
+        weights_D_K = rng.multinomial(
+            num_seeds, np.full(num_seeds, 1 / num_seeds), size=size
+        ).astype(float)
         sums_D_G_M, counts_D_G = 0.0, 0.0
         for k in range(num_seeds):
-            sums_D_G_M += weights_D_K[:, k, None, None] * (weights_D_C @ sums_K_C_GM[k]).reshape(size, num_groups, -1)
+            sums_D_G_M += weights_D_K[:, k, None, None] * (weights_D_C @ sums_K_C_GM[k]).reshape(
+                size, num_groups, -1
+            )
             counts_D_G += weights_D_K[:, k, None] * (weights_D_C @ counts_K_C_G[k])
         with np.errstate(invalid="ignore", divide="ignore"):
             parts.append((sums_D_G_M / counts_D_G[:, :, None]).mean(axis=1))
@@ -176,7 +225,9 @@ def _mean_of_groups(values_N: np.ndarray, groups_N: Sequence | None) -> float:
     if groups_N is None:
         return float(np.mean(values_N))
     group_N, num_groups = _codes(groups_N)
-    return float(np.mean(np.bincount(group_N, weights=values_N) / np.bincount(group_N, minlength=num_groups)))
+    return float(
+        np.mean(np.bincount(group_N, weights=values_N) / np.bincount(group_N, minlength=num_groups))
+    )
 
 
 def split_keys(scored: pd.DataFrame) -> pd.Series:
@@ -185,7 +236,9 @@ def split_keys(scored: pd.DataFrame) -> pd.Series:
 
 
 def _pictures(scored: pd.DataFrame) -> pd.Series:
-    """The cluster of each row; RefCOCO, RefCOCO+ and RefCOCOg share COCO's pictures and their ids."""
+    """The cluster of each row; RefCOCO, RefCOCO+ and RefCOCOg share COCO's pictures and their
+    ids.
+    """
     return scored["image_id"].astype(str)
 
 
@@ -194,32 +247,53 @@ def _seeds(scored: pd.DataFrame) -> pd.Series | None:
 
 
 def estimate(
-    scored: pd.DataFrame, column: str = "success", *, over_splits: bool = False, draws: int = 2000, rng_seed: int = 0
+    scored: pd.DataFrame,
+    column: str = "success",
+    *,
+    over_splits: bool = False,
+    draws: int = 2000,
+    rng_seed: int = 0,
 ) -> Estimate | None:
-    """Mean of a column with its clustered interval; over_splits: the plain mean of the splits' means. None if empty."""
+    """Mean of a column with its clustered interval; over_splits: the plain mean of the splits'
+    means. None if empty.
+    """
     rows = scored[scored[column].notna()]
     if rows.empty:
         return None
     values_N = rows[column].to_numpy(dtype=float)
     groups_N = split_keys(rows) if over_splits else None
     draws_D_1 = bootstrap_means(
-        values_N, _pictures(rows), groups_N=groups_N, seeds_N=_seeds(rows), draws=draws, rng_seed=rng_seed
+        values_N,
+        _pictures(rows),
+        groups_N=groups_N,
+        seeds_N=_seeds(rows),
+        draws=draws,
+        rng_seed=rng_seed,
     )
     return Estimate(_mean_of_groups(values_N, groups_N), _interval(draws_D_1[:, 0]), len(rows))
 
 
-# --- metrics -------------------------------------------------------------------------------------------------------
-
-
 def with_strata(scored: pd.DataFrame) -> pd.DataFrame:
-    """Adds the strata of the breakdowns: size (share of the picture's side) and length (words of the expression)."""
+    """Adds the strata of the breakdowns: size (share of the picture's side) and length (words of
+    the expression).
+    """
     boxes_N_4 = np.array(scored["gt_box"].tolist(), dtype=float).reshape(-1, 4)
     area_N = (boxes_N_4[:, 2] - boxes_N_4[:, 0]) * (boxes_N_4[:, 3] - boxes_N_4[:, 1])
-    side_N = np.sqrt(np.maximum(area_N, 0) / (scored["width"].to_numpy(float) * scored["height"].to_numpy(float)))
+    side_N = np.sqrt(
+        np.maximum(area_N, 0) / (scored["width"].to_numpy(float) * scored["height"].to_numpy(float))
+    )
     words_N = scored["expression"].str.split().str.len()
     return scored.assign(
-        size=pd.cut(side_N, [-1, 0.15, 0.3, 9], labels=["small (side < 15 %)", "medium (15-30 %)", "large (> 30 %)"]),
-        length=pd.cut(words_N, [-1, 3, 7, 12, 9999], labels=["1-3 words", "4-7 words", "8-12 words", "13+ words"]),
+        size=pd.cut(
+            side_N,
+            [-1, 0.15, 0.3, 9],
+            labels=["small (side < 15 %)", "medium (15-30 %)", "large (> 30 %)"],
+        ),
+        length=pd.cut(
+            words_N,
+            [-1, 3, 7, 12, 9999],
+            labels=["1-3 words", "4-7 words", "8-12 words", "13+ words"],
+        ),
     )
 
 
@@ -228,9 +302,9 @@ def metrics(
 ) -> pd.DataFrame:
     """One row a group (all rows are one group where `by` is empty), shares in 0..1.
 
-    n, acc_at_50 with acc_low and acc_high, mean_iou with iou_low and iou_high, acc_50_95 (mean accuracy over the IoU
-    thresholds 0.50:0.05:0.95), the shares no_box, several_boxes, unclosed_reasoning, malformed, error and truncated,
-    and the mean tokens of an answer.
+    n, acc_at_50 with acc_low and acc_high, mean_iou with iou_low and iou_high, acc_50_95 (mean
+    accuracy over the IoU thresholds 0.50:0.05:0.95), the shares no_box, several_boxes,
+    unclosed_reasoning, malformed, error and truncated, and the mean tokens of an answer.
     """
     by = [by] if isinstance(by, str) else list(by)
     groups = scored.groupby(by, sort=True, observed=True) if by else [((), scored)]
@@ -239,29 +313,41 @@ def metrics(
         iou_N = group["iou"].to_numpy(float)
         success_N = group["success"].to_numpy(float)
         both_N_2 = np.stack([success_N, iou_N], axis=1)
-        draws_D_2 = bootstrap_means(both_N_2, _pictures(group), seeds_N=_seeds(group), draws=draws, rng_seed=rng_seed)
-        (acc_low, acc_high), (iou_low, iou_high) = (_interval(column) or (np.nan, np.nan) for column in draws_D_2.T)
+        draws_D_2 = bootstrap_means(
+            both_N_2, _pictures(group), seeds_N=_seeds(group), draws=draws, rng_seed=rng_seed
+        )
+        (acc_low, acc_high), (iou_low, iou_high) = (
+            _interval(column) or (np.nan, np.nan) for column in draws_D_2.T
+        )
         status_N = group["status"]
-        rows.append({
-            **dict(zip(by, key, strict=True)),
-            "n": len(group),
-            "acc_at_50": success_N.mean(), "acc_low": acc_low, "acc_high": acc_high,
-            "mean_iou": iou_N.mean(), "iou_low": iou_low, "iou_high": iou_high,
-            "acc_50_95": np.mean([(iou_N > threshold).mean() for threshold in IOU_THRESHOLDS]),
-            "several_boxes": (group["num_boxes"] > 1).mean(),
-            **{name: (status_N == name).mean() for name in ("no_box", "unclosed_reasoning", "malformed", "error")},
-            "truncated": (group["finish_reason"] == "length").mean(),
-            "reasoning_tokens": pd.to_numeric(group["reasoning_tokens"]).mean(),
-            "answer_tokens": pd.to_numeric(group["answer_tokens"]).mean(),
-        })  # fmt: skip
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)),
+                "n": len(group),
+                "acc_at_50": success_N.mean(),
+                "acc_low": acc_low,
+                "acc_high": acc_high,
+                "mean_iou": iou_N.mean(),
+                "iou_low": iou_low,
+                "iou_high": iou_high,
+                "acc_50_95": np.mean([(iou_N > threshold).mean() for threshold in IOU_THRESHOLDS]),
+                "several_boxes": (group["num_boxes"] > 1).mean(),
+                **{
+                    name: (status_N == name).mean()
+                    for name in ("no_box", "unclosed_reasoning", "malformed", "error")
+                },
+                "truncated": (group["finish_reason"] == "length").mean(),
+                "reasoning_tokens": pd.to_numeric(group["reasoning_tokens"]).mean(),
+                "answer_tokens": pd.to_numeric(group["answer_tokens"]).mean(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
-# --- comparisons ---------------------------------------------------------------------------------------------------
-
-
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided McNemar test on the discordant pairs: P of a split at least as uneven under a fair coin."""
+    """Exact two-sided McNemar test on the discordant pairs: P of a split at least as uneven under a
+    fair coin.
+    """
     total = only_a + only_b
     return 1.0 if total == 0 else float(stats.binomtest(only_a, total, 0.5).pvalue)
 
@@ -286,16 +372,27 @@ def pair(a: pd.DataFrame, b: pd.DataFrame, column: str = "success") -> pd.DataFr
     for frame in (a, b):
         if frame.duplicated(keys).any():
             twice = frame.loc[frame.duplicated(keys), "sample_id"].iloc[0]
-            raise ValueError(f"sample {twice} has more than one row for one model and seed: pass one model at a time")
+            raise ValueError(
+                f"sample {twice} has more than one row for one model and seed: pass one model at a time"
+            )
     left = a[[*keys, "dataset", "split", "image_id", column]].rename(columns={column: "a"})
-    return left.merge(b[[*keys, column]].rename(columns={column: "b"}), on=keys, how="inner", sort=False)
+    return left.merge(
+        b[[*keys, column]].rename(columns={column: "b"}), on=keys, how="inner", sort=False
+    )
 
 
 def paired_difference(
-    a: pd.DataFrame, b: pd.DataFrame, column: str = "success", *, over_splits: bool = False, draws: int = 2000,
+    a: pd.DataFrame,
+    b: pd.DataFrame,
+    column: str = "success",
+    *,
+    over_splits: bool = False,
+    draws: int = 2000,
     rng_seed: int = 0,
-) -> Difference | None:  # fmt: skip
-    """Model a minus model b, paired on samples, interval clustered on pictures. None without a common sample."""
+) -> Difference | None:
+    """Model a minus model b, paired on samples, interval clustered on pictures. None without a
+    common sample.
+    """
     both = pair(a, b, column)
     if both.empty:
         return None

@@ -1,8 +1,10 @@
-"""gallery.html: one page that opens from disk in any browser, with the results, the figures and traces to page through.
+"""gallery.html: one page that opens from disk in any browser, with the results, the figures and
+traces to page through.
 
     python -m egm_lib.gallery --profile mini
 
-Nothing is fetched: pictures are in the page, and the traces are drawn by the viewer's own script and style.
+Nothing is fetched: pictures are in the page, and the traces are drawn by the viewer's own script
+and style.
 """
 
 import argparse
@@ -29,15 +31,31 @@ KINDS: dict[str, Callable[[Comparison], bool]] = {
     "both miss": lambda each: each.failed(SMALL) and each.failed(EGM),
     "both solve": lambda each: each.solved(SMALL) and each.solved(EGM),
 }
-TABLES = ("table4", "table4_differences", "table5", "table1", "table9", "table10", "table11", "table4_latency")
+TABLES = (
+    "table4",
+    "table4_differences",
+    "table5",
+    "table1",
+    "table9",
+    "table10",
+    "table11",
+    "table4_latency",
+)
 
 
 def build_gallery(
-    run_roots: Sequence[Path], figures_dir: Path, out_html: Path, *, root: Path | None = None, rule: str = "egm"
+    run_roots: Sequence[Path],
+    figures_dir: Path,
+    out_html: Path,
+    *,
+    root: Path | None = None,
+    rule: str = "egm",
 ) -> Path:
-    """Writes the page from the runs' predictions and what tables and figures left in figures_dir; returns its path.
+    """Writes the page from the runs' predictions and what tables and figures left in figures_dir;
+    returns its path.
 
-    Traces are drawn by a fixed lot, up to TRACES_A_KIND of each kind and task. What is absent is said to be not run.
+    Traces are drawn by a fixed lot, up to TRACES_A_KIND of each kind and task. What is absent is
+    said to be not run.
     """
     results, figures_dir, out_html = Results(run_roots, rule), Path(figures_dir), Path(out_html)
     material = Material(results, root or data_root(results), {})
@@ -48,11 +66,14 @@ def build_gallery(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
         headline=_headline(read_json(figures_dir / "summary.json")),
-        figures="\n".join(_figure(each, figures_dir) for each in drawn if each["name"] != "viewer")  # here it lives
+        # Here it lives
+        figures="\n".join(_figure(each, figures_dir) for each in drawn if each["name"] != "viewer")
         or '<p class="not-run">Figures: not run (python -m egm_lib.figures)</p>',
         tables="\n".join(_table(figures_dir / f"{name}.md") for name in TABLES),
         traces=_script_safe(json.dumps(_traces(material), ensure_ascii=False, allow_nan=False)),
-        viewer=(here / "viewer.js").read_text(encoding="utf-8").replace("export default { render };", ""),
+        viewer=(here / "viewer.js")
+        .read_text(encoding="utf-8")
+        .replace("export default { render };", ""),
         pager=_PAGER,
     )
     with atomic_open(out_html) as file:
@@ -61,16 +82,23 @@ def build_gallery(
 
 
 def _traces(material: Material) -> dict:
-    """Kinds with their views, those that have any, and the pictures: a view holds its place among them."""
+    """Kinds with their views, those that have any, and the pictures: a view holds its place among
+    them.
+    """
     kinds, places = [], {}
     for task in ("vanilla", "amodal"):
         pool = material.of(task)
         models = [model for model in models_in(pool) if model in (SMALL, EGM, LARGE)]
         for name, suits in KINDS.items():
             own = [each for each in pool if suits(each)]
-            views = [view_of(each, models, root=material.root, max_side_px=480) for each in lot(own, TRACES_A_KIND)]
+            views = [
+                view_of(each, models, root=material.root, max_side_px=480)
+                for each in lot(own, TRACES_A_KIND)
+            ]
             for view in views:
-                view["picture"] = view["picture"] and places.setdefault(view["picture"], len(places))
+                view["picture"] = view["picture"] and places.setdefault(
+                    view["picture"], len(places)
+                )
             if views:
                 kinds.append({"kind": name, "task": task, "of": len(own), "views": views})
     return {"kinds": kinds, "pictures": list(places)}
@@ -121,7 +149,9 @@ def _figure(drawn: dict, folder: Path) -> str:
 def _table(path: Path) -> str:
     """A Markdown table of egm_lib.tables as HTML, folded but for the first."""
     if not path.is_file():
-        return f'<p class="not-run">{html.escape(path.stem)}: not run (python -m egm_lib.tables)</p>'
+        return (
+            f'<p class="not-run">{html.escape(path.stem)}: not run (python -m egm_lib.tables)</p>'
+        )
     title, rows, notes = path.stem, [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
@@ -135,11 +165,16 @@ def _table(path: Path) -> str:
 
     def cells(row: Sequence[str], tag: str) -> str:
         faint = ' class="not-run"'
-        return "".join(f"<{tag}{faint if cell == 'not run' else ''}>{html.escape(cell)}</{tag}>" for cell in row)
+        return "".join(
+            f"<{tag}{faint if cell == 'not run' else ''}>{html.escape(cell)}</{tag}>"
+            for cell in row
+        )
 
     head = f"<tr>{cells(rows[0], 'th')}</tr>" if rows else ""
     ours = [" class='ours'" if row[1:2] == ["ours"] else "" for row in rows]
-    body = "".join(f"<tr{mark}>{cells(row, 'td')}</tr>" for mark, row in zip(ours[1:], rows[1:], strict=True))
+    body = "".join(
+        f"<tr{mark}>{cells(row, 'td')}</tr>" for mark, row in zip(ours[1:], rows[1:], strict=True)
+    )
     said = "".join(f'<p class="small">{html.escape(note)}</p>' for note in notes)
     opened = " open" if path.stem == TABLES[0] else ""
     return (
@@ -250,7 +285,9 @@ to light up its box. Tinted: <mark style="background:#CFE5F5">places</mark> and
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.gallery", description="One page to look through.")
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.gallery", description="One page to look through."
+    )
     parser.add_argument("--profile", default="mini")
     args = parser.parse_args(argv)
     try:

@@ -3,7 +3,8 @@
     python -m egm_lib.generate --profile mini --model small-base            # every split that is not finished yet
     python -m egm_lib.generate --profile mini --model small-base --latency  # the latency protocol
 
-A file is written in the order of its samples; a run that was stopped goes on where it stopped and leaves the same file.
+A file is written in the order of its samples; a run that was stopped goes on where it stopped and
+leaves the same file.
 """
 
 import argparse
@@ -23,20 +24,31 @@ import transformers
 from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
 from egm_lib.data.records import FEATURES, atomic_open
 from egm_lib.decoding import decoded_as
-from egm_lib.engines import Answer, ConstraintIgnored, Engine, OpenAIEngine, Request, TransformersEngine, VLLMEngine
+from egm_lib.engines import (
+    Answer,
+    ConstraintIgnored,
+    Engine,
+    OpenAIEngine,
+    Request,
+    TransformersEngine,
+    VLLMEngine,
+)
 from egm_lib.evaluation import read_rows
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import Generation, Model, Profile, ProfileError, Run, Sampling, load_profile
 from egm_lib.results import CONCURRENCIES
 
-NO_REASONING = "-no-reasoning"  # a model name with this ending is its model, reasoning switched off (Table 10)
+# A model name with this ending is its model, reasoning switched off (Table 10)
+NO_REASONING = "-no-reasoning"
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
 
 
 class Prediction(TypedDict):
-    """One line of predictions/<model>/<dataset>_<split>.jsonl: the GroundingSample's fields, then these.
+    """One line of predictions/<model>/<dataset>_<split>.jsonl: the GroundingSample's fields, then
+    these.
 
-    boxes, box: xyxy pixels of the original image; box is the one that counts (null: none). IoU is never stored.
+    boxes, box: xyxy pixels of the original image; box is the one that counts (null: none). IoU is
+    never stored.
     """
 
     model: str
@@ -55,7 +67,8 @@ class Prediction(TypedDict):
     reasoning_tokens: int | None
     answer_tokens: int | None
     finish_reason: str  # "stop" | "length" | "error"
-    latency_ms: float | None  # null where several are answered together: measure_latency is the place for that
+    # Null where several are answered together: measure_latency is the place for that
+    latency_ms: float | None
 
 
 class EngineFailure(RuntimeError):
@@ -63,15 +76,27 @@ class EngineFailure(RuntimeError):
 
 
 def predict(
-    samples: Iterable[Mapping], engine: Engine, *, out: Path, model: str, profile: str, seed: int, root: Path,
-    sampling: Sampling, reasoning: bool = True, retry_errors: bool = False,
-) -> Path:  # fmt: skip
-    """Answers every sample into `out`, in their order; a sample that has its row already is not asked again.
+    samples: Iterable[Mapping],
+    engine: Engine,
+    *,
+    out: Path,
+    model: str,
+    profile: str,
+    seed: int,
+    root: Path,
+    sampling: Sampling,
+    reasoning: bool = True,
+    retry_errors: bool = False,
+) -> Path:
+    """Answers every sample into `out`, in their order; a sample that has its row already is not
+    asked again.
 
-    root: the data root that pictures are relative to. A picture that cannot be read, or an engine error, marks its row
-    ("error") and the run goes on; retry_errors asks those rows again. Rows are appended a window of samples at a time,
-    and windows do not move, so that a resumed run batches as an uninterrupted one does.
-    Raises ValueError where `out` holds another model's rows or samples, EngineFailure where a whole window failed.
+    root: the data root that pictures are relative to. A picture that cannot be read, or an engine
+    error, marks its row ("error") and the run goes on; retry_errors asks those rows again. Rows are
+    appended a window of samples at a time, and windows do not move, so that a resumed run batches
+    as an uninterrupted one does.
+    Raises ValueError where `out` holds another model's rows or samples, EngineFailure where a whole
+    window failed.
     """
     samples = list(samples)
     out = Path(out)
@@ -79,7 +104,12 @@ def predict(
     stamp = {"model": model, "revision": engine.revision, "profile": profile, "seed": seed}
     done = _finished_rows(out, samples, stamp, retry_errors)
     window = WINDOW_BATCHES * engine.batch_size
-    progress = {"total": len(samples), "initial": len(done), "desc": f"{model} {out.stem}", "unit": " samples"}
+    progress = {
+        "total": len(samples),
+        "initial": len(done),
+        "desc": f"{model} {out.stem}",
+        "unit": " samples",
+    }
     with open(out, "a", encoding="utf-8") as file, tqdm.tqdm(**progress, mininterval=5) as bar:
         for start in range(0, len(samples), window):
             part = samples[start : start + window]
@@ -89,7 +119,9 @@ def predict(
             rows = list(_answer_rows(part, engine, stamp, root, sampling, reasoning))
             if all(row["status"] == "error" for row in rows) and len(rows) > 1:
                 first = rows[0]["error"]
-                raise EngineFailure(f"{model}, {out.stem}: all {len(rows)} samples failed; the first: {first}")
+                raise EngineFailure(
+                    f"{model}, {out.stem}: all {len(rows)} samples failed; the first: {first}"
+                )
             file.write("".join(_line(row) for row in rows if row["sample_id"] in missing))
             file.flush()
             os.fsync(file.fileno())
@@ -102,8 +134,12 @@ def _line(row: Mapping) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _finished_rows(out: Path, samples: Sequence[Mapping], stamp: Mapping, retry_errors: bool) -> set[str]:
-    """Ids of the rows that `out` holds already; a torn last line and rows to ask again are taken out of it."""
+def _finished_rows(
+    out: Path, samples: Sequence[Mapping], stamp: Mapping, retry_errors: bool
+) -> set[str]:
+    """Ids of the rows that `out` holds already; a torn last line and rows to ask again are taken
+    out of it.
+    """
     if not out.exists():
         return set()
     rows = read_rows(out)
@@ -111,8 +147,14 @@ def _finished_rows(out: Path, samples: Sequence[Mapping], stamp: Mapping, retry_
     for row in rows:
         differing = [name for name, value in stamp.items() if row.get(name) != value]
         if differing or row["sample_id"] not in wanted:
-            what = f"{differing[0]} {row.get(differing[0])!r}" if differing else f"the sample {row['sample_id']!r}"
-            raise ValueError(f"{out} was written for {what}, which this run does not ask for; move the file away first")
+            what = (
+                f"{differing[0]} {row.get(differing[0])!r}"
+                if differing
+                else f"the sample {row['sample_id']!r}"
+            )
+            raise ValueError(
+                f"{out} was written for {what}, which this run does not ask for; move the file away first"
+            )
     kept = [row for row in rows if not (retry_errors and row["status"] == "error")]
     with atomic_open(out) as file:
         file.writelines(map(_line, kept))
@@ -127,7 +169,9 @@ def _put_in_order(out: Path, samples: Sequence[Mapping]) -> None:
             file.writelines(_line(rows[sample_id]) for sample_id in order)
 
 
-def _answer_rows(samples, engine: Engine, stamp: Mapping, root: Path, sampling: Sampling, reasoning: bool):
+def _answer_rows(
+    samples, engine: Engine, stamp: Mapping, root: Path, sampling: Sampling, reasoning: bool
+):
     answers: dict[int, Answer] = {}
     requests: dict[int, Request] = {}
     for index, sample in enumerate(samples):
@@ -136,7 +180,9 @@ def _answer_rows(samples, engine: Engine, stamp: Mapping, root: Path, sampling: 
         except (OSError, ValueError) as error:
             answers[index] = Answer.failed(error)
         else:
-            requests[index] = Request(image, engine.family.prompt(sample["expression"], sample["task"]))
+            requests[index] = Request(
+                image, engine.family.prompt(sample["expression"], sample["task"])
+            )
     given = engine.answer(list(requests.values()), sampling, reasoning=reasoning)
     answers |= dict(zip(requests, given, strict=True))
     for index, sample in enumerate(samples):
@@ -171,64 +217,95 @@ def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping) -> dic
     }
 
 
-# --- latency -------------------------------------------------------------------------------------------------------
-
-
 def measure_latency(
-    samples: Sequence[Mapping], engine: Engine, *, out: Path, model: str, root: Path, sampling: Sampling,
-    reasoning: bool = True, num_samples: int = 64, concurrencies: Sequence[int] = CONCURRENCIES, warmup: int = 3,
+    samples: Sequence[Mapping],
+    engine: Engine,
+    *,
+    out: Path,
+    model: str,
+    root: Path,
+    sampling: Sampling,
+    reasoning: bool = True,
+    num_samples: int = 64,
+    concurrencies: Sequence[int] = CONCURRENCIES,
+    warmup: int = 3,
     seed: int = 0,
-) -> list[dict]:  # fmt: skip
-    """Time from handing a request over to its complete answer, and to its first token; rows written to `out`.
+) -> list[dict]:
+    """Time from handing a request over to its complete answer, and to its first token; rows written
+    to `out`.
 
-    For each concurrency a seeded random subset of the samples (the paper: a random 10 % of RefCOCO) of num_samples, or
-    of four times the concurrency where that is more, after `warmup` unmeasured requests (as many as the concurrency
-    where that is more). Concurrency 64 is 64 requests on the way to an endpoint at any time, and a batch of 64 for the
-    other engines, whose answers come together; it is left out where there are fewer samples than that. Pictures are
-    read before the clock starts; their preprocessing and the chat template are inside it.
+    For each concurrency a seeded random subset of the samples (the paper: a random 10 % of RefCOCO)
+    of num_samples, or of four times the concurrency where that is more, after `warmup` unmeasured
+    requests (as many as the concurrency where that is more). Concurrency 64 is 64 requests on the
+    way to an endpoint at any time, and a batch of 64 for the other engines, whose answers come
+    together; it is left out where there are fewer samples than that. Pictures are read before the
+    clock starts; their preprocessing and the chat template are inside it.
     """
-    about = {"model": model, "transformers": transformers.__version__, "torch": torch.__version__, **engine.describe()}
+    about = {
+        "model": model,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        **engine.describe(),
+    }
     plain_batch, rows = engine.batch_size, []
     for concurrency in concurrencies:
         if concurrency > len(samples):
-            print(f"latency at concurrency {concurrency}: not run, there are {len(samples)} samples", flush=True)
+            print(
+                f"latency at concurrency {concurrency}: not run, there are {len(samples)} samples",
+                flush=True,
+            )
             continue
         number = min(len(samples), max(num_samples, 4 * concurrency if concurrency > 1 else 0))
         chosen = random.Random(seed).sample(list(samples), number)
         requests = [
-            Request(open_image(resolve_image(sample, root)), engine.family.prompt(sample["expression"], sample["task"]))
+            Request(
+                open_image(resolve_image(sample, root)),
+                engine.family.prompt(sample["expression"], sample["task"]),
+            )
             for sample in chosen
         ]
         engine.batch_size = concurrency
         list(engine.answer(requests[: max(warmup, concurrency)], sampling, reasoning=reasoning))
-        wave = len(requests) if isinstance(engine, OpenAIEngine) else concurrency  # it keeps to its batch_size itself
+        # It keeps to its batch_size itself
+        wave = len(requests) if isinstance(engine, OpenAIEngine) else concurrency
         answers: list[Answer] = []
-        with tqdm.tqdm(total=number, desc=f"latency {model}, {concurrency} at a time", mininterval=5) as bar:
+        with tqdm.tqdm(
+            total=number, desc=f"latency {model}, {concurrency} at a time", mininterval=5
+        ) as bar:
             for start in range(0, number, wave):
-                for answer in engine.answer(requests[start : start + wave], sampling, reasoning=reasoning):
+                for answer in engine.answer(
+                    requests[start : start + wave], sampling, reasoning=reasoning
+                ):
                     answers.append(answer)
                     bar.update()
         rows += [
             {
-                "sample_id": sample["sample_id"], "dataset": sample["dataset"], "split": sample["split"],
-                "task": sample["task"], **about, "concurrency": concurrency,
-                "latency_ms": answer.latency_ms, "first_token_ms": answer.first_token_ms,
-                "prompt_tokens": answer.prompt_tokens, "reasoning_tokens": answer.reasoning_tokens,
-                "answer_tokens": answer.answer_tokens, "finish_reason": answer.finish_reason, "error": answer.error,
+                "sample_id": sample["sample_id"],
+                "dataset": sample["dataset"],
+                "split": sample["split"],
+                "task": sample["task"],
+                **about,
+                "concurrency": concurrency,
+                "latency_ms": answer.latency_ms,
+                "first_token_ms": answer.first_token_ms,
+                "prompt_tokens": answer.prompt_tokens,
+                "reasoning_tokens": answer.reasoning_tokens,
+                "answer_tokens": answer.answer_tokens,
+                "finish_reason": answer.finish_reason,
+                "error": answer.error,
             }
             for sample, answer in zip(chosen, answers, strict=True)
-        ]  # fmt: skip
+        ]
     engine.batch_size = plain_batch
     with atomic_open(Path(out)) as file:
         file.writelines(map(_line, rows))
     return rows
 
 
-# --- command line --------------------------------------------------------------------------------------------------
-
-
 def model_of(run: Run, model: str, task: str) -> Model:
-    """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained for this task."""
+    """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained
+    for this task.
+    """
     models, plain = run.profile.models, model.partition("@")[0]  # after the @: egm_lib.decoding
     bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
     if models.egm is not None:
@@ -237,12 +314,18 @@ def model_of(run: Run, model: str, task: str) -> Model:
         return bases[model]
     path = run.checkpoint(task, plain.removesuffix(NO_REASONING))
     if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint {path}; train it first, or use one of {', '.join(bases)}")
+        raise FileNotFoundError(
+            f"no checkpoint {path}; train it first, or use one of {', '.join(bases)}"
+        )
     small = models.small
-    return Model(path=str(path), family=small.family, dtype=small.dtype, max_pixels=small.max_pixels)
+    return Model(
+        path=str(path), family=small.family, dtype=small.dtype, max_pixels=small.max_pixels
+    )
 
 
-def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: bool = False) -> Engine:
+def make_engine(
+    profile: Profile, model: Model, seed: int = 0, *, for_latency: bool = False
+) -> Engine:
     """The profile's engine for a checkpoint.
 
     for_latency: nothing is remembered between requests, and an endpoint streams its answers.
@@ -250,17 +333,30 @@ def make_engine(profile: Profile, model: Model, seed: int = 0, *, for_latency: b
     generation = profile.generation
     if generation.engine == "openai":
         if generation.base_url is None:
-            raise ProfileError(f"{profile.name}: generation.engine is openai, so generation.base_url is needed")
+            raise ProfileError(
+                f"{profile.name}: generation.engine is openai, so generation.base_url is needed"
+            )
         return OpenAIEngine(
-            generation.base_url, model.path, model.family, generation.batch_size, revision=model.revision, seed=seed,
-            stream=for_latency, key=_service_key(generation),
-        )  # fmt: skip
+            generation.base_url,
+            model.path,
+            model.family,
+            generation.batch_size,
+            revision=model.revision,
+            seed=seed,
+            stream=for_latency,
+            key=_service_key(generation),
+        )
     common = {
-        "dtype": model.dtype, "batch_size": generation.batch_size, "revision": model.revision,
-        "max_pixels": model.max_pixels, "seed": seed,
-    }  # fmt: skip
+        "dtype": model.dtype,
+        "batch_size": generation.batch_size,
+        "revision": model.revision,
+        "max_pixels": model.max_pixels,
+        "seed": seed,
+    }
     if generation.engine == "vllm":
-        return VLLMEngine(model.location, model.family, tensor_parallel=generation.tensor_parallel, **common)
+        return VLLMEngine(
+            model.location, model.family, tensor_parallel=generation.tensor_parallel, **common
+        )
     return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)
 
 
@@ -274,17 +370,36 @@ def _service_key(generation: Generation) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.generate", description="Predict evaluation splits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.generate", description="Predict evaluation splits."
+    )
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--seed", type=int, help="default: the profile's first")
-    parser.add_argument("--model", required=True, action="append", help="e.g. small-egm; may be given several times")
-    parser.add_argument("--task", choices=("vanilla", "amodal"), action="append", help="default: the profile's tasks")
-    parser.add_argument("--split", action="append", help="e.g. refcoco+_testA; default: every split of the task")
-    parser.add_argument("--limit", type=int, help="samples per split; default: the profile's eval_limit")
-    parser.add_argument("--retry-errors", action="store_true", help="ask again where a row is marked as an error")
-    parser.add_argument("--latency", action="store_true", help="measure latency (vanilla) instead of predicting")
+    parser.add_argument(
+        "--model", required=True, action="append", help="e.g. small-egm; may be given several times"
+    )
+    parser.add_argument(
+        "--task",
+        choices=("vanilla", "amodal"),
+        action="append",
+        help="default: the profile's tasks",
+    )
+    parser.add_argument(
+        "--split", action="append", help="e.g. refcoco+_testA; default: every split of the task"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="samples per split; default: the profile's eval_limit"
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="ask again where a row is marked as an error"
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="measure latency (vanilla) instead of predicting"
+    )
     parser.add_argument("--latency-samples", type=int, default=64)
-    parser.add_argument("--concurrency", type=int, action="append", help="of --latency; default: 1 and 64")
+    parser.add_argument(
+        "--concurrency", type=int, action="append", help="of --latency; default: 1 and 64"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
@@ -293,7 +408,14 @@ def main(argv: list[str] | None = None) -> int:
         for model in args.model:
             for task in ("vanilla",) if args.latency else (args.task or profile.tasks):
                 _predict_task(run, model, task, args)
-    except (ProfileError, FileNotFoundError, ValueError, ImportError, EngineFailure, ConstraintIgnored) as error:
+    except (
+        ProfileError,
+        FileNotFoundError,
+        ValueError,
+        ImportError,
+        EngineFailure,
+        ConstraintIgnored,
+    ) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -308,21 +430,37 @@ def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> 
     splits = [pair for pair in eval_splits(task) if not args.split or split_id(*pair) in args.split]
     if not splits:
         return
-    engine = decoded_as(make_engine(profile, model_of(run, model, task), run.seed, for_latency=args.latency), model)
+    engine = decoded_as(
+        make_engine(profile, model_of(run, model, task), run.seed, for_latency=args.latency), model
+    )
     common = {"model": model, "root": root, "sampling": profile.generation.sampling}
     common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]
         out = run.root / "latency" / f"{model}.jsonl"
-        options = {"num_samples": args.latency_samples, "concurrencies": args.concurrency or CONCURRENCIES}
+        options = {
+            "num_samples": args.latency_samples,
+            "concurrencies": args.concurrency or CONCURRENCIES,
+        }
         measure_latency(samples, engine, out=out, seed=run.seed, **options, **common)
         return
     for pair in splits:
         start = time.perf_counter()
         samples = read_eval(root, *pair, limit)
         out = run.predictions(model, split_id(*pair))
-        predict(samples, engine, out=out, profile=profile.name, seed=run.seed, retry_errors=args.retry_errors, **common)
-        print(f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> {out}", flush=True)
+        predict(
+            samples,
+            engine,
+            out=out,
+            profile=profile.name,
+            seed=run.seed,
+            retry_errors=args.retry_errors,
+            **common,
+        )
+        print(
+            f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> {out}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

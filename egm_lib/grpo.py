@@ -1,17 +1,19 @@
 """GRPO (Sec. 4.2) through TRL's GRPOTrainer, with the reward of Eq. 8 and the objective of Eq. 3-7.
 
-`python -m egm_lib.grpo --profile mini --seed 0 --task vanilla` reads the run's RL samples and its `small-sft`, and
-writes `small-egm`. Logged a step (TRL's names where it has one): reward and its parts (acc_at_50, mean_iou), group_std
-and frac_reward_zero_std (groups that teach nothing), completions/*, kl, entropy, clip_ratio/*, seconds of rollout,
-reward and update (time/*), tokens_per_second (sampled). Some of the last groups are kept to be read (egm_lib.groups).
+`python -m egm_lib.grpo --profile mini --seed 0 --task vanilla` reads the run's RL samples and its
+`small-sft`, and writes `small-egm`. Logged a step (TRL's names where it has one): reward and its
+parts (acc_at_50, mean_iou), group_std and frac_reward_zero_std (groups that teach nothing),
+completions/*, kl, entropy, clip_ratio/*, seconds of rollout, reward and update (time/*),
+tokens_per_second (sampled). Some of the last groups are kept to be read (egm_lib.groups).
 
 Deviations from TRL, with rollouts by transformers on one process:
 1. A group's prompt is read once, in sampling and in the update.
-2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and entropy terms are
-   lost, and their tokens do not count in the token-level mean.
-3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL carries it along masked.
-With vLLM, its weight for tokens that the sampler finds more or less likely than the trainer is off: Eq. 3 has none.
-The first step of every sitting compares the trainer's log-probs with the sampler's and stops where they disagree.
+2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and
+   entropy terms are lost, and their tokens do not count in the token-level mean.
+3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL
+   carries it along masked. With vLLM, its weight for tokens that the sampler finds more or less
+   likely than the trainer is off: Eq. 3 has none. The first step of every sitting compares the
+   trainer's log-probs with the sampler's and stops where they disagree.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ from egm_lib.training import (
 from egm_lib.vision_cache import freeze_vision
 
 MODEL = "small-egm"
-# Nats: bf16 and kernels differ by about 0.01, a top-p of 0.9 by 0.1 at most, another prompt by about 1.
+# Nats: bf16 and kernels differ by about 0.01, a top-p of 0.9 by 0.1 at most, another prompt by
+# about 1.
 MAX_LOGP_GAP = 0.1
 
 
@@ -94,7 +97,8 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "top_k": options.top_k or 0,
         "loss_type": "dapo",  # token-level mean, Eq. 3
         "beta": options.beta,
-        "use_bias_correction_kl": False,  # TRL's default multiplies the KL by the ratio; the paper's does not
+        # TRL's default multiplies the KL by the ratio; the paper's does not
+        "use_bias_correction_kl": False,
         "epsilon": options.epsilon,
         "entropy_coef": options.entropy_coef,
         "scale_rewards": "group",  # Eq. 7
@@ -106,10 +110,14 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
 
 
 def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
-    """TRL's prompt rows of samples; `image` is a file, and what the reward needs stands beside it."""
+    """TRL's prompt rows of samples; `image` is a file, and what the reward needs stands beside
+    it.
+    """
     for sample_ in samples:
         yield {
-            "prompt": [{"role": "user", "content": family.prompt(sample_["expression"], sample_["task"])}],
+            "prompt": [
+                {"role": "user", "content": family.prompt(sample_["expression"], sample_["task"])}
+            ],
             "image": str(resolve_image(sample_, root)),
             "gt_box": list(sample_["gt_box"]),
             "image_wh": [sample_["width"], sample_["height"]],
@@ -119,7 +127,9 @@ def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Ite
 
 def begun_answer(processor, family: Family) -> str:
     """What the chat template has begun of every answer: `<think>`, or nothing."""
-    begun = chat_text(processor, [{"role": "user", "content": "?"}]).endswith(family.reasoning_opener)
+    begun = chat_text(processor, [{"role": "user", "content": "?"}]).endswith(
+        family.reasoning_opener
+    )
     return family.reasoning_opener if begun else ""
 
 
@@ -140,7 +150,9 @@ def answer_texts(completions: Sequence) -> list[str]:
 
 
 def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
-    """Mean |log p(trainer) - log p(sampler)| over tokens. Raises TrainingError where they are not the same policy."""
+    """Mean |log p(trainer) - log p(sampler)| over tokens. Raises TrainingError where they are not
+    the same policy.
+    """
     gap = (trainer_logps - sampler_logps).abs().mean().item()
     if not gap <= MAX_LOGP_GAP:  # nan too
         raise TrainingError(
@@ -151,17 +163,23 @@ def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
     return gap
 
 
-def collapse_picture_tokens(ids: Sequence[int], picture_token: int, ends: Collection[int] = ()) -> list[int]:
-    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a longer prompt.
+def collapse_picture_tokens(
+    ids: Sequence[int], picture_token: int, ends: Collection[int] = ()
+) -> list[int]:
+    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a
+    longer prompt.
 
-    ends: tokens before and after a picture that vLLM puts there too (InternVL-3's); they are left out.
+    ends: tokens before and after a picture that vLLM puts there too (InternVL-3's); they are left
+    out.
     """
     runs = ((token, len(list(run))) for token, run in itertools.groupby(ids) if token not in ends)
     return [token for token, length in runs for _ in range(1 if token == picture_token else length)]
 
 
 def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Sequence[int]]) -> None:
-    """Raises TrainingError where the sampler has read other tokens than the trainer: other answers would be trained."""
+    """Raises TrainingError where the sampler has read other tokens than the trainer: other answers
+    would be trained.
+    """
     for ours, theirs in zip(trainer, sampler, strict=True):
         if list(ours) != list(theirs):
             raise TrainingError(
@@ -171,7 +189,9 @@ def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Seque
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler, shuffled by seed and epoch: a run that is resumed in a later epoch sees the same order."""
+    """TRL's sampler, shuffled by seed and epoch: a run that is resumed in a later epoch sees the
+    same order.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         if self.shuffle:
@@ -179,12 +199,15 @@ class EpochSampler(RepeatSampler):
 
 
 class _Timed(TimedSchedule, GRPOTrainer):
-    """GRPOTrainer under our clock and log, with an order of prompts that survives an interruption."""
+    """GRPOTrainer under our clock and log, with an order of prompts that survives an
+    interruption.
+    """
 
     def __init__(self, *args, clock: Clock, keeper: GroupKeeper, reward_weight: float, **kwargs):
         self.clock, self.keeper, self.reward_weight = clock, keeper, reward_weight
         self.checked = False  # trainer and sampler have been compared
-        self.sampling_s = self.update_s = 0.0  # in rollout and reward, ever; in forward and backward of this step
+        # In rollout and reward, ever; in forward and backward of this step
+        self.sampling_s = self.update_s = 0.0
         super().__init__(*args, callbacks=[clock, keeper], **kwargs)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
@@ -212,25 +235,38 @@ class _Timed(TimedSchedule, GRPOTrainer):
 
     def _note_rollout(self, completions: Sequence[Sequence[int]], seconds: float) -> None:
         self.sampling_s += seconds
-        self._note(**{"time/rollout": seconds, "tokens_per_second": sum(map(len, completions)) / seconds})
+        self._note(
+            **{"time/rollout": seconds, "tokens_per_second": sum(map(len, completions)) / seconds}
+        )
 
-    def _note_rewards(self, rows: Sequence[Mapping], texts: Sequence[str], rewards_B: Tensor, seconds: float) -> None:
-        """rewards_B: of all processes, groups side by side; rows and texts: of this one; the main one's come first."""
+    def _note_rewards(
+        self, rows: Sequence[Mapping], texts: Sequence[str], rewards_B: Tensor, seconds: float
+    ) -> None:
+        """rewards_B: of all processes, groups side by side; rows and texts: of this one; the main
+        one's come first.
+        """
         self.sampling_s += seconds
-        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be read off it.
+        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be
+        # read off it.
         weight = self.reward_weight
         success_B = (rewards_B > weight + (1 - weight) / 2).float()
         group_std = rewards_B.view(-1, self.num_generations).std(dim=1).mean().item()
-        self._note(**{"time/reward": seconds, "acc_at_50": success_B.mean().item(), "group_std": group_std})
+        self._note(
+            **{"time/reward": seconds, "acc_at_50": success_B.mean().item(), "group_std": group_std}
+        )
         if weight < 1:
             self._note(mean_iou=((rewards_B - weight * success_B) / (1 - weight)).mean().item())
         samples = [row["sample"] for row in rows]
-        self.keeper.keep(self.state.global_step + 1, samples, texts, rewards_B, self.num_generations)
+        self.keeper.keep(
+            self.state.global_step + 1, samples, texts, rewards_B, self.num_generations
+        )
 
 
 @contextmanager
 def vllm_options(**options: object) -> Iterator[None]:
-    """Within it TRL starts its vLLM with these options besides its own, which leave no place for them."""
+    """Within it TRL starts its vLLM with these options besides its own, which leave no place for
+    them.
+    """
     plain = getattr(vllm_generation, "LLM", None)  # None: vLLM is not installed
     if plain is None:
         yield
@@ -243,13 +279,17 @@ def vllm_options(**options: object) -> Iterator[None]:
 
 
 class PlainGRPO(_Timed):
-    """TRL's own rollouts and loss, which equals ours (a test); with the cure for vLLM and the first step's check."""
+    """TRL's own rollouts and loss, which equals ours (a test); with the cure for vLLM and the first
+    step's check.
+    """
 
     def __init__(self, *args, rollout_dtype: str, **kwargs):
         with vllm_options(dtype=rollout_dtype, **vllm_pictures(kwargs["processing_class"])):
             super().__init__(*args, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":
-            self.vllm_generation.generate = partial(self._generate_in_process, self.vllm_generation.generate)
+            self.vllm_generation.generate = partial(
+                self._generate_in_process, self.vllm_generation.generate
+            )
 
     def _generate(self, prompts):
         began = time.perf_counter()
@@ -260,15 +300,22 @@ class PlainGRPO(_Timed):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()
         rewards_B_1 = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._note_rewards(inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began)
+        self._note_rewards(
+            inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began
+        )
         return rewards_B_1
 
-    def _generate_in_process(self, generate: Callable, prompts: list[list[int]], images: list | None, **kwargs):
-        """vLLM's `generate` with pictures as vLLM wants them; it must come to the prompts that the trainer has."""
+    def _generate_in_process(
+        self, generate: Callable, prompts: list[list[int]], images: list | None, **kwargs
+    ):
+        """vLLM's `generate` with pictures as vLLM wants them; it must come to the prompts that the
+        trainer has.
+        """
         if images is None:
             return generate(prompts=prompts, images=None, **kwargs)
         processor = self.processing_class
-        ends = [getattr(processor, f"{end}_image_token_id", None) for end in ("start", "end")]  # InternVL-3's
+        # InternVL-3's
+        ends = [getattr(processor, f"{end}_image_token_id", None) for end in ("start", "end")]
         bare = [collapse_picture_tokens(ids, processor.image_token_id, ends) for ids in prompts]
         read, *sampled = generate(prompts=bare, images=images, **kwargs)
         check_same_prompts(prompts, read)
@@ -277,17 +324,21 @@ class PlainGRPO(_Timed):
     def _compute_loss(self, model, inputs):
         if not self.checked and "sampling_per_token_logps" in inputs:
             keep = inputs["completion_mask"].bool() & ~inputs["sampling_per_token_logps"].isnan()
-            check_same_policy(inputs["old_per_token_logps"][keep], inputs["sampling_per_token_logps"][keep])
+            check_same_policy(
+                inputs["old_per_token_logps"][keep], inputs["sampling_per_token_logps"][keep]
+            )
             self.checked = True
-            # TRL brings the trainer's log-probs along where it also weights the loss by exp(trainer - sampler) summed
-            # over a completion. Eq. 3 has no such weight, and with top-p below 1 it is far below 1: the sampler's are
-            # those of a cut and renormalised distribution.
+            # TRL brings the trainer's log-probs along where it also weights the loss by exp(trainer
+            # - sampler) summed over a completion. Eq. 3 has no such weight, and with top-p below 1
+            # it is far below 1: the sampler's are those of a cut and renormalised distribution.
             self.vllm_importance_sampling_correction = False
         return super()._compute_loss(model, inputs)
 
 
 class SharedPrefixGRPO(_Timed):
-    """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process, frozen vision."""
+    """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process,
+    frozen vision.
+    """
 
     def __init__(self, *args, reader: Reader, rollout_dtype: str, **kwargs):
         self.reader, self.rollout_dtype, self.waiting = reader, rollout_dtype, []
@@ -303,11 +354,16 @@ class SharedPrefixGRPO(_Timed):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _roll_out(self, rows: list[dict]) -> list[dict]:
-        """Samples, scores and normalises a step's groups; returns one part for each accumulation step."""
+        """Samples, scores and normalises a step's groups; returns one part for each accumulation
+        step.
+        """
         group_size, began = self.num_generations, time.perf_counter()
         processor = self.processing_class
         first = rows[::group_size]
-        prompts = [self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"])) for row in first]
+        prompts = [
+            self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"]))
+            for row in first
+        ]
         completions, logps = self._sample(prompts)
         sampled = time.perf_counter()
         self._note_rollout(completions, sampled - began)
@@ -321,18 +377,26 @@ class SharedPrefixGRPO(_Timed):
     def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
         """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
         options = SamplingOptions(
-            self.max_completion_length, self.temperature, self.top_p, self.top_k, picture_tokens(self.model.config)
+            self.max_completion_length,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            picture_tokens(self.model.config),
         )
         policy, completions, logps = self._policy(self.model), [], []
         step = max(1, ROLLOUT_ROWS // self.num_generations)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
-        cast = nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)
+        cast = (
+            nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)
+        )
         policy.eval()
         with cast:
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 features = self.reader.features([prompt.picture for prompt in part])
-                tokens, scores = sample(policy, part, features, self.num_generations, options, self.eos_token_ids)
+                tokens, scores = sample(
+                    policy, part, features, self.num_generations, options, self.eos_token_ids
+                )
                 completions += tokens
                 logps += scores
         policy.train()
@@ -343,44 +407,70 @@ class SharedPrefixGRPO(_Timed):
         groups = rewards_B.view(-1, self.num_generations)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
         cut = sum(map(self._is_truncated, completions))
-        self._note(**{
-            "reward": rewards_B.mean().item(), "reward_std": rewards_B.std().item(),
-            "frac_reward_zero_std": (groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item(),
-            "completions/mean_length": lengths_B.mean().item(), "completions/max_length": lengths_B.max().item(),
-            "completions/clipped_ratio": cut / len(completions),
-        })  # fmt: skip
+        self._note(
+            **{
+                "reward": rewards_B.mean().item(),
+                "reward_std": rewards_B.std().item(),
+                "frac_reward_zero_std": (groups.amax(dim=1) == groups.amin(dim=1))
+                .float()
+                .mean()
+                .item(),
+                "completions/mean_length": lengths_B.mean().item(),
+                "completions/max_length": lengths_B.max().item(),
+                "completions/clipped_ratio": cut / len(completions),
+            }
+        )
 
     def _is_truncated(self, tokens: list[int]) -> bool:
         return tokens[-1] not in self.eos_token_ids
 
-    def _trained_rows(self, completions: list[list[int]], advantages_B: Tensor) -> dict[int, list[int]]:
-        """Completions to train on, by group: those of mixed groups, without truncated ones where they are masked."""
+    def _trained_rows(
+        self, completions: list[list[int]], advantages_B: Tensor
+    ) -> dict[int, list[int]]:
+        """Completions to train on, by group: those of mixed groups, without truncated ones where
+        they are masked.
+        """
         size, trained = self.num_generations, {}
         for group in advantages_B.view(-1, size).ne(0).any(dim=1).nonzero()[:, 0].tolist():
             rows = range(group * size, (group + 1) * size)
-            kept = [r for r in rows if not (self.mask_truncated_completions and self._is_truncated(completions[r]))]
+            kept = [
+                r
+                for r in rows
+                if not (self.mask_truncated_completions and self._is_truncated(completions[r]))
+            ]
             trained |= {group: kept} if kept else {}
         return trained
 
     def _parts(self, prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
-        """The groups in as many parts as there are accumulation steps, of like lengths, so that little is padded."""
+        """The groups in as many parts as there are accumulation steps, of like lengths, so that
+        little is padded.
+        """
         device, trained = self.accelerator.device, self._trained_rows(completions, advantages_B)
-        groups = sorted(trained, key=lambda group: max(len(completions[row]) for row in trained[group]))
+        groups = sorted(
+            trained, key=lambda group: max(len(completions[row]) for row in trained[group])
+        )
         count = self.args.gradient_accumulation_steps
         num_tokens = sum(len(completions[row]) for rows in trained.values() for row in rows)
         parts = []
         for number in range(count):
             chosen = groups[number * len(groups) // count : (number + 1) * len(groups) // count]
             rows = [row for group in chosen for row in trained[group]]
-            part = {"prompts": [prompts[group] for group in chosen], "num_tokens": float(num_tokens)}
+            part = {
+                "prompts": [prompts[group] for group in chosen],
+                "num_tokens": float(num_tokens),
+            }
             if rows:
                 tokens = [torch.tensor(completions[row]) for row in rows]
                 sizes = torch.tensor([len(trained[group]) for group in chosen], device=device)
                 part |= {
                     "group": torch.arange(len(chosen), device=device).repeat_interleave(sizes),
                     "completion": pad_sequence(tokens, batch_first=True).to(device),
-                    "mask": pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True).to(device),
-                    "sampler": pad_sequence([torch.tensor(logps[row]) for row in rows], batch_first=True).to(device),
+                    "mask": pad_sequence([torch.ones(len(t)) for t in tokens], batch_first=True).to(
+                        device
+                    ),
+                    "sampler": pad_sequence(
+                        [torch.tensor(logps[row]) for row in rows], batch_first=True
+                    ).to(device),
                     "advantages": advantages_B[rows].to(device),
                 }
             parts.append(part)
@@ -394,17 +484,27 @@ class SharedPrefixGRPO(_Timed):
         batch = (prompts, features, inputs["group"], inputs["completion"], mask, mask)
         with self.accelerator.autocast():
             entropy = "gradient" if self.entropy_coef else "value"
-            logps, entropy = suffix_logps(self._policy(model), *batch, temperature=self.temperature, entropy=entropy)
+            logps, entropy = suffix_logps(
+                self._policy(model), *batch, temperature=self.temperature, entropy=entropy
+            )
         if not self.checked:
             keep = mask.bool()
             gap = check_same_policy(logps.detach()[keep], inputs["sampler"][keep])
             self._note(**{"sampling/sampling_logp_difference/mean": gap})
             self.checked = True
         loss, metrics = grpo_loss(
-            logps, logps.detach(), inputs["advantages"], mask, ref_logps_B_T=self._reference_logps(model, batch),
-            entropy_B_T=entropy, clip_ratio=self.epsilon_low, kl_weight=self.beta, entropy_weight=self.entropy_coef,
-            ratio_level=self.importance_sampling_level, num_tokens=inputs["num_tokens"],
-        )  # fmt: skip
+            logps,
+            logps.detach(),
+            inputs["advantages"],
+            mask,
+            ref_logps_B_T=self._reference_logps(model, batch),
+            entropy_B_T=entropy,
+            clip_ratio=self.epsilon_low,
+            kl_weight=self.beta,
+            entropy_weight=self.entropy_coef,
+            ratio_level=self.importance_sampling_level,
+            num_tokens=inputs["num_tokens"],
+        )
         self._note(**metrics)
         return loss
 
@@ -414,34 +514,66 @@ class SharedPrefixGRPO(_Timed):
             return None
         adapter = self.ref_model is None  # LoRA: the reference is the model without its adapter
         reference = self._policy(model) if adapter else self.ref_model
-        without = self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
+        without = (
+            self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
+        )
         with without, self.accelerator.autocast():
             return suffix_logps(reference, *batch, temperature=self.temperature)[0]
 
 
 def make_trainer(
-    model, processor, rows: Iterable[Mapping], family: Family, options: GRPO, *, work: Path, log: Path, groups: Path,
-    seed: int, shared_prefix: bool | None = None, reward: Callable | None = None,
-):  # fmt: skip
-    """The trainer of the stage. rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.groups).
+    model,
+    processor,
+    rows: Iterable[Mapping],
+    family: Family,
+    options: GRPO,
+    *,
+    work: Path,
+    log: Path,
+    groups: Path,
+    seed: int,
+    shared_prefix: bool | None = None,
+    reward: Callable | None = None,
+):
+    """The trainer of the stage. rows: of `question_rows`. groups: file of the groups that are kept
+    (egm_lib.groups).
 
     shared_prefix None: where it is possible. reward: another than Eq. 8.
     """
     dataset = Dataset.from_list(list(rows))
     if not len(dataset):
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
-    processes = max(1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+    processes = max(
+        1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    )
     config = GRPOConfig(**grpo_options(options, work, seed, processes))
-    # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of Qwen3-VL-Thinking.
-    config.vllm_max_model_length = min(MAX_MODEL_LEN, model.config.get_text_config().max_position_embeddings)
+    # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of
+    # Qwen3-VL-Thinking.
+    config.vllm_max_model_length = min(
+        MAX_MODEL_LEN, model.config.get_text_config().max_position_embeddings
+    )
     if config.use_vllm:  # with transformers TRL sees to it itself
-        config.generation_kwargs = {"logit_bias": dict.fromkeys(picture_tokens(model.config), -100.0)}
-    if len(dataset) < options.prompts_per_step:  # TRL drops what does not fill a step: it would train on nothing
+        config.generation_kwargs = {
+            "logit_bias": dict.fromkeys(picture_tokens(model.config), -100.0)
+        }
+    # TRL drops what does not fill a step: it would train on nothing
+    if len(dataset) < options.prompts_per_step:
         repeats = -(-options.prompts_per_step // len(dataset))
-        print(f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one")
+        print(
+            f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one"
+        )
         dataset = Dataset.from_list(list(dataset) * repeats)
-    clock, keeper = Clock(log, options.max_minutes), GroupKeeper(groups, begun_answer(processor, family))
-    arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock, "keeper": keeper}
+    clock, keeper = (
+        Clock(log, options.max_minutes),
+        GroupKeeper(groups, begun_answer(processor, family)),
+    )
+    arguments = {
+        "model": model,
+        "args": config,
+        "processing_class": processor,
+        "clock": clock,
+        "keeper": keeper,
+    }
     arguments |= {"peft_config": lora_config(options.lora), "rollout_dtype": options.rollout_dtype}
     arguments |= {"reward_weight": options.reward_weight}
     arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
@@ -456,7 +588,9 @@ def make_trainer(
 
 
 def check_rollout(options: GRPO) -> None:
-    """Raises TrainingError, before anything long starts, where this machine cannot sample as the profile says."""
+    """Raises TrainingError, before anything long starts, where this machine cannot sample as the
+    profile says.
+    """
     if options.rollout == "transformers":
         return
     if not torch.cuda.is_available():
@@ -465,36 +599,55 @@ def check_rollout(options: GRPO) -> None:
             "or set grpo.rollout to transformers."
         )
     if importlib.util.find_spec("vllm") is None:
-        raise TrainingError(f"grpo.rollout is {options.rollout!r}, and vLLM is missing: `pip install -e .[gpu]`.")
+        raise TrainingError(
+            f"grpo.rollout is {options.rollout!r}, and vLLM is missing: `pip install -e .[gpu]`."
+        )
 
 
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
-    """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it is."""
+    """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it
+    is.
+    """
     profile, out = run.profile, run.checkpoint(task, output or MODEL)
     if is_finished(out):
         return out
     family, options = FAMILIES[profile.models.small.family], profile.grpo
     check_rollout(options)
     check_device(options.dtype, "grpo")
-    start = str(require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`"))
+    start = str(
+        require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`")
+    )
     check_memory(profile, "grpo", start)
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
-    model, processor = load_start(start, profile.models.small, options.dtype if options.lora else "float32")
+    model, processor = load_start(
+        start, profile.models.small, options.dtype if options.lora else "float32"
+    )
     try:
         trainer = make_trainer(
-            model, processor, question_rows(samples, family, profile.data.path), family, options,
-            work=work_folder(out), log=run.log(f"grpo-{task}.jsonl"), groups=run.groups(task), seed=run.seed,
-        )  # fmt: skip
+            model,
+            processor,
+            question_rows(samples, family, profile.data.path),
+            family,
+            options,
+            work=work_folder(out),
+            log=run.log(f"grpo-{task}.jsonl"),
+            groups=run.groups(task),
+            seed=run.seed,
+        )
     except OSError as error:  # a server that does not answer is one; TRL has waited for it
         if options.rollout != "vllm-server":
             raise
-        raise TrainingError(f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`") from error
+        raise TrainingError(
+            f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`"
+        ) from error
     return train_to(trainer, processor, out)
 
 
 def server_command(model: str, options: GRPO) -> str:
-    """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout: vllm-server)."""
+    """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout:
+    vllm-server).
+    """
     own = f"--dtype {options.rollout_dtype} --max-model-len {MAX_MODEL_LEN}"
     return f"trl vllm-serve --model {model} {own} --limit-mm-per-prompt '{json.dumps(VLLM_LIMITS)}'"
 
@@ -503,14 +656,24 @@ def dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
     """What would be trained, under TRL's own option names; loads no model."""
     run = Run(profile, seed)
     out = run.checkpoint(task, output or MODEL)
-    own = {"stage": "grpo", "task": task, "model": str(run.checkpoint(task, "small-sft")), "output": str(out)}
+    own = {
+        "stage": "grpo",
+        "task": task,
+        "model": str(run.checkpoint(task, "small-sft")),
+        "output": str(out),
+    }
     own |= {"samples": str(run.samples(f"rl_{task}")), "max_minutes": profile.grpo.max_minutes}
-    own |= {"prompts_per_step": profile.grpo.prompts_per_step, "reward_weight": profile.grpo.reward_weight}
+    own |= {
+        "prompts_per_step": profile.grpo.prompts_per_step,
+        "reward_weight": profile.grpo.reward_weight,
+    }
     return own | grpo_options(profile.grpo, work_folder(out), seed, profile.launch.num_processes)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.grpo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.grpo", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--output", help=f"name of the model; {MODEL} where it is not given")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
 

@@ -25,7 +25,9 @@ class JobFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and the file that takes what it prints (appended: a job that is run again goes on)."""
+    """A command, and the file that takes what it prints (appended: a job that is run again goes
+    on).
+    """
 
     name: str
     command: Sequence[str]
@@ -33,22 +35,34 @@ class Job:
 
 
 def job(run: Run, module: str, *arguments: str) -> Job:
-    """`python -m egm_lib.<module> --profile .. --seed .. <arguments>`, logged to logs/<module>-<arguments>.txt."""
+    """`python -m egm_lib.<module> --profile .. --seed .. <arguments>`, logged to
+    logs/<module>-<arguments>.txt.
+    """
     name = "-".join([module, *(text for text in arguments if not text.startswith("--"))])
     options = ["--profile", run.profile.name, "--seed", str(run.seed), *arguments]
     return Job(name, [sys.executable, "-m", f"egm_lib.{module}", *options], run.log(f"{name}.txt"))
 
 
 def prediction_jobs(run: Run, models: Sequence[str]) -> list[Job]:
-    """`egm_lib.generate` for several models, dealt out to one job a worker: a process loads its libraries once."""
+    """`egm_lib.generate` for several models, dealt out to one job a worker: a process loads its
+    libraries once.
+    """
     count = min(_workers(run), len(models))
     hands = [models[place::count] for place in range(count)]
-    jobs = [job(run, "generate", *(word for model in hand for word in ("--model", model))) for hand in hands]
-    return [Job(f"generate-{place}", each.command, run.log(f"generate-{place}.txt")) for place, each in enumerate(jobs)]
+    jobs = [
+        job(run, "generate", *(word for model in hand for word in ("--model", model)))
+        for hand in hands
+    ]
+    return [
+        Job(f"generate-{place}", each.command, run.log(f"generate-{place}.txt"))
+        for place, each in enumerate(jobs)
+    ]
 
 
 def training_job(run: Run, module: str, *arguments: str) -> Job:
-    """As `job`, through `accelerate launch` where the profile has a configuration of several processes."""
+    """As `job`, through `accelerate launch` where the profile has a configuration of several
+    processes.
+    """
     plain, launch = job(run, module, *arguments), run.profile.launch
     if launch.accelerate_config is None:
         return plain
@@ -59,17 +73,27 @@ def training_job(run: Run, module: str, *arguments: str) -> Job:
 
 
 def data_job(run: Run) -> Job:
-    """Makes the data root of the profile where it is not made: the miniature world, or files of real data."""
+    """Makes the data root of the profile where it is not made: the miniature world, or files of
+    real data.
+    """
     root = str(run.profile.data.path)
     arguments = {
         "mini": ["egm_lib.mini.world", "--out", root, "--profile", run.profile.name],
-        "refcoco": ["egm_lib.data", "prepare", "--root", root, *(f"--task={task}" for task in run.profile.tasks)],
+        "refcoco": [
+            "egm_lib.data",
+            "prepare",
+            "--root",
+            root,
+            *(f"--task={task}" for task in run.profile.tasks),
+        ],
     }[run.profile.data.source]
     return Job("data", [sys.executable, "-m", *arguments], run.log("data.txt"))
 
 
 def run_jobs(run: Run, jobs: Sequence[Job]) -> None:
-    """Runs the jobs: side by side on one thread each where the profile says so, else one after another."""
+    """Runs the jobs: side by side on one thread each where the profile says so, else one after
+    another.
+    """
     run_side_by_side(jobs, _workers(run))
 
 
@@ -80,8 +104,10 @@ def _workers(run: Run) -> int:
 def run_side_by_side(jobs: Sequence[Job], workers: int) -> None:
     """Runs at most `workers` jobs at a time, with a line of progress every half minute.
 
-    Several workers are single-threaded: on a small machine two threads in one process are slower than two processes.
-    Raises JobFailed at the first that fails; it and Ctrl-C end the others, which go on when they are run again.
+    Several workers are single-threaded: on a small machine two threads in one process are slower
+    than two processes.
+    Raises JobFailed at the first that fails; it and Ctrl-C end the others, which go on when they
+    are run again.
     """
     single = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (single if workers > 1 else {})
@@ -100,7 +126,9 @@ def run_side_by_side(jobs: Sequence[Job], workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A kernel that is killed takes its processes along; else a second run would train beside an orphan."""
+    """A kernel that is killed takes its processes along; else a second run would train beside an
+    orphan.
+    """
     pr_set_pdeathsig = 1  # <sys/prctl.h>
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -112,9 +140,14 @@ class _Process:
         with open(job.log, "ab") as log:
             self.start = log.tell()
             self.process = subprocess.Popen(
-                job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-                cwd=project_root(), preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )  # fmt: skip
+                job.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                cwd=project_root(),
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
         print(f"{job.name}: started", flush=True)
 
     def ended(self) -> bool:
@@ -123,11 +156,16 @@ class _Process:
         if code is None:
             if time.monotonic() - self.reported >= REPORT_S:
                 self.reported = time.monotonic()
-                print(f"{self.job.name}: {self.minutes()}, {(self.lines() or ['...'])[-1][:120]}", flush=True)
+                print(
+                    f"{self.job.name}: {self.minutes()}, {(self.lines() or ['...'])[-1][:120]}",
+                    flush=True,
+                )
             return False
         if code:
             lines = "\n".join(self.lines()[-LAST_LINES:])
-            raise JobFailed(f"{self.job.name} ended with code {code} after {self.minutes()} ({self.job.log}):\n{lines}")
+            raise JobFailed(
+                f"{self.job.name} ended with code {code} after {self.minutes()} ({self.job.log}):\n{lines}"
+            )
         print(f"{self.job.name}: done in {self.minutes()}", flush=True)
         return True
 

@@ -1,4 +1,6 @@
-"""Which samples to train on with RL (Sec. 4.2): what the learner misses and a stronger reference can do."""
+"""Which samples to train on with RL (Sec. 4.2): what the learner misses and a stronger reference
+can do.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -7,8 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pandas.util import hash_array
 
-# The released code's share of the easy half by the learner's IoU; [low, high), what is left of the total to the last.
-IOU_BUCKETS = ((0.5, 0.6, 0.15), (0.6, 0.7, 0.20), (0.7, 0.8, 0.20), (0.8, 0.9, 0.20), (0.9, np.inf, None))
+# The released code's share of the easy half by the learner's IoU; [low, high), what is left of the
+# total to the last.
+IOU_BUCKETS = (
+    (0.5, 0.6, 0.15),
+    (0.6, 0.7, 0.20),
+    (0.7, 0.8, 0.20),
+    (0.8, 0.9, 0.20),
+    (0.9, np.inf, None),
+)
 EASY_RULES = ("uniform", "iou-buckets")
 
 
@@ -23,12 +32,14 @@ def select_learnable(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of the hard and of the easy half, both ascending.
 
-    Hard: learnability = S_reference - S_learner > 0. Easy: as many of what the learner gets right, drawn by `easy`:
-    "uniform" (the paper), or "iou-buckets" (the released code, there with seed 42), which needs learner_iou_N and
-    leaves a bucket short where it has too few.
-    sample_ids: draws by sample, so that the choice does not depend on the order of the rows; None: draws by row.
-    Warns where the learner gets fewer right than there are hard samples, and takes them all.
-    Raises ValueError where lengths differ, an id occurs twice, a success is not 0 or 1, or `easy` is unknown.
+    Hard: learnability = S_reference - S_learner > 0. Easy: as many of what the learner gets right,
+    drawn by `easy`: "uniform" (the paper), or "iou-buckets" (the released code, there with seed
+    42), which needs learner_iou_N and leaves a bucket short where it has too few.
+    sample_ids: draws by sample, so that the choice does not depend on the order of the rows; None:
+    draws by row. Warns where the learner gets fewer right than there are hard samples, and takes
+    them all.
+    Raises ValueError where lengths differ, an id occurs twice, a success is not 0 or 1, or `easy`
+    is unknown.
     """
     learner_N = _successes(learner_success_N, "learner_success_N")
     reference_N = _successes(reference_success_N, "reference_success_N")
@@ -81,7 +92,9 @@ def _priorities(ids_N: np.ndarray, seed: int) -> np.ndarray:
         names, counts = np.unique(ids_N.astype(str), return_counts=True)
         if (counts > 1).any():
             repeated = names[counts > 1]
-            raise ValueError(f"{len(repeated):,} sample ids occur more than once, such as {str(repeated[0])!r}")
+            raise ValueError(
+                f"{len(repeated):,} sample ids occur more than once, such as {str(repeated[0])!r}"
+            )
     # splitmix64 over hash and seed: hash_array takes a seed for strings only
     mixed_N = hash_N + np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
     mixed_N = (mixed_N ^ (mixed_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,25 +1,30 @@
 """The training objective (Eq. 3-7) as pure functions on tensors.
 
-Log-probs and entropies come from TRL's chunked LM head (`trl.kernels`), which never holds tokens x vocabulary logits.
+Log-probs and entropies come from TRL's chunked LM head (`trl.kernels`), which never holds tokens x
+vocabulary logits.
 """
 
 import torch
 from torch import Tensor
 
 RATIO_LEVELS = ("token", "sequence")
-# exp() of a larger log-ratio overflows, and inf * 0 in its gradient is nan; exp(20) is far beyond any useful ratio.
+# exp() of a larger log-ratio overflows, and inf * 0 in its gradient is nan; exp(20) is far beyond
+# any useful ratio.
 MAX_LOG_RATIO = 20.0
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:
-    """Rewards standardised within each prompt's group (Eq. 7), with the sample standard deviation, as TRL does.
+    """Rewards standardised within each prompt's group (Eq. 7), with the sample standard deviation,
+    as TRL does.
 
     rewards_B: one reward per completion, groups contiguous, B = prompts * group_size.
     Returns advantages_B; a group whose rewards are all equal gets zeros.
     Raises ValueError when B is not a multiple of group_size, or a reward is not finite.
     """
     if group_size < 1 or rewards_B.ndim != 1 or rewards_B.numel() % group_size:
-        raise ValueError(f"{tuple(rewards_B.shape)} rewards do not divide into groups of {group_size}")
+        raise ValueError(
+            f"{tuple(rewards_B.shape)} rewards do not divide into groups of {group_size}"
+        )
     rewards_B = rewards_B if rewards_B.is_floating_point() else rewards_B.float()
     if not rewards_B.isfinite().all():
         raise ValueError("rewards must be finite")
@@ -28,7 +33,8 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-4) -> T
         return torch.zeros_like(rewards_B)
     centred_P_G = rewards_P_G - rewards_P_G.mean(dim=1, keepdim=True)
     advantages_P_G = centred_P_G / (rewards_P_G.std(dim=1, keepdim=True) + eps)
-    # The mean of equal floats need not be that float: without this, rounding noise would be divided by eps.
+    # The mean of equal floats need not be that float: without this, rounding noise would be divided
+    # by eps.
     all_equal_P_1 = rewards_P_G.amax(dim=1, keepdim=True) == rewards_P_G.amin(dim=1, keepdim=True)
     return advantages_P_G.masked_fill(all_equal_P_1, 0.0).view(-1)
 
@@ -47,16 +53,20 @@ def grpo_loss(
     ratio_level: str = "token",
     num_tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The negated objective of Eq. 3-6: token-level mean of the clipped surrogate - k3 KL + entropy.
+    """The negated objective of Eq. 3-6: token-level mean of the clipped surrogate - k3 KL +
+    entropy.
 
-    logps_B_T: log-probs of the sampled tokens; old: of the policy that sampled them; ref: of the KL's reference.
+    logps_B_T: log-probs of the sampled tokens; old: of the policy that sampled them; ref: of the
+    KL's reference.
     mask_B_T: 1.0 on completion tokens; whatever stands elsewhere, nan included, has no effect.
-    ratio_level: "token" (GRPO, the paper), or "sequence" (GSPO, the released scripts): the geometric mean of the
-    ratios of a completion, for all of its tokens.
-    num_tokens: completion tokens of the whole batch, where this is a part of it (gradient accumulation): the losses of
-    the parts then add up to the loss of the whole, and so do their gradients. None: the tokens of this mask.
+    ratio_level: "token" (GRPO, the paper), or "sequence" (GSPO, the released scripts): the
+    geometric mean of the ratios of a completion, for all of its tokens.
+    num_tokens: completion tokens of the whole batch, where this is a part of it (gradient
+    accumulation): the losses of the parts then add up to the loss of the whole, and so do their
+    gradients. None: the tokens of this mask.
     Returns the loss (0-d; zero where no token counts) and metrics, which describe this part alone.
-    Raises ValueError for a weight without its tensor, shapes that do not fit, and an unknown ratio_level.
+    Raises ValueError for a weight without its tensor, shapes that do not fit, and an unknown
+    ratio_level.
     """
     same_shape = {"old_logps_B_T": old_logps_B_T, "mask_B_T": mask_B_T}
     same_shape |= {"ref_logps_B_T": ref_logps_B_T, "entropy_B_T": entropy_B_T}
@@ -74,14 +84,20 @@ def grpo_loss(
     log_ratio_B_T = (logps_B_T - old_logps_B_T).masked_fill(padding_B_T, 0.0)
     if ratio_level == "sequence":
         tokens_B_1 = mask_B_T.sum(dim=1, keepdim=True).clamp(min=1.0)
-        log_ratio_B_T = ((log_ratio_B_T * mask_B_T).sum(dim=1, keepdim=True) / tokens_B_1).expand_as(mask_B_T)
+        log_ratio_B_T = (
+            (log_ratio_B_T * mask_B_T).sum(dim=1, keepdim=True) / tokens_B_1
+        ).expand_as(mask_B_T)
     ratio_B_T = log_ratio_B_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped_B_T = ratio_B_T.clamp(1.0 - clip_ratio, 1.0 + clip_ratio)
     objective_B_T = torch.minimum(ratio_B_T * advantages_B_1, clipped_B_T * advantages_B_1)
 
     metrics: dict[str, Tensor] = {}
     if ref_logps_B_T is not None:
-        gap_B_T = (ref_logps_B_T - logps_B_T).masked_fill(padding_B_T, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        gap_B_T = (
+            (ref_logps_B_T - logps_B_T)
+            .masked_fill(padding_B_T, 0.0)
+            .clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        )
         kl_B_T = gap_B_T.exp() - gap_B_T - 1.0  # k3
         objective_B_T = objective_B_T - kl_weight * kl_B_T
         metrics["kl"] = (kl_B_T * mask_B_T).sum() / count
@@ -89,7 +105,11 @@ def grpo_loss(
         entropy_B_T = entropy_B_T.masked_fill(padding_B_T, 0.0)
         objective_B_T = objective_B_T + entropy_weight * entropy_B_T
         metrics["entropy"] = (entropy_B_T * mask_B_T).sum() / count
-    total = count if num_tokens is None else torch.as_tensor(num_tokens, device=count.device).clamp(min=1.0)
+    total = (
+        count
+        if num_tokens is None
+        else torch.as_tensor(num_tokens, device=count.device).clamp(min=1.0)
+    )
     loss = -(objective_B_T * mask_B_T).sum() / total
 
     low_B_T = ((ratio_B_T < 1.0 - clip_ratio) & (advantages_B_1 < 0)).to(mask_B_T.dtype)
@@ -105,7 +125,10 @@ def grpo_loss(
         "advantage/abs_mean": advantages_B_1.abs().sum() / completions,
         "advantage/frac_zero": (advantages_B_1 == 0).sum() / completions,
     }
-    values = torch.stack([value.detach().to(logps_B_T.dtype) for value in metrics.values()]).tolist()  # one sync
+    # One sync
+    values = torch.stack(
+        [value.detach().to(logps_B_T.dtype) for value in metrics.values()]
+    ).tolist()
     return loss, dict(zip(metrics, values, strict=True))
 
 
@@ -113,11 +136,17 @@ def _check_arguments(
     logps_B_T: Tensor, advantages_B: Tensor, ratio_level: str, others: dict[str, Tensor | None]
 ) -> None:
     if ratio_level not in RATIO_LEVELS:
-        raise ValueError(f"unknown ratio_level {ratio_level!r}: use one of {', '.join(RATIO_LEVELS)}")
+        raise ValueError(
+            f"unknown ratio_level {ratio_level!r}: use one of {', '.join(RATIO_LEVELS)}"
+        )
     if logps_B_T.ndim != 2:
         raise ValueError(f"logps_B_T must have two dimensions, got {tuple(logps_B_T.shape)}")
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != logps_B_T.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, logps_B_T has {tuple(logps_B_T.shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, logps_B_T has {tuple(logps_B_T.shape)}"
+            )
     if advantages_B.shape != logps_B_T.shape[:1]:
-        raise ValueError(f"advantages_B must have shape {tuple(logps_B_T.shape[:1])}, got {tuple(advantages_B.shape)}")
+        raise ValueError(
+            f"advantages_B must have shape {tuple(logps_B_T.shape[:1])}, got {tuple(advantages_B.shape)}"
+        )

@@ -1,4 +1,6 @@
-"""What every notebook does to show something: tables from files, figures from files, a training log as curves."""
+"""What every notebook does to show something: tables from files, figures from files, a training log
+as curves.
+"""
 
 import io
 import json
@@ -19,16 +21,24 @@ from egm_lib.tables import build_tables
 
 
 def show_tables(run: Run, *names: str) -> None:
-    """Rebuilds tables (such as "table4") from the files of all seeds that were run, and shows them."""
+    """Rebuilds tables (such as "table4") from the files of all seeds that were run, and shows
+    them.
+    """
     evaluation = run.profile.evaluation
-    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names)
+    build_tables(
+        run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
+    )
     for name in names:
         display(Markdown((run.figures / f"{name}.md").read_text(encoding="utf-8")))
 
 
 def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
-    """Redraws figures (such as "fig5") from the files of all seeds that were run; shows them with their captions."""
-    for drawn in build_figures(run.roots, run.figures, rule=run.profile.evaluation.rule, only=names):
+    """Redraws figures (such as "fig5") from the files of all seeds that were run; shows them with
+    their captions.
+    """
+    for drawn in build_figures(
+        run.roots, run.figures, rule=run.profile.evaluation.rule, only=names
+    ):
         if drawn.not_run:
             display(Markdown(f"*{drawn.title}*: not run ({drawn.not_run})"))
         else:
@@ -37,13 +47,17 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
-    """Pictures in a row with the ground truth (its hidden part hatched) and, for prediction rows, the model's box."""
+    """Pictures in a row with the ground truth (its hidden part hatched) and, for prediction rows,
+    the model's box.
+    """
     samples = list(samples)
     if not samples:
         return
     with styled():
         figure = new_figure(2.9 * len(samples), 3.4)
-        for axis, sample in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True):
+        for axis, sample in zip(
+            figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True
+        ):
             answers = [(sample["box"], look(sample["model"]))] if "box" in sample else []
             draw_picture(axis, sample, answers, root)
             axis.set_title(textwrap.fill(sample["expression"], 34), fontsize=8, fontweight="normal")
@@ -51,7 +65,9 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
 
 
 def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
-    """A panel a column, a line a log (JSONL of a training); a column that no log has is left out."""
+    """A panel a column, a line a log (JSONL of a training); a column that no log has is left
+    out.
+    """
     frames = {name: pd.DataFrame(read_jsonl(path)) for name, path in logs.items() if path.exists()}
     shown = [column for column in columns if any(column in frame for frame in frames.values())]
     if not shown:
@@ -79,7 +95,9 @@ def show(figure: Figure) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:

@@ -1,4 +1,6 @@
-"""One look for every picture: colours that the colour-blind tell apart (Okabe and Ito); dashes and markers for grey."""
+"""One look for every picture: colours that the colour-blind tell apart (Okabe and Ito); dashes and
+markers for grey.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,9 @@ from egm_lib.data.records import atomic_open
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is drawn everywhere: name, colour, dash (on, off, ... in line widths; () is solid), marker."""
+    """How a model is drawn everywhere: name, colour, dash (on, off, ... in line widths; () is
+    solid), marker.
+    """
 
     label: str
     colour: str
@@ -29,10 +33,16 @@ LOOKS = {
     "small-sft-control": Look("SFT control", "#8C6D1F", (5, 1, 1, 1), ">"),
     "large-base": Look("large base", "#009E73", (7, 2), "P"),
 }
-_SPARE = (("#D55E00", (4, 2), "o"), ("#0072B2", (), "D"), ("#009E73", (7, 2), "P"), ("#CC79A7", (1.2, 1.2), "^"))
+_SPARE = (
+    ("#D55E00", (4, 2), "o"),
+    ("#0072B2", (), "D"),
+    ("#009E73", (7, 2), "P"),
+    ("#CC79A7", (1.2, 1.2), "^"),
+)
 INK, FAINT, GRID = "#222222", "#6B6B6B", "#DDDDDD"
 SOLVED, FAILED = "#0072B2", "#D55E00"
-TINTS = {"place": "#CFE5F5", "alike": "#FBE3A6"}  # beneath words of a trace; viewer.css has the same
+# Beneath words of a trace; viewer.css has the same
+TINTS = {"place": "#CFE5F5", "alike": "#FBE3A6"}
 
 
 def look(model: str, place: int = 0) -> Look:
@@ -41,15 +51,36 @@ def look(model: str, place: int = 0) -> Look:
 
 
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.labelsize": 9, "axes.edgecolor": FAINT, "axes.labelcolor": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "text.color": INK,
-    "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "grid.color": GRID, "grid.linewidth": 0.7, "lines.linewidth": 1.6, "hatch.linewidth": 0.8,
-    "legend.edgecolor": "white", "legend.framealpha": 0.85, "legend.fontsize": 8.5,
-    "figure.constrained_layout.h_pad": 0.07, "savefig.facecolor": "white", "figure.facecolor": "white",
-    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "egm",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "hatch.linewidth": 0.8,
+    "legend.edgecolor": "white",
+    "legend.framealpha": 0.85,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.h_pad": 0.07,
+    "savefig.facecolor": "white",
+    "figure.facecolor": "white",
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "egm",
+}
 
 
 def new_figure(width_in: float, height_in: float) -> Figure:
@@ -63,16 +94,22 @@ def styled():
 
 
 _NO_DATE = {
-    "pdf": {"CreationDate": None, "Producer": None, "Creator": None}, "svg": {"Date": None}, "png": {"Software": None},
-}  # fmt: skip
+    "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    "svg": {"Date": None},
+    "png": {"Software": None},
+}
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
-    """Writes a figure, format by suffix (png, pdf, svg), whole or not at all; the same figure gives the same bytes."""
+    """Writes a figure, format by suffix (png, pdf, svg), whole or not at all; the same figure gives
+    the same bytes.
+    """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()
     if kind not in _NO_DATE:
-        raise ValueError(f"cannot write {path.name}: use one of {', '.join(f'.{known}' for known in _NO_DATE)}")
+        raise ValueError(
+            f"cannot write {path.name}: use one of {', '.join(f'.{known}' for known in _NO_DATE)}"
+        )
     with styled(), atomic_open(path, "wb") as file:
         figure.savefig(file, format=kind, dpi=dpi, metadata=_NO_DATE[kind])
     return path

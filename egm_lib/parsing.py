@@ -1,7 +1,8 @@
 """A model's completion -> its reasoning and its boxes. One parser for reward, metric and viewer.
 
-Never raises on any text, and takes time linear in its length: every quantifier in the patterns below is possessive,
-so nothing is ever backtracked over, and an attempt that fails has read past a bounded number of possible starts.
+Never raises on any text, and takes time linear in its length: every quantifier in the patterns
+below is possessive, so nothing is ever backtracked over, and an attempt that fails has read past a
+bounded number of possible starts.
 """
 
 import re
@@ -26,16 +27,20 @@ class Parsed(NamedTuple):
     swapped: int = 0  # how many boxes came with swapped corners (they are sorted above)
 
 
-def parse_completion(text: str, *, frame: BoxFrame, image_wh: tuple[int, int], rule: str = "egm") -> Parsed:
+def parse_completion(
+    text: str, *, frame: BoxFrame, image_wh: tuple[int, int], rule: str = "egm"
+) -> Parsed:
     """Reasoning and boxes of a completion; never raises on any str.
 
-    frame: what the numbers mean; declared by the caller, never guessed. image_wh: original image, px.
-    rule: "egm" reads the text after the reasoning (of its last <answer>, where there is one) and counts its first box;
-    a peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the box the way that evaluator does.
-    A chat template that has already written "<think>" leaves it out of the completion: prepend it, or a completion cut
-    off within its reasoning cannot be told from an answer.
-    status: "ok"; "unclosed_reasoning": no answer was begun; "malformed": numbers in brackets, or the key or tag of a
-    box, but none that can be read; else "no_box".
+    frame: what the numbers mean; declared by the caller, never guessed. image_wh: original image,
+    px.
+    rule: "egm" reads the text after the reasoning (of its last <answer>, where there is one) and
+    counts its first box; a peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the
+    box the way that evaluator does. A chat template that has already written "<think>" leaves it
+    out of the completion: prepend it, or a completion cut off within its reasoning cannot be told
+    from an answer.
+    status: "ok"; "unclosed_reasoning": no answer was begun; "malformed": numbers in brackets, or
+    the key or tag of a box, but none that can be read; else "no_box".
     Raises ValueError for an unknown rule or frame, or an image size that is not positive.
     """
     scale = frame_scale(frame, image_wh)
@@ -65,13 +70,17 @@ def accepts(iou: float, rule: str = "egm") -> bool:
     """Whether a rule counts this IoU as a success: > 0.5, or >= 0.5 for most peers."""
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: use one of {', '.join(RULES)}")
-    return iou > SUCCESS_IOU or (iou == SUCCESS_IOU and rule != "egm" and PEER_RULES[rule].inclusive)
+    return iou > SUCCESS_IOU or (
+        iou == SUCCESS_IOU and rule != "egm" and PEER_RULES[rule].inclusive
+    )
 
 
 def split_reasoning(text: str) -> tuple[str | None, int | None]:
-    """The reasoning, and where the answer starts; (reasoning, None) where the reasoning was never closed.
+    """The reasoning, and where the answer starts; (reasoning, None) where the reasoning was never
+    closed.
 
-    The last </think> ends the reasoning (with or without an opening <think>), so nothing before it can count.
+    The last </think> ends the reasoning (with or without an opening <think>), so nothing before it
+    can count.
     """
     close, opened = text.rfind("</think>"), text.rfind("<think>")
     if opened > close:
@@ -79,11 +88,18 @@ def split_reasoning(text: str) -> tuple[str | None, int | None]:
     if close < 0:
         return None, 0
     start = text.find("<think>", 0, close)
-    return text[start + len("<think>") if start >= 0 else 0 : close].strip() or None, close + len("</think>")
+    return text[start + len("<think>") if start >= 0 else 0 : close].strip() or None, close + len(
+        "</think>"
+    )
 
 
-# Full-width forms (what Chinese input methods write), the minus sign and the ideographic comma and space, as ASCII.
-_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-", 0x3001: ",", 0x3000: " "}
+# Full-width forms (what Chinese input methods write), the minus sign and the ideographic comma and
+# space, as ASCII.
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
+    0x2212: "-",
+    0x3001: ",",
+    0x3000: " ",
+}
 
 _BOX_MARKERS = ("bbox", "<box", "box_start")
 _NUMBERS = r"\s*+[-+.0-9][-+.0-9eE,\s]*+"
@@ -111,7 +127,9 @@ _CORNER_NUMBER = {"min": "1", "max": "2"}
 def _find_boxes(answer: str, scale: tuple[float, float, float]) -> tuple[list[Box], int, int]:
     """Boxes in px, how many had swapped corners, and how many groups of numbers were tried."""
     matches = islice(_GROUPS.finditer(answer), MAX_GROUPS)
-    candidates = [numbers for match in matches for numbers in _number_lists(*match.groups())][:MAX_GROUPS]
+    candidates = [numbers for match in matches for numbers in _number_lists(*match.groups())][
+        :MAX_GROUPS
+    ]
     boxes, swapped = _to_pixels(candidates, scale)
     if not boxes:
         corners = _corner_lists(answer)
@@ -129,7 +147,9 @@ def _number_lists(square: str, end: str, tagged: str, angled: str, round_: str) 
     if angled:
         return [angled[1:].replace(">", "").split("<")]
     if round_:
-        lists = [_split_numbers(part) for part in round_[1:-1].replace(")", "").split("(", MAX_GROUPS)]
+        lists = [
+            _split_numbers(part) for part in round_[1:-1].replace(")", "").split("(", MAX_GROUPS)
+        ]
         points = all(len(numbers) == 2 for numbers in lists)
         return [lists[0] + lists[1]] if points and len(lists) == 2 else lists
     return []
@@ -156,8 +176,12 @@ def _corner_lists(answer: str) -> list[list[str]]:
     return lists
 
 
-def _to_pixels(candidates: list[list[str]], scale: tuple[float, float, float]) -> tuple[list[Box], int]:
-    """The candidates that are four finite numbers, as xyxy px with sorted corners, and how many had to be sorted."""
+def _to_pixels(
+    candidates: list[list[str]], scale: tuple[float, float, float]
+) -> tuple[list[Box], int]:
+    """The candidates that are four finite numbers, as xyxy px with sorted corners, and how many had
+    to be sorted.
+    """
     width, height, unit = scale
     boxes: list[Box] = []
     swapped = 0
@@ -168,7 +192,12 @@ def _to_pixels(candidates: list[list[str]], scale: tuple[float, float, float]) -
             x1, y1, x2, y2 = map(float, numbers)
         except ValueError:  # such as "1-2" or "1e"
             continue
-        x1, y1, x2, y2 = x1 * width / unit, y1 * height / unit, x2 * width / unit, y2 * height / unit
+        x1, y1, x2, y2 = (
+            x1 * width / unit,
+            y1 * height / unit,
+            x2 * width / unit,
+            y2 * height / unit,
+        )
         if not isfinite(x1 + y1 + x2 + y2):
             continue
         if x1 > x2 or y1 > y2:

@@ -1,8 +1,10 @@
-"""How other evaluators find, scale and accept a box, so that the same answers can be scored the way each of them would.
+"""How other evaluators find, scale and accept a box, so that the same answers can be scored the way
+each of them would.
 
-Each rule was written from a reading of that evaluator's code, re-expressed to run in linear time, and keeps its
-quirks. Most bring their own scale: that is part of how they score, and a common reason why two scores of the same
-answers differ. Where a peer makes up a zero box, a rule gives None, which scores the same.
+Each rule was written from a reading of that evaluator's code, re-expressed to run in linear time,
+and keeps its quirks. Most bring their own scale: that is part of how they score, and a common
+reason why two scores of the same answers differ. Where a peer makes up a zero box, a rule gives
+None, which scores the same.
 """
 
 import re
@@ -30,19 +32,26 @@ _VLMEVALKIT_LIST = _four_list(_FLOAT, separator=r"(?:\s*+,\s*+|\s++)")
 _VLM_R1_LIST = re.compile(rf"\[{_INTEGER},\s*+{_INTEGER},\s*+{_INTEGER},\s*+{_INTEGER}\]")
 _INTERNVL_LIST = re.compile(r"\[++([^,\n]*+),([^,\n]*+),([^,\n]*+),([^\]\n]*+)\]")
 _BRACKETS = re.compile(r"\[([^\[\]]++)\]")
-_OPEN_ANSWER, _CLOSE_ANSWER = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)
+_OPEN_ANSWER, _CLOSE_ANSWER = (
+    re.compile("<answer>", re.IGNORECASE),
+    re.compile("</answer>", re.IGNORECASE),
+)
 
 
 @dataclass(frozen=True)
 class PeerRule:
-    """find(text, frame, image_wh) gives the box in px or None; inclusive: a success is IoU >= 0.5, else > 0.5."""
+    """find(text, frame, image_wh) gives the box in px or None; inclusive: a success is IoU >= 0.5,
+    else > 0.5.
+    """
 
     find: Callable[[str, BoxFrame, tuple[int, int]], Box | None]
     inclusive: bool
 
 
 def _egm_released_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """First "bbox_2d", else first list of four, else the last four numbers; 0-1000, clipped, rounded to whole px."""
+    """First "bbox_2d", else first list of four, else the last four numbers; 0-1000, clipped,
+    rounded to whole px.
+    """
     match = _EGM_KEYED.search(text) or _EGM_LIST.search(text)
     numbers = list(match.groups()) if match else _ANY_FLOAT.findall(text)[-4:]
     if (box := _floats(numbers)) is None:
@@ -52,7 +61,9 @@ def _egm_released_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) ->
 
 
 def _egm_released_reward(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """Last bracket of the first <answer>, else of the text, else the last four numbers; sorted, 0-1000, whole px."""
+    """Last bracket of the first <answer>, else of the text, else the last four numbers; sorted,
+    0-1000, whole px.
+    """
     opened = _OPEN_ANSWER.search(text)
     closed = _CLOSE_ANSWER.search(text, opened.end()) if opened else None
     box = _egm_last_bracket(text[opened.end() : closed.start()]) if opened and closed else None
@@ -64,7 +75,9 @@ def _egm_released_reward(text: str, frame: BoxFrame, image_wh: tuple[int, int]) 
 
 def _egm_last_bracket(text: str) -> Box | None:
     brackets = _BRACKETS.findall(text)
-    numbers = _PLAIN_FLOAT.findall(brackets[-1])[:4] if brackets else _PLAIN_FLOAT.findall(text)[-4:]
+    numbers = (
+        _PLAIN_FLOAT.findall(brackets[-1])[:4] if brackets else _PLAIN_FLOAT.findall(text)[-4:]
+    )
     return _floats(numbers)
 
 
@@ -87,7 +100,9 @@ def _qwen_vl(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | Non
         end = line.find(")", middle + 3) if middle >= 0 else -1
         if end >= 0:
             corners = line[start + 1 : middle].split(","), line[middle + 3 : end].split(",")
-            if [len(corner) for corner in corners] != [2, 2] or (box := _floats(corners[0] + corners[1])) is None:
+            if [len(corner) for corner in corners] != [2, 2] or (
+                box := _floats(corners[0] + corners[1])
+            ) is None:
                 return None
             return _scaled(box, 999.0, image_wh)
     return None
@@ -101,13 +116,18 @@ def _lmms_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | N
 
 
 def _vlmevalkit(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """First bracketed four, else the first four numbers; scale guessed from the largest; clipped, then sorted."""
+    """First bracketed four, else the first four numbers; scale guessed from the largest; clipped,
+    then sorted.
+    """
     match = _VLMEVALKIT_LIST.search(text)
     box = _floats(match.groups() if match else [match[0] for match in _first(_ANY_FLOAT, text, 4)])
     if box is None:
         return None
     largest = max(map(abs, box))
-    if largest <= 1000 and (box := _scaled(box, 1.0 if largest <= 1.5 else 1000.0, image_wh)) is None:
+    if (
+        largest <= 1000
+        and (box := _scaled(box, 1.0 if largest <= 1.5 else 1000.0, image_wh)) is None
+    ):
         return None
     width, height = image_wh
     x1, x2 = sorted(min(max(x, 0.0), float(width)) for x in box[::2])
@@ -118,7 +138,8 @@ def _vlmevalkit(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | 
 def _vlm_r1(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
     """Last integer list inside braces inside the first <answer>; in the declared frame.
 
-    VLM-R1's IoU counts overlaps of up to one pixel as none, which cannot decide a success; that quirk is left out.
+    VLM-R1's IoU counts overlaps of up to one pixel as none, which cannot decide a success; that
+    quirk is left out.
     """
     start = text.find("<answer>")
     end = text.find("</answer>", start) if start >= 0 else -1
@@ -158,11 +179,20 @@ def _first(pattern: re.Pattern[str], text: str, count: int) -> list[re.Match[str
 def _scaled(box: Box, unit: float, image_wh: tuple[float, float]) -> Box | None:
     """From 0..unit to px; None where that overflows."""
     width, height = image_wh
-    return _floats((box[0] / unit * width, box[1] / unit * height, box[2] / unit * width, box[3] / unit * height))
+    return _floats(
+        (
+            box[0] / unit * width,
+            box[1] / unit * height,
+            box[2] / unit * width,
+            box[3] / unit * height,
+        )
+    )
 
 
 def _whole_pixels(box: Box, image_wh: tuple[int, int]) -> Box:
-    """The released `scale_bbox`: 0-1000 to whole pixels inside the image, at least one pixel wide and high."""
+    """The released `scale_bbox`: 0-1000 to whole pixels inside the image, at least one pixel wide
+    and high.
+    """
     (x1, x2), (y1, y2) = (
         [round(min(max(value * size / 1000, 0), size - 1)) for value in values]
         for values, size in zip((box[::2], box[1::2]), image_wh, strict=True)

@@ -1,7 +1,8 @@
 """A profile is a file a person can read: everything that differs between a laptop and a GPU node.
 
-`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another file, and its `variants`
-are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`). `Run(profile, seed)` names the files of one run.
+`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another
+file, and its `variants` are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`).
+`Run(profile, seed)` names the files of one run.
 `python -m egm_lib.profile NAME` prints a profile as JSON.
 """
 
@@ -30,11 +31,15 @@ PROFILES_DIR = Path(__file__).parent / "profiles"
 
 
 class ProfileError(ValueError):
-    """A profile that does not exist or says what we do not understand; the message says where and how to mend it."""
+    """A profile that does not exist or says what we do not understand; the message says where and
+    how to mend it.
+    """
 
 
 def project_root() -> Path:
-    """The checkout that holds this package; the working directory where the package was installed elsewhere."""
+    """The checkout that holds this package; the working directory where the package was installed
+    elsewhere.
+    """
     checkout = Path(__file__).resolve().parents[1]
     return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
 
@@ -68,7 +73,9 @@ class Model:
 
     @property
     def location(self) -> str:
-        """What `from_pretrained` wants: an absolute folder where the path lies in the project, else the hub id."""
+        """What `from_pretrained` wants: an absolute folder where the path lies in the project, else
+        the hub id.
+        """
         local = project_root() / self.path
         return str(local) if local.exists() or self.path.startswith(("data/", "/")) else self.path
 
@@ -99,7 +106,8 @@ class Teacher:
     max_tokens: int
     concurrency: int
     price_per_mtok: Price | None = None
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds this service's key, never the key itself
+    # The environment variable that holds this service's key, never the key itself
+    api_key_env: str = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +137,8 @@ class SFT:
     weight_decay: float
     max_grad_norm: float
     freeze_vision: bool
-    freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    freeze_merger: bool = False
     dtype: DType
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
     answer_label: bool = True  # whether an answer repeats the expression as its label
@@ -141,11 +150,14 @@ class SFT:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Learnability selection, Sec. 4.2: what the reference solves and the learner misses, plus easy samples."""
+    """Learnability selection, Sec. 4.2: what the reference solves and the learner misses, plus easy
+    samples.
+    """
 
     num_easy: Literal["equal", "none"]
     easy: Literal["uniform", "iou-buckets"]
-    fill_to: int = 0  # fewer are filled up with others of the pool: a smoke test's models are too weak to select by
+    # Fewer are filled up with others of the pool: a smoke test's models are too weak to select by
+    fill_to: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +175,17 @@ class GRPO:
     lr_scheduler_type: str
     warmup_steps: int
     max_completion_length: int
-    mask_truncated_completions: bool = False  # true: one cut off at that length is not trained on, only counted
+    # True: one cut off at that length is not trained on, only counted
+    mask_truncated_completions: bool = False
     temperature: float
     top_p: float
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
-    vllm_gpu_memory_utilization: float = 0.3  # share of each GPU that a colocated vLLM takes: TRL's default
+    # Share of each GPU that a colocated vLLM takes: TRL's default
+    vllm_gpu_memory_utilization: float = 0.3
     freeze_vision: bool
-    freeze_merger: bool = False  # with both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    freeze_merger: bool = False
     dtype: DType
     rollout_dtype: DType
     max_steps: int | None = None
@@ -226,7 +241,8 @@ class Profile:
     sft: SFT
     selection: Selection
     grpo: GRPO
-    controls: tuple[Literal["direct", "sft"], ...]  # trainings that the paper lacks: is a gain only more training?
+    # Trainings that the paper lacks: is a gain only more training?
+    controls: tuple[Literal["direct", "sft"], ...]
     generation: Generation
     evaluation: Evaluation
     launch: Launch
@@ -242,7 +258,9 @@ class Profile:
 
 @dataclass(frozen=True)
 class Run:
-    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files in it."""
+    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files
+    in it.
+    """
 
     profile: Profile
     seed: int
@@ -304,7 +322,9 @@ def profile_names() -> list[str]:
 
 @cache
 def load_profile(name: str) -> Profile:
-    """Reads a profile by name. Raises ProfileError on an unknown name, key, or value, naming the nearest valid one."""
+    """Reads a profile by name. Raises ProfileError on an unknown name, key, or value, naming the
+    nearest valid one.
+    """
     values, _ = _raw(name)
     return _build(Profile, values | {"name": name}, name)
 
@@ -322,7 +342,9 @@ def _raw(name: str) -> tuple[dict, dict]:
             if variant in variants:
                 return _merge(values, variants[variant] or {}), variants
         known = [path.stem for path in PROFILES_DIR.glob("*.yaml")]
-        raise ProfileError(f"There is no profile {name!r}.{_nearest(name, known)} Known: {', '.join(sorted(known))}.")
+        raise ProfileError(
+            f"There is no profile {name!r}.{_nearest(name, known)} Known: {', '.join(sorted(known))}."
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -348,7 +370,9 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (from YAML) as the annotated type `kind`. A ProfileError names the place, such as `mini.grpo.beta`."""
+    """`value` (from YAML) as the annotated type `kind`. A ProfileError names the place, such as
+    `mini.grpo.beta`.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -358,11 +382,15 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             if key not in hints:
                 hint = _nearest(str(key), list(hints)) or f" Known: {', '.join(hints)}."
                 raise ProfileError(f"{where}: unknown key {key!r}.{hint}")
-        required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+        required = [
+            field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
+        ]
         for key in required:
             if key not in value:
                 raise ProfileError(f"{where}: {key!r} is missing.")
-        return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+        return kind(
+            **{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()}
+        )
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _build(args[0], value, where)
     if origin is tuple:
@@ -378,17 +406,27 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        hint = " Write it as 1.0e-5 (YAML 1.1 reads 1e-5 as text)." if kind is float and isinstance(value, str) else ""
+        hint = (
+            " Write it as 1.0e-5 (YAML 1.1 reads 1e-5 as text)."
+            if kind is float and isinstance(value, str)
+            else ""
+        )
         raise ProfileError(f"{where}: expected {kind.__name__}, got {value!r}.{hint}")
     return value
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.profile", description="Print a profile as JSON.")
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.profile", description="Print a profile as JSON."
+    )
     parser.add_argument("name", nargs="?", help="without a name, the known names are listed")
     name = parser.parse_args(argv).name
     try:
-        print("\n".join(profile_names()) if name is None else json.dumps(load_profile(name).as_dict(), indent=2))
+        print(
+            "\n".join(profile_names())
+            if name is None
+            else json.dumps(load_profile(name).as_dict(), indent=2)
+        )
     except ProfileError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,6 +1,8 @@
-"""Every prompt and answer template, once: what a model family is asked, and how it writes its answer.
+"""Every prompt and answer template, once: what a model family is asked, and how it writes its
+answer.
 
-The grounding prompts are the families' interface (paper, Fig. 7 and Table 8) and must stay as they are, to the letter.
+The grounding prompts are the families' interface (paper, Fig. 7 and Table 8) and must stay as they
+are, to the letter.
 """
 
 import json
@@ -11,7 +13,16 @@ from egm_lib.boxes import BoxFrame, convert
 
 TASKS = ("vanilla", "amodal")
 # An answer that quoted one of these could not be taken apart again.
-PROTOCOL_TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<ref>", "</ref>", "<box>", "</box>")
+PROTOCOL_TAGS = (
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +32,8 @@ class Family:
     name: str
     frame: BoxFrame
     prompts: dict[str, str]  # by task
-    reasoning_opener: str  # what the chat template has already written when the model starts; "" where nothing
+    # What the chat template has already written when the model starts; "" where nothing
+    reasoning_opener: str
     no_reasoning_prefix: str  # assistant text that switches the reasoning off
     write_answer: Callable[[list[int], str | None, str | None], str]
 
@@ -46,10 +58,13 @@ class Family:
         *,
         grid: int = 1,
     ) -> str:
-        """The assistant's text for a box, as this family writes it: 0-1000 integers, neither clipped nor checked.
+        """The assistant's text for a box, as this family writes it: 0-1000 integers, neither
+        clipped nor checked.
 
-        reasoning None: the answer alone, starting with `no_reasoning_prefix`. label None: the answer names no object.
-        grid: coordinates are rounded to its multiples (the miniature's vocabulary has the multiples of 20 only).
+        reasoning None: the answer alone, starting with `no_reasoning_prefix`. label None: the
+        answer names no object.
+        grid: coordinates are rounded to its multiples (the miniature's vocabulary has the multiples
+        of 20 only).
         Raises ValueError where label or reasoning quotes a protocol tag, or the reasoning is blank.
         """
         for text in (label or "", reasoning or ""):
@@ -58,11 +73,15 @@ class Family:
         if reasoning is not None and not reasoning.strip():
             raise ValueError("the reasoning is blank: pass None for an answer without reasoning")
         box = convert(box_px, BoxFrame.PIXEL, self.frame, image_wh)
-        return self.write_answer([round(value / grid) * grid for value in box], label, reasoning and reasoning.strip())
+        return self.write_answer(
+            [round(value / grid) * grid for value in box], label, reasoning and reasoning.strip()
+        )
 
 
 def _qwen_answer(box: list[int], label: str | None, reasoning: str | None) -> str:
-    item = json.dumps({"bbox_2d": box} | ({} if label is None else {"label": label}), ensure_ascii=False)
+    item = json.dumps(
+        {"bbox_2d": box} | ({} if label is None else {"label": label}), ensure_ascii=False
+    )
     thought = "" if reasoning is None else reasoning + "\n"
     return f"{thought}</think>\n\n```json\n[\n\t{item}\n]\n```"
 

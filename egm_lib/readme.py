@@ -1,4 +1,5 @@
-"""What README.md shows of the committed results: the picture at its top, and the numbers, paper beside ours.
+"""What README.md shows of the committed results: the picture at its top, and the numbers, paper
+beside ours.
 
 `python -m egm_lib.readme` writes both between their markers, from figures/mini-full or, until
 that has been run, figures/mini (`make tables` does).
@@ -26,7 +27,9 @@ def numbers(summary: dict | None) -> str:
         row = rows.get(theirs)
         mean = cell_text(published(row["mean_printed"] or row["mean_of_splits"])) if row else ""
         ours = [_cell(summary, key, model) for key in ("acc_at_50", "amodal_acc_at_50")]
-        lines.append(f"| {theirs or 'not in the paper'} | {mean} | `{model}` | {ours[0]} | {ours[1]} |")
+        lines.append(
+            f"| {theirs or 'not in the paper'} | {mean} | `{model}` | {ours[0]} | {ours[1]} |"
+        )
     if summary is None:
         return "\n".join(lines)
     seeds = ", ".join(map(str, summary["seeds"]))
@@ -52,8 +55,13 @@ def committed(root: Path) -> Path:
 
 
 def rewritten(text: str, block: str, content: str) -> str:
-    """A README with `content` between the markers of a block. ValueError where a marker is missing."""
-    begin, end = f"<!-- {block}: written by `python -m egm_lib.readme` -->", f"<!-- end of {block} -->"
+    """A README with `content` between the markers of a block. ValueError where a marker is
+    missing.
+    """
+    begin, end = (
+        f"<!-- {block}: written by `python -m egm_lib.readme` -->",
+        f"<!-- end of {block} -->",
+    )
     for marker in (begin, end):
         if text.count(marker) != 1:
             raise ValueError(f"README.md must have the marker {marker} once")

@@ -12,9 +12,14 @@ import pandas as pd
 from egm_lib.evaluation import SCORING_COLUMNS, load_predictions, read_rows, score
 
 MODELS = (
-    "small-base", "small-sft", "small-egm", "small-egm-no-reasoning", "small-direct-control", "small-sft-control",
+    "small-base",
+    "small-sft",
+    "small-egm",
+    "small-egm-no-reasoning",
+    "small-direct-control",
+    "small-sft-control",
     "large-base",
-)  # fmt: skip
+)
 CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 PAPER_DIR = Path(__file__).resolve().parents[1] / "data" / "paper"
 
@@ -26,7 +31,9 @@ def paper(name: str) -> dict:
 
 
 def paper_models(profile: str) -> tuple[dict[str, str], bool]:
-    """The paper's model beside each of a profile's, and whether they are the same (else: a miniature's)."""
+    """The paper's model beside each of a profile's, and whether they are the same (else: a
+    miniature's).
+    """
     matching = [row for row in paper("models")["rows"] if profile.startswith(row["profiles"])]
     best = max(matching, key=lambda row: len(row["profiles"]))
     return best["models"], best["same"]
@@ -35,8 +42,10 @@ def paper_models(profile: str) -> tuple[dict[str, str], bool]:
 class Results:
     """The runs of one profile, one a seed; predictions are scored by `rule` when first asked for.
 
-    run_roots: folders data/runs/<profile>-<seed>; a file that a run lacks is simply not there (None, or no rows).
-    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several profiles.
+    run_roots: folders data/runs/<profile>-<seed>; a file that a run lacks is simply not there
+    (None, or no rows).
+    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
+    profiles.
     """
 
     def __init__(self, run_roots: Sequence[Path], rule: str = "egm", draws: int = 2000):
@@ -47,19 +56,34 @@ class Results:
         self.rule, self.draws = rule, draws
         names = {root.name.rpartition("-")[0] for root in self.roots}
         if len(names) > 1:
-            raise ValueError(f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at a time")
+            raise ValueError(
+                f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at a time"
+            )
         self.profile = names.pop()
         self.paper_models, self.same_models = paper_models(self.profile)
-        self.seeds = [int(tail) if (tail := root.name.rpartition("-")[2]).isdigit() else tail for root in self.roots]
+        self.seeds = [
+            int(tail) if (tail := root.name.rpartition("-")[2]).isdigit() else tail
+            for root in self.roots
+        ]
 
     @cached_property
     def manifests(self) -> list[dict]:
-        return [manifest for root in self.roots if (manifest := read_json(root / "manifest.json")) is not None]
+        return [
+            manifest
+            for root in self.roots
+            if (manifest := read_json(root / "manifest.json")) is not None
+        ]
 
     def stated(self, key: str):
-        """What the manifests say under a key: one value where they agree, a list where not, None where none says."""
+        """What the manifests say under a key: one value where they agree, a list where not, None
+        where none says.
+        """
         values = [manifest[key] for manifest in self.manifests if key in manifest]
-        return values[0] if all(value == values[0] for value in values) and values else (values or None)
+        return (
+            values[0]
+            if all(value == values[0] for value in values) and values
+            else (values or None)
+        )
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
@@ -69,7 +93,11 @@ class Results:
             files = sorted((root / "predictions").glob("*/*.jsonl"))
             if files:
                 parts.append(load_predictions(files, SCORING_COLUMNS).assign(seed=seed))
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(SCORING_COLUMNS))
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=list(SCORING_COLUMNS))
+        )
 
     @cached_property
     def scored(self) -> pd.DataFrame:
@@ -81,7 +109,9 @@ class Results:
 
     @cached_property
     def models(self) -> list[str]:
-        """Names with predictions: the run's own in the order of the story, then any other by name; no variants."""
+        """Names with predictions: the run's own in the order of the story, then any other by name;
+        no variants.
+        """
         found = {model for model in set(self.predictions["model"]) if "@" not in model}
         return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
 
@@ -89,7 +119,9 @@ class Results:
     def variants(self) -> list[str]:
         """Names of models decoded otherwise, such as small-egm@budget-16, by way and number."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
-        return sorted(found, key=lambda model: (model.rpartition("-")[0], int(model.rpartition("-")[2])))
+        return sorted(
+            found, key=lambda model: (model.rpartition("-")[0], int(model.rpartition("-")[2]))
+        )
 
     @cached_property
     def _by_model_and_task(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -102,43 +134,65 @@ class Results:
 
     @cached_property
     def ablations(self) -> pd.DataFrame:
-        """Scored answers of the variants of `egm_lib.ablations`; model is the variant, steps its GRPO steps."""
+        """Scored answers of the variants of `egm_lib.ablations`; model is the variant, steps its
+        GRPO steps.
+        """
         parts = []
         for root, seed in zip(self.roots, self.seeds, strict=True):
             for answers in sorted((root / "ablations").glob("*-steps/answers")):
                 rows = load_predictions(answers, SCORING_COLUMNS)
-                parts.append(rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps"))))
-        rows = pd.concat(parts, ignore_index=True) if parts else self.predictions.iloc[:0].assign(steps=0)
+                parts.append(
+                    rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps")))
+                )
+        rows = (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else self.predictions.iloc[:0].assign(steps=0)
+        )
         return score(rows, self.rule)
 
     @cached_property
     def latency(self) -> pd.DataFrame:
         """Rows of the latency protocol, of every seed."""
         rows = [
-            row for root in self.roots for file in sorted((root / "latency").glob("*.jsonl")) for row in read_rows(file)
+            row
+            for root in self.roots
+            for file in sorted((root / "latency").glob("*.jsonl"))
+            for row in read_rows(file)
         ]
         return pd.DataFrame(rows)
 
     @cached_property
     def failures(self) -> pd.DataFrame:
-        """Judgements of failures: model, seed, sample_id, judge, cause, image_id (from the predictions)."""
+        """Judgements of failures: model, seed, sample_id, judge, cause, image_id (from the
+        predictions).
+        """
         rows = [
-            {"model": file.stem, "seed": seed, **{key: row[key] for key in ("sample_id", "judge", "cause")}}
+            {
+                "model": file.stem,
+                "seed": seed,
+                **{key: row[key] for key in ("sample_id", "judge", "cause")},
+            }
             for root, seed in zip(self.roots, self.seeds, strict=True)
             for file in sorted((root / "failures").glob("*.jsonl"))
             for row in read_rows(file)
         ]
         frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
-        places = self.predictions[["sample_id", "image_id", "dataset", "split"]].drop_duplicates("sample_id")
+        places = self.predictions[["sample_id", "image_id", "dataset", "split"]].drop_duplicates(
+            "sample_id"
+        )
         frame = frame.merge(places, on="sample_id", how="left")
-        return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))  # a cluster of its own where unknown
+        # A cluster of its own where unknown
+        return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
 
     @cached_property
     def judges(self) -> list[str]:
         return list(dict.fromkeys(self.failures["judge"]))
 
     def majority_causes(self, model: str) -> pd.DataFrame:
-        """One row a judged failure: the cause that more than half of its judges name, or "no majority"."""
+        """One row a judged failure: the cause that more than half of its judges name, or "no
+        majority".
+        """
         rows = self.failures[self.failures["model"] == model]
         return pd.DataFrame(
             [
@@ -174,4 +228,6 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg}); delete it and run its stage again") from error
+        raise ValueError(
+            f"{path}: not JSON ({error.msg}); delete it and run its stage again"
+        ) from error

@@ -1,4 +1,5 @@
-"""The RL data of a run (Sec. 4.2, Table 7): what the SFT model misses and a stronger one solves, and as many easy ones.
+"""The RL data of a run (Sec. 4.2, Table 7): what the SFT model misses and a stronger one solves,
+and as many easy ones.
 
     python -m egm_lib.selection --profile mini --role learner      # the SFT model's answers on the pool
     python -m egm_lib.selection --profile mini --role reference    # the stronger model's
@@ -34,16 +35,23 @@ def answer_pool(run: Run, role: str) -> Path:
     data, name = run.profile.data, ROLES[role]
     engine = make_engine(run.profile, model_of(run, name, "vanilla"), run.seed)
     return predict(
-        read_train(data.path, "vanilla", "selection", data.selection_limit), engine, out=pool_answers(run, role),
-        model=name, profile=run.profile.name, seed=run.seed, root=data.path, sampling=run.profile.generation.sampling,
-    )  # fmt: skip
+        read_train(data.path, "vanilla", "selection", data.selection_limit),
+        engine,
+        out=pool_answers(run, role),
+        model=name,
+        profile=run.profile.name,
+        seed=run.seed,
+        root=data.path,
+        sampling=run.profile.generation.sampling,
+    )
 
 
 def select(run: Run) -> dict:
-    """Writes the RL samples of each task (samples/rl_<task>.jsonl) and selection.json; returns what that holds.
+    """Writes the RL samples of each task (samples/rl_<task>.jsonl) and selection.json; returns what
+    that holds.
 
-    Counts: pool, both (solve it), learnable (the reference alone), learner_only, neither, easy (drawn), filled
-    (up to the profile's `selection.fill_to`), kept.
+    Counts: pool, both (solve it), learnable (the reference alone), learner_only, neither, easy
+    (drawn), filled (up to the profile's `selection.fill_to`), kept.
     Raises FileNotFoundError before both roles have answered.
     """
     counts: dict[str, dict] = {}
@@ -58,7 +66,9 @@ def select(run: Run) -> dict:
 
 
 def amodal_pool(run: Run):
-    """The verified amodal samples of notebook 03, where it has made them; else those of the data root."""
+    """The verified amodal samples of notebook 03, where it has made them; else those of the data
+    root.
+    """
     verified, data = run.samples("selection_amodal"), run.profile.data
     if verified.exists():
         return read_samples(verified)
@@ -69,12 +79,18 @@ def _select_vanilla(run: Run) -> dict[str, int]:
     data, selection, rule = run.profile.data, run.profile.selection, run.profile.evaluation.rule
     learner, reference = (score(load_predictions(pool_answers(run, role)), rule) for role in ROLES)
     if learner["sample_id"].tolist() != reference["sample_id"].tolist():
-        raise ValueError("learner and reference answered different samples; delete the run's folder `selection`")
+        raise ValueError(
+            "learner and reference answered different samples; delete the run's folder `selection`"
+        )
     learner_N, reference_N = learner["success"].to_numpy(), reference["success"].to_numpy()
     hard, easy = select_learnable(
-        learner_N, reference_N, seed=run.seed, sample_ids=learner["sample_id"].tolist(),
-        easy=selection.easy, learner_iou_N=learner["iou"].to_numpy(),
-    )  # fmt: skip
+        learner_N,
+        reference_N,
+        seed=run.seed,
+        sample_ids=learner["sample_id"].tolist(),
+        easy=selection.easy,
+        learner_iou_N=learner["iou"].to_numpy(),
+    )
     easy = easy if selection.num_easy == "equal" else easy[:0]
     chosen = {*hard.tolist(), *easy.tolist()}
     others = [row for row in range(len(learner_N)) if row not in chosen]
@@ -82,14 +98,21 @@ def _select_vanilla(run: Run) -> dict[str, int]:
     pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
     kept = write_samples(run.samples("rl_vanilla"), pool.select(sorted([*chosen, *filled])))
     return {
-        "pool": len(learner_N), "both": int((learner_N & reference_N).sum()), "learnable": len(hard),
-        "learner_only": int((learner_N & ~reference_N).sum()), "neither": int((~learner_N & ~reference_N).sum()),
-        "easy": len(easy), "filled": len(filled), "kept": kept,
-    }  # fmt: skip
+        "pool": len(learner_N),
+        "both": int((learner_N & reference_N).sum()),
+        "learnable": len(hard),
+        "learner_only": int((learner_N & ~reference_N).sum()),
+        "neither": int((~learner_N & ~reference_N).sum()),
+        "easy": len(easy),
+        "filled": len(filled),
+        "kept": kept,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.selection", description="Answer the selection pool.")
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.selection", description="Answer the selection pool."
+    )
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--seed", type=int, help="default: the profile's first")
     parser.add_argument("--role", choices=ROLES, required=True)
@@ -97,7 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     try:
         profile = load_profile(args.profile)
-        print(answer_pool(Run(profile, profile.seeds[0] if args.seed is None else args.seed), args.role))
+        print(
+            answer_pool(
+                Run(profile, profile.seeds[0] if args.seed is None else args.seed), args.role
+            )
+        )
     except (ProfileError, FileNotFoundError, ValueError, ImportError, EngineFailure) as error:
         print(error, file=sys.stderr)
         return 2

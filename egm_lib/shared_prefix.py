@@ -1,8 +1,10 @@
-"""Many completions of few prompts, each prompt read once: their log-probs (with gradient) and their sampling.
+"""Many completions of few prompts, each prompt read once: their log-probs (with gradient) and their
+sampling.
 
-A group of G completions shares picture and prompt, which are most of its tokens. So the prefix runs once per prompt,
-its keys and values are repeated to the group, and only the completions run G times. Results equal a plain forward's.
-Qwen3-VL's picture comes from the vision cache; everything here is transformers' own model code.
+A group of G completions shares picture and prompt, which are most of its tokens. So the prefix runs
+once per prompt, its keys and values are repeated to the group, and only the completions run G
+times. Results equal a plain forward's. Qwen3-VL's picture comes from the vision cache; everything
+here is transformers' own model code.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ from egm_lib.decode_loop import Prefix, SamplingOptions, complete
 from egm_lib.vision_cache import Features, VisionCache, as_encoder_output
 
 VOCABULARY_CHUNK = 32768  # TRL's own choice for the chunked LM head
-ROLLOUT_ROWS = 512  # completions sampled together: more is no faster on a CPU, and the KV cache grows
-SMALL_LOGITS = 2**25  # tokens x vocabulary that may be held (128 MiB): faster than the chunked head on a CPU
+# Completions sampled together: more is no faster on a CPU, and the KV cache grows
+ROLLOUT_ROWS = 512
+# Tokens x vocabulary that may be held (128 MiB): faster than the chunked head on a CPU
+SMALL_LOGITS = 2**25
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One chat up to the assistant's turn: its tokens, their 3-D positions, the picture (its file, or another name).
+    """One chat up to the assistant's turn: its tokens, their 3-D positions, the picture (its file,
+    or another name).
 
-    The first picture_end tokens end with the token after the picture: what prompts of one picture have in common.
+    The first picture_end tokens end with the token after the picture: what prompts of one picture
+    have in common.
     """
 
     ids: list[int]
@@ -44,14 +50,23 @@ class Prompt:
 
 
 class Reader:
-    """Turns (picture, chat text) into a Prompt, and pictures into features; each picture is processed once.
+    """Turns (picture, chat text) into a Prompt, and pictures into features; each picture is
+    processed once.
 
     A picture goes by a name, such as its file, that open_image opens.
-    processor, model: of the Qwen3-VL family, the model's vision frozen by `freeze_vision` with this cache.
+    processor, model: of the Qwen3-VL family, the model's vision frozen by `freeze_vision` with this
+    cache.
     """
 
-    def __init__(self, processor, model, cache: VisionCache, open_image: Callable[[Hashable], Image.Image]):
-        self.processor, self.model, self.cache, self.open_image = processor, model, cache, open_image
+    def __init__(
+        self, processor, model, cache: VisionCache, open_image: Callable[[Hashable], Image.Image]
+    ):
+        self.processor, self.model, self.cache, self.open_image = (
+            processor,
+            model,
+            cache,
+            open_image,
+        )
         self._keys: dict[Hashable, bytes] = {}
         self._grids: dict[Hashable, Tensor] = {}
         self._heads: dict[tuple[str, tuple[int, int, int]], tuple[list[int], Tensor]] = {}
@@ -63,27 +78,39 @@ class Reader:
         tail_ids = self._tokens(after)
         start = int(head_3_T.max()) + 1
         tail_3_T = torch.arange(start, start + len(tail_ids)).expand(3, -1)
-        return Prompt([*head_ids, *tail_ids], torch.cat([head_3_T, tail_3_T], dim=1), picture, len(head_ids) + 1)
+        return Prompt(
+            [*head_ids, *tail_ids],
+            torch.cat([head_3_T, tail_3_T], dim=1),
+            picture,
+            len(head_ids) + 1,
+        )
 
     def _tokens(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _head(self, before: str, grid: tuple[int, int, int]) -> tuple[list[int], Tensor]:
-        """Tokens up to the end of the picture, and their positions: the same for every picture of a size."""
+        """Tokens up to the end of the picture, and their positions: the same for every picture of a
+        size.
+        """
         if (before, grid) not in self._heads:
             image_token = self.model.config.image_token_id
             count = math.prod(grid) // self.processor.image_processor.merge_size**2
             ids = self._tokens(before) + [image_token] * count
             ids_1_T = torch.tensor([ids])
             positions_3_1_T, _ = self.model.model.get_rope_index(
-                ids_1_T, mm_token_type_ids=(ids_1_T == image_token).int(), image_grid_thw=torch.tensor([grid])
+                ids_1_T,
+                mm_token_type_ids=(ids_1_T == image_token).int(),
+                image_grid_thw=torch.tensor([grid]),
             )
             self._heads[before, grid] = ids, positions_3_1_T[:, 0]
         return self._heads[before, grid]
 
     def features(self, pictures: Sequence[Hashable]) -> list[Features]:
         """Features of pictures, from the cache where it still holds them."""
-        found = {path: self.cache.get(self._keys[path]) if path in self._keys else None for path in pictures}
+        found = {
+            path: self.cache.get(self._keys[path]) if path in self._keys else None
+            for path in pictures
+        }
         new = [path for path, features in found.items() if features is None]
         for start in range(0, len(new), 32):
             found.update(self._look(new[start : start + 32]))
@@ -95,14 +122,20 @@ class Reader:
         return self._grids[picture]
 
     def _look(self, pictures: list[Hashable]) -> dict[Hashable, Features]:
-        inputs = self.processor.image_processor([self.open_image(path) for path in pictures], return_tensors="pt")
+        inputs = self.processor.image_processor(
+            [self.open_image(path) for path in pictures], return_tensors="pt"
+        )
         visual, grids = self.model.model.visual, inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].to(visual.dtype)
-        for path, rows_P_D, grid_3 in zip(pictures, pixels.split(grids.prod(dim=-1).tolist()), grids, strict=True):
+        for path, rows_P_D, grid_3 in zip(
+            pictures, pixels.split(grids.prod(dim=-1).tolist()), grids, strict=True
+        ):
             self._keys[path], self._grids[path] = visual.digests(rows_P_D, grid_3), grid_3
         output = visual(pixels.to(visual.device), grid_thw=grids.to(visual.device))
         sizes = (grids.prod(dim=-1) // visual.spatial_merge_size**2).tolist()
-        layers = [tensor.split(sizes) for tensor in (output.pooler_output, *output.deepstack_features)]
+        layers = [
+            tensor.split(sizes) for tensor in (output.pooler_output, *output.deepstack_features)
+        ]
         seen = zip(pictures, zip(*layers, strict=True), strict=True)
         return {path: Features(merged, tuple(deepstack)) for path, (merged, *deepstack) in seen}
 
@@ -110,28 +143,50 @@ class Reader:
 def read_prefix(model, prompts: Sequence[Prompt], features: list[Features]) -> Prefix:
     """Runs all but the last token of each prompt; features: of the prompts' pictures, in order."""
     device = model.device
-    ids_N_P = pad_sequence([torch.tensor(p.ids[:-1]) for p in prompts], batch_first=True, padding_side="left")
+    ids_N_P = pad_sequence(
+        [torch.tensor(p.ids[:-1]) for p in prompts], batch_first=True, padding_side="left"
+    )
     mask_N_P = pad_sequence(
-        [torch.ones(len(p.ids) - 1, dtype=torch.long) for p in prompts], batch_first=True, padding_side="left"
+        [torch.ones(len(p.ids) - 1, dtype=torch.long) for p in prompts],
+        batch_first=True,
+        padding_side="left",
     )
     positions = [p.positions_3_T[:, :-1].T for p in prompts]
-    positions_3_N_P = pad_sequence(positions, batch_first=True, padding_side="left").permute(2, 0, 1)
+    positions_3_N_P = pad_sequence(positions, batch_first=True, padding_side="left").permute(
+        2, 0, 1
+    )
     cache = DynamicCache()
     model.model(
-        input_ids=ids_N_P.to(device), attention_mask=mask_N_P.to(device), position_ids=positions_3_N_P.to(device),
-        past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": as_encoder_output(features, split=True)},
-    )  # fmt: skip
+        input_ids=ids_N_P.to(device),
+        attention_mask=mask_N_P.to(device),
+        position_ids=positions_3_N_P.to(device),
+        past_key_values=cache,
+        use_cache=True,
+        mm_encoder_outputs={"image": as_encoder_output(features, split=True)},
+    )
     return Prefix(
-        cache, mask_N_P.to(device), torch.tensor([p.ids[-1] for p in prompts], device=device),
-        torch.tensor([int(p.positions_3_T[0, -1]) for p in prompts], device=device), [p.ids for p in prompts],
-    )  # fmt: skip
+        cache,
+        mask_N_P.to(device),
+        torch.tensor([p.ids[-1] for p in prompts], device=device),
+        torch.tensor([int(p.positions_3_T[0, -1]) for p in prompts], device=device),
+        [p.ids for p in prompts],
+    )
 
 
 def suffix_logps(
-    model, prefixes: Sequence[Prompt], features: list[Features], group_B: Tensor, suffix_B_T: Tensor,
-    attend_B_T: Tensor, keep_B_T: Tensor, *, temperature: float = 1.0, entropy: str | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Log-probs of the tokens after each prefix, and the entropies there where asked for; zeros where keep_B_T is 0.
+    model,
+    prefixes: Sequence[Prompt],
+    features: list[Features],
+    group_B: Tensor,
+    suffix_B_T: Tensor,
+    attend_B_T: Tensor,
+    keep_B_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the tokens after each prefix, and the entropies there where asked for; zeros
+    where keep_B_T is 0.
 
     group_B: index of each row's prefix, whose last token predicts the first of the suffix.
     attend_B_T: 0 on padding (right); keep_B_T: the tokens to score.
@@ -140,7 +195,9 @@ def suffix_logps(
     for layer in prefix.cache.layers:
         layer.keys, layer.values = layer.keys[group_B], layer.values[group_B]
     inputs_B_T = torch.cat([prefix.last_N[group_B, None], suffix_B_T[:, :-1]], dim=1)
-    position_B_T = prefix.position_N[group_B, None] + torch.arange(inputs_B_T.shape[1], device=inputs_B_T.device)
+    position_B_T = prefix.position_N[group_B, None] + torch.arange(
+        inputs_B_T.shape[1], device=inputs_B_T.device
+    )
     hidden_B_T_W = model.model(
         input_ids=inputs_B_T,
         attention_mask=torch.cat([prefix.mask_N_P[group_B], attend_B_T.long()], dim=1),
@@ -159,16 +216,24 @@ def suffix_logps(
 def head_logps(
     model, hidden_K_W: Tensor, target_K: Tensor, temperature: float, entropy: str | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (float32) of the targets, and entropies; the logits are never held where they would be large.
+    """Log-probs (float32) of the targets, and entropies; the logits are never held where they would
+    be large.
 
     entropy: None (not computed), "value" (to look at) or "gradient" (to train on).
     """
     head = model.get_output_embeddings()
     if len(target_K) * head.weight.shape[0] > SMALL_LOGITS:
         logps_K, entropy_K, *_ = ChunkedLogProbFunction.apply(
-            hidden_K_W, head.weight, head.bias, target_K, temperature, VOCABULARY_CHUNK, None, 1.0,
+            hidden_K_W,
+            head.weight,
+            head.bias,
+            target_K,
+            temperature,
+            VOCABULARY_CHUNK,
+            None,
+            1.0,
             ("entropy",) if entropy else (),
-        )  # fmt: skip
+        )
         return logps_K, entropy_K
     all_K_V = (head(hidden_K_W).float() / temperature).log_softmax(dim=-1)
     logps_K = all_K_V.gather(1, target_K[:, None])[:, 0]
@@ -180,12 +245,20 @@ def head_logps(
 
 @torch.no_grad()
 def sample(
-    model, prompts: Sequence[Prompt], features: list[Features], group_size: int, options: SamplingOptions,
-    eos_ids: Sequence[int], generator: torch.Generator | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
-    """group_size completions of each prompt, in order, end token included; and the log-prob of each token.
+    model,
+    prompts: Sequence[Prompt],
+    features: list[Features],
+    group_size: int,
+    options: SamplingOptions,
+    eos_ids: Sequence[int],
+    generator: torch.Generator | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:
+    """group_size completions of each prompt, in order, end token included; and the log-prob of each
+    token.
 
     The log-probs are the policy's at the temperature, as `egm_lib.decode_loop.complete` has them.
     """
-    done = complete(model, read_prefix(model, prompts, features), group_size, options, eos_ids, generator)
+    done = complete(
+        model, read_prefix(model, prompts, features), group_size, options, eos_ids, generator
+    )
     return done.tokens, done.logps

@@ -1,4 +1,5 @@
-"""What SFT and GRPO share: the clock that limits a run, its log, its schedule, and finishing without leaving halves.
+"""What SFT and GRPO share: the clock that limits a run, its log, its schedule, and finishing
+without leaving halves.
 
 A log is JSONL, one line a step, and the same for TensorBoard: `tensorboard --logdir data/runs`.
 """
@@ -31,9 +32,11 @@ class TrainingError(RuntimeError):
 
 
 class Clock(TrainerCallback):
-    """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds, logs as JSONL.
+    """Stops a run after max_minutes of training (of all its sittings), saves every save_seconds,
+    logs as JSONL.
 
-    Where TensorBoard is installed, the same numbers go to the folder tensorboard/<name of the log> beside the log.
+    Where TensorBoard is installed, the same numbers go to the folder tensorboard/<name of the log>
+    beside the log.
     """
 
     def __init__(self, log: Path, max_minutes: float | None = None, save_seconds: float = 60.0):
@@ -75,7 +78,11 @@ class Clock(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            line = {"step": state.global_step, "elapsed_s": round(self.elapsed_s, 2), **(logs or {})}
+            line = {
+                "step": state.global_step,
+                "elapsed_s": round(self.elapsed_s, 2),
+                **(logs or {}),
+            }
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             for name, value in line.items():
@@ -88,7 +95,9 @@ class Clock(TrainerCallback):
 
 
 class TimedSchedule:
-    """A trainer whose learning rate follows its clock where that limits the run: a cosine ends with the minutes."""
+    """A trainer whose learning rate follows its clock where that limits the run: a cosine ends with
+    the minutes.
+    """
 
     clock: Clock
 
@@ -104,10 +113,14 @@ class TimedSchedule:
                 return max(done, 1e-3) / warmup
             if step < warmup >= 1:
                 return (step + 1) / (warmup + 1)
-            return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done}.get(shape, 1.0)
+            return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1.0 - done}.get(
+                shape, 1.0
+            )
 
         if shape not in ("cosine", "linear", "constant", "constant_with_warmup"):
-            raise TrainingError(f"schedule {shape!r} cannot follow max_minutes: use cosine, linear or constant")
+            raise TrainingError(
+                f"schedule {shape!r} cannot follow max_minutes: use cosine, linear or constant"
+            )
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, scale)
         return self.lr_scheduler
 
@@ -137,7 +150,9 @@ def lora_config(lora: Lora | None):
     from peft import LoraConfig
 
     targets = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-    return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    return LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
+    )
 
 
 def work_folder(out: Path) -> Path:
@@ -150,19 +165,24 @@ def is_finished(out: Path) -> bool:
 
 
 def train_to(trainer, processor, out: Path) -> Path:
-    """Trains (going on from the last checkpoint, if any) and puts model and processor into `out`, at once and whole."""
+    """Trains (going on from the last checkpoint, if any) and puts model and processor into `out`,
+    at once and whole.
+    """
     work, origin = work_folder(out), trainer.model.name_or_path
     resume = get_last_checkpoint(str(work)) if work.is_dir() else None
     trainer.train(resume_from_checkpoint=resume)
     finished = work / "finished"
     if hasattr(trainer.model, "merge_and_unload"):  # LoRA: later stages want a whole model
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(str(finished))
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(
+            str(finished)
+        )
     else:
         trainer.save_model(str(finished))
     if not trainer.accelerator.is_main_process:
         return out
     save_processor(processor, finished, video_half(origin))
-    (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle: nobody should have to trust it
+    # A pickle: nobody should have to trust it
+    (finished / "training_args.bin").unlink(missing_ok=True)
     if out.exists():
         shutil.rmtree(out)
     os.replace(finished, out)
@@ -179,7 +199,9 @@ def chat_text(processor, prompt: list[dict]) -> str:
 
 
 def freeze_tower(model, family: Family, *, tower: bool, merger: bool) -> None:
-    """Freezes the vision tower and, apart from it, the mergers that turn its outputs into the language model's."""
+    """Freezes the vision tower and, apart from it, the mergers that turn its outputs into the
+    language model's.
+    """
     part = {"qwen3-vl": "visual", "internvl-3": "vision_tower"}[family.name]
     for name, parameter in model.model.named_parameters():
         is_merger = "merger" in name or name.startswith("multi_modal_projector")
@@ -208,7 +230,9 @@ def require_checkpoint(run: Run, task: str, model: str, made_by: str) -> Path:
 
 
 def check_device(dtype: str, section: str) -> None:
-    """Raises TrainingError, before anything long starts, where half precision is asked for and there is no GPU."""
+    """Raises TrainingError, before anything long starts, where half precision is asked for and
+    there is no GPU.
+    """
     if dtype != "float32" and not torch.cuda.is_available():
         raise TrainingError(
             f"{section}.dtype is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
@@ -217,7 +241,8 @@ def check_device(dtype: str, section: str) -> None:
 
 
 def check_memory(profile: Profile, stage: str, place: str) -> None:
-    """Raises TrainingError, before anything is loaded, where not even weights and optimizer state fit into a GPU.
+    """Raises TrainingError, before anything is loaded, where not even weights and optimizer state
+    fit into a GPU.
 
     These are exact; that the rest fits too, nobody can promise (egm_lib.plan estimates it).
     """
@@ -227,7 +252,8 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
         config = AutoConfig.from_pretrained(place)
     except OSError:
         return  # load_start says it
-    gpus = int(os.environ.get("WORLD_SIZE", 1))  # of accelerate's processes, which divide these among them
+    # Of accelerate's processes, which divide these among them
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
     memory_gib = torch.cuda.get_device_properties(0).total_memory / plan.GIB
     hardware = plan.Hardware(gpus, memory_gib, tflops=1.0)
     parts = plan.estimate(profile, config, stage, hardware, samples=1)
@@ -248,7 +274,9 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
 
 
 def load_start(place: str, start: Model, dtype: str):
-    """(model, processor) that a training starts from. Raises TrainingError for what cannot be had, gated or offline."""
+    """(model, processor) that a training starts from. Raises TrainingError for what cannot be had,
+    gated or offline.
+    """
     try:
         return load_model(place, dtype=dtype), load_processor(place, start.family, start.max_pixels)
     except FileNotFoundError:
@@ -268,16 +296,23 @@ def logged_minutes(log: Path) -> float:
 
 
 def stage_command(
-    parser: argparse.ArgumentParser, argv: list[str] | None, act: Callable[[Run, argparse.Namespace], object]
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    act: Callable[[Run, argparse.Namespace], object],
 ) -> int:
-    """Runs a stage from the command line: adds --profile, --seed, --task, --plan; prints what act(run, args) returns.
+    """Runs a stage from the command line: adds --profile, --seed, --task, --plan; prints what
+    act(run, args) returns.
 
     Returns the exit code: 2, with one sentence on stderr, where the stage cannot start or go on.
     """
     parser.add_argument("--profile", default="mini")
     parser.add_argument("--seed", type=int, help="the profile's first one where it is not given")
     parser.add_argument("--task", choices=("vanilla", "amodal"), default="vanilla")
-    parser.add_argument("--plan", action="store_true", help="will it fit: `python -m egm_lib.plan`, 8 GPUs of 80 GiB")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="will it fit: `python -m egm_lib.plan`, 8 GPUs of 80 GiB",
+    )
     args = parser.parse_args(argv)
     if args.plan:
         return plan.main(["--profile", args.profile])

@@ -1,8 +1,10 @@
-"""The same RL run on VeRL, the paper's framework: parquet in its schema, Hydra overrides of Table 6, the reward's path.
+"""The same RL run on VeRL, the paper's framework: parquet in its schema, Hydra overrides of Table
+6, the reward's path.
 
-`python -m egm_lib.verl_export --profile paper-qwen3vl-8b` writes train.parquet, overrides.txt and run.sh into the run's
-folder `verl/`. VeRL itself is not needed here. Where it is installed, tests/test_verl.py puts parquet and overrides
-through VeRL's own RLHFDataset, configuration and its checks (done with verl 0.9.1 on a CPU; no training was run).
+`python -m egm_lib.verl_export --profile paper-qwen3vl-8b` writes train.parquet, overrides.txt and
+run.sh into the run's folder `verl/`. VeRL itself is not needed here. Where it is installed,
+tests/test_verl.py puts parquet and overrides through VeRL's own RLHFDataset, configuration and its
+checks (done with verl 0.9.1 on a CPU; no training was run).
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ from egm_lib.prompts import FAMILIES, Family
 from egm_lib.training import TrainingError, require_file, stage_command, write_text
 
 REWARD = Path(__file__).with_name("reward.py")
-PROMPT = 4_096  # tokens, ours: InternVL-3's 13 tiles of 256 and the question; VeRL's default of 512 would refuse them
+# Tokens, ours: InternVL-3's 13 tiles of 256 and the question; VeRL's default of 512 would refuse
+# them
+PROMPT = 4_096
 
 
 def verl_rows(
-    samples: Iterable[Mapping], family: Family, root: Path, weight: float, max_pixels: int | None = None
+    samples: Iterable[Mapping],
+    family: Family,
+    root: Path,
+    weight: float,
+    max_pixels: int | None = None,
 ) -> Iterator[dict]:
-    """Samples as VeRL's RLHFDataset reads them: `<image>` in the prompt stands for the picture in `images`."""
+    """Samples as VeRL's RLHFDataset reads them: `<image>` in the prompt stands for the picture in
+    `images`.
+    """
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     for number, sample in enumerate(samples):
         prompt = family.prompt(sample["expression"], sample["task"])
@@ -40,18 +50,26 @@ def verl_rows(
             "ability": f"grounding/{sample['task']}",
             "reward_model": {"style": "rule", "ground_truth": [float(v) for v in sample["gt_box"]]},
             "extra_info": {
-                "index": number, "sample_id": sample["sample_id"], "width": sample["width"],
-                "height": sample["height"], "ground_truth_frame": "pixel", "frame": family.frame.value,
+                "index": number,
+                "sample_id": sample["sample_id"],
+                "width": sample["width"],
+                "height": sample["height"],
+                "ground_truth_frame": "pixel",
+                "frame": family.frame.value,
                 "weight": weight,
             },
-        }  # fmt: skip
+        }
 
 
-def verl_overrides(profile: Profile, seed: int, *, model: Path, train: Path, out: Path) -> dict[str, object]:
+def verl_overrides(
+    profile: Profile, seed: int, *, model: Path, train: Path, out: Path
+) -> dict[str, object]:
     """Table 6 under VeRL's own names. Raises TrainingError for what VeRL cannot do."""
     grpo = profile.grpo
     if grpo.mask_truncated_completions:
-        raise TrainingError("VeRL trains on truncated completions: set grpo.mask_truncated_completions to false.")
+        raise TrainingError(
+            "VeRL trains on truncated completions: set grpo.mask_truncated_completions to false."
+        )
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     rows = grpo.per_device_train_batch_size
     return {
@@ -68,7 +86,9 @@ def verl_overrides(profile: Profile, seed: int, *, model: Path, train: Path, out
         f"{actor}.ppo_mini_batch_size": grpo.prompts_per_step,
         f"{actor}.ppo_micro_batch_size_per_gpu": rows,
         f"{actor}.loss_agg_mode": "token-mean",
-        f"{actor}.policy_loss.loss_mode": {"token": "vanilla", "sequence": "gspo"}[grpo.ratio_level],
+        f"{actor}.policy_loss.loss_mode": {"token": "vanilla", "sequence": "gspo"}[
+            grpo.ratio_level
+        ],
         f"{actor}.clip_ratio": grpo.epsilon,
         f"{actor}.use_kl_loss": grpo.beta > 0,
         f"{actor}.kl_loss_coef": grpo.beta,
@@ -93,7 +113,8 @@ def verl_overrides(profile: Profile, seed: int, *, model: Path, train: Path, out
         "trainer.n_gpus_per_node": profile.launch.num_processes,
         "trainer.nnodes": 1,
         "trainer.logger": ["console", "tensorboard"],  # VeRL's default asks for an account at wandb
-        "trainer.val_before_train": False,  # the validation files are the training's: notebook 07 evaluates
+        # The validation files are the training's: notebook 07 evaluates
+        "trainer.val_before_train": False,
         "trainer.default_local_dir": str(out / "checkpoints"),
         "trainer.project_name": "egm",
         "trainer.experiment_name": f"{profile.name}-{seed}",
@@ -102,7 +123,9 @@ def verl_overrides(profile: Profile, seed: int, *, model: Path, train: Path, out
 
 def _whole_epochs(grpo: GRPO) -> int:
     if grpo.num_train_epochs != int(grpo.num_train_epochs):
-        raise TrainingError(f"VeRL counts whole epochs: grpo.num_train_epochs is {grpo.num_train_epochs}")
+        raise TrainingError(
+            f"VeRL counts whole epochs: grpo.num_train_epochs is {grpo.num_train_epochs}"
+        )
     return int(grpo.num_train_epochs)
 
 
@@ -113,10 +136,18 @@ def export(run: Run, task: str) -> Path:
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
     out.mkdir(parents=True, exist_ok=True)
     train, temporary = out / "train.parquet", out / "train.parquet.tmp"
-    rows = verl_rows(samples, family, profile.data.path, profile.grpo.reward_weight, profile.models.small.max_pixels)
+    rows = verl_rows(
+        samples,
+        family,
+        profile.data.path,
+        profile.grpo.reward_weight,
+        profile.models.small.max_pixels,
+    )
     Dataset.from_list(list(rows)).to_parquet(str(temporary))
     os.replace(temporary, train)
-    overrides = verl_overrides(profile, run.seed, model=run.checkpoint(task, "small-sft"), train=train, out=out)
+    overrides = verl_overrides(
+        profile, run.seed, model=run.checkpoint(task, "small-sft"), train=train, out=out
+    )
     lines = [f"{name}={_hydra(value)}" for name, value in overrides.items()]
     write_text(out / "overrides.txt", "\n".join(lines) + "\n")
     command = " \\\n  ".join(["python -m verl.trainer.main_ppo", *map(shlex.quote, lines)])
@@ -132,7 +163,9 @@ def _hydra(value: object) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.verl_export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.verl_export", description=__doc__.split("\n")[0]
+    )
     return stage_command(parser, argv, lambda run, args: export(run, args.task))
 
 

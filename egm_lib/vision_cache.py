@@ -1,7 +1,8 @@
 """A frozen picture is looked at once: the vision tower's outputs, kept per picture.
 
-In a group of 16 rollouts the same picture is encoded 16 times, and again in every epoch. With the tower frozen its
-merged embeddings and deepstack features never change, so `freeze_vision(model)` makes the tower look them up.
+In a group of 16 rollouts the same picture is encoded 16 times, and again in every epoch. With the
+tower frozen its merged embeddings and deepstack features never change, so `freeze_vision(model)`
+makes the tower look them up.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 GIB = 2**30
-CPU_PATCHES = 2048  # patches that go through the tower together: more fall out of a CPU's caches (1.7 times slower)
+# Patches that go through the tower together: more fall out of a CPU's caches (1.7 times slower)
+CPU_PATCHES = 2048
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a language model sees of one picture: merged_T_W and one deepstack_T_W for each early layer."""
+    """What a language model sees of one picture: merged_T_W and one deepstack_T_W for each early
+    layer.
+    """
 
     merged: Tensor
     deepstack: tuple[Tensor, ...]
@@ -73,7 +77,9 @@ def tower_digest(visual: nn.Module) -> bytes:
 
 
 def picture_digest(tower: bytes, pixels_P_D: Tensor, grid_3: Tensor) -> bytes:
-    """The key of a picture: the tower's digest, the grid, and the patches as the tower takes them."""
+    """The key of a picture: the tower's digest, the grid, and the patches as the tower takes
+    them.
+    """
     digest = xxhash.xxh3_128(tower)
     digest.update(repr((grid_3.tolist(), pixels_P_D.dtype)).encode())
     digest.update(_bytes(pixels_P_D))
@@ -85,30 +91,43 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionCache:
-    """Freezes a Qwen3-VL's vision tower with its mergers, and makes its forward look pictures up in the cache.
+    """Freezes a Qwen3-VL's vision tower with its mergers, and makes its forward look pictures up in
+    the cache.
 
-    Names of parameters, and so checkpoints, stay as they are. Raises ValueError for a model without `model.visual`.
+    Names of parameters, and so checkpoints, stay as they are. Raises ValueError for a model without
+    `model.visual`.
     """
     visual = getattr(getattr(model, "model", None), "visual", None)
     if visual is None:
-        raise ValueError(f"{type(model).__name__} has no model.visual: the vision cache knows the Qwen3-VL family only")
+        raise ValueError(
+            f"{type(model).__name__} has no model.visual: the vision cache knows the Qwen3-VL family only"
+        )
     cache = VisionCache() if cache is None else cache
     visual.requires_grad_(False)
     visual.eval()
     tower, look, merge = tower_digest(visual), visual.forward, visual.spatial_merge_size**2
 
-    def forward(hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> BaseModelOutputWithDeepstackFeatures:
+    def forward(
+        hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any
+    ) -> BaseModelOutputWithDeepstackFeatures:
         pixels = hidden_states.split(grid_thw.prod(dim=-1).tolist())
-        keys = [picture_digest(tower, rows_P_D, grid_3) for rows_P_D, grid_3 in zip(pixels, grid_thw, strict=True)]
+        keys = [
+            picture_digest(tower, rows_P_D, grid_3)
+            for rows_P_D, grid_3 in zip(pixels, grid_thw, strict=True)
+        ]
         found = {key: cache.get(key) for key in dict.fromkeys(keys)}
         new = [key for key, features in found.items() if features is None]
-        for part in _parts(new, [len(pixels[keys.index(key)]) for key in new], hidden_states.device):
+        for part in _parts(
+            new, [len(pixels[keys.index(key)]) for key in new], hidden_states.device
+        ):
             first = [keys.index(key) for key in part]
             grid_N_3 = grid_thw[first]
             with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
                 seen = look(torch.cat([pixels[i] for i in first]), grid_thw=grid_N_3, **kwargs)
             sizes = (grid_N_3.prod(dim=-1) // merge).tolist()
-            layers = [tensor.split(sizes) for tensor in (seen.pooler_output, *seen.deepstack_features)]
+            layers = [
+                tensor.split(sizes) for tensor in (seen.pooler_output, *seen.deepstack_features)
+            ]
             for key, (merged, *deepstack) in zip(part, zip(*layers, strict=True), strict=True):
                 # Cloned: a slice would keep the whole batch alive.
                 found[key] = Features(merged.clone(), tuple(tensor.clone() for tensor in deepstack))
@@ -121,7 +140,9 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
 
 
 def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[list[bytes]]:
-    """The pictures in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one picture)."""
+    """The pictures in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one
+    picture).
+    """
     if device.type != "cpu":
         return [keys] if keys else []
     parts: list[list[bytes]] = []
@@ -135,11 +156,21 @@ def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[li
     return parts
 
 
-def as_encoder_output(features: list[Features], split: bool = False) -> BaseModelOutputWithDeepstackFeatures:
-    """Pictures in order, as the tower returns them; split: as `model.forward(mm_encoder_outputs=...)` takes them."""
-    merged, deepstack = [f.merged for f in features], list(zip(*(f.deepstack for f in features), strict=True))
+def as_encoder_output(
+    features: list[Features], split: bool = False
+) -> BaseModelOutputWithDeepstackFeatures:
+    """Pictures in order, as the tower returns them; split: as
+    `model.forward(mm_encoder_outputs=...)` takes them.
+    """
+    merged, deepstack = (
+        [f.merged for f in features],
+        list(zip(*(f.deepstack for f in features), strict=True)),
+    )
     if split:
-        return BaseModelOutputWithDeepstackFeatures(pooler_output=merged, deepstack_features=deepstack)
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=merged, deepstack_features=deepstack
+        )
     return BaseModelOutputWithDeepstackFeatures(
-        pooler_output=torch.cat(merged), deepstack_features=[torch.cat(layer) for layer in deepstack]
+        pooler_output=torch.cat(merged),
+        deepstack_features=[torch.cat(layer) for layer in deepstack],
     )

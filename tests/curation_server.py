@@ -1,7 +1,9 @@
-"""A local OpenAI-compatible server that misbehaves by seed, for tests and benchmarks of the curation client.
+"""A local OpenAI-compatible server that misbehaves by seed, for tests and benchmarks of the
+curation client.
 
-`python tests/curation_server.py --log paid.log` prints its port. Every answer that it generated (and would charge) is a
-line "<sample_id> <kind>" in the log, written before the first byte goes out.
+`python tests/curation_server.py --log paid.log` prints its port. Every answer that it generated
+(and would charge) is a line "<sample_id> <kind>" in the log, written before the first byte goes
+out.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ PAID = {"well", "drop-half", "half-json", "empty", "refusal", "pause"}
 
 def reply_text(sample_id: str) -> str:
     """The well-behaved answer to a sample: always the same."""
-    return f"it is the {hashlib.sha256(sample_id.encode()).hexdigest()[:6]} one, left of the others."
+    return (
+        f"it is the {hashlib.sha256(sample_id.encode()).hexdigest()[:6]} one, left of the others."
+    )
 
 
 class Server:
@@ -49,7 +53,9 @@ class Server:
         self.requests = 0
 
     def kind(self, sample_id: str) -> str:
-        """What happens to this attempt; decided by seed, sample and number of the attempt, and by bursts."""
+        """What happens to this attempt; decided by seed, sample and number of the attempt, and by
+        bursts.
+        """
         self.attempts[sample_id] += 1
         self.requests += 1
         if self.misbehave and self.requests > 100 and self.requests % BURST < BURST_429:
@@ -74,7 +80,10 @@ class Server:
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request; False when the connection shall end."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in head[1:])
+        }
         await reader.readexactly(int(headers.get("content-length", 0)))
         sample_id = headers.get("x-egm-sample", "")
         kind = self.kind(sample_id)
@@ -97,12 +106,19 @@ class Server:
         return kind != "drop-half"
 
     def completion(self, sample_id: str, kind: str) -> bytes:
-        text = {"empty": "", "refusal": "I'm sorry, but I can't help with that."}.get(kind, reply_text(sample_id))
+        text = {"empty": "", "refusal": "I'm sorry, but I can't help with that."}.get(
+            kind, reply_text(sample_id)
+        )
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": 500, "completion_tokens": 20, "total_tokens": 520}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         return json.dumps(
-            {"id": f"r-{sample_id}", "object": "chat.completion", "choices": [choice], "usage": usage}
+            {
+                "id": f"r-{sample_id}",
+                "object": "chat.completion",
+                "choices": [choice],
+                "usage": usage,
+            }
         ).encode()
 
 

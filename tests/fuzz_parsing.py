@@ -1,4 +1,5 @@
-"""Coverage-guided fuzzing of the parser and the reward: no text may raise, or break what test_parsing.py promises.
+"""Coverage-guided fuzzing of the parser and the reward: no text may raise, or break what
+test_parsing.py promises.
 
 Opt-in, because atheris is not among the project's requirements:
     pip install atheris && python tests/fuzz_parsing.py -runs=1000000 -max_len=512 -timeout=5

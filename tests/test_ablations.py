@@ -1,4 +1,6 @@
-"""Ablations: same start, samples and steps for all but what is taken apart; their own folder; never a test split."""
+"""Ablations: same start, samples and steps for all but what is taken apart; their own folder; never
+a test split.
+"""
 
 import json
 from dataclasses import asdict, replace
@@ -24,12 +26,17 @@ def run():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_differs_from_the_run_in_nothing_but_what_it_says(run, name):
     own, variant = variant_run(run, name, 7), VARIANTS[name]
-    expected = asdict(run.profile) | {"grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}}
+    expected = asdict(run.profile) | {
+        "grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}
+    }
     expected["grpo"] |= variant.changes or {}
     assert asdict(own.profile) == expected and own.seed == run.seed
     assert own.samples("rl_vanilla") == run.samples("rl_vanilla")
-    base = {"small-base": "data/mini/small", "small-sft": "checkpoints/vanilla/small-sft"}[variant.start]
-    assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)  # what egm_lib.grpo starts from
+    base = {"small-base": "data/mini/small", "small-sft": "checkpoints/vanilla/small-sft"}[
+        variant.start
+    ]
+    # What egm_lib.grpo starts from
+    assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)
 
 
 def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run):
@@ -37,7 +44,11 @@ def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run)
     for name in VARIANTS:
         for steps in (7, 8):
             own = variant_run(run, name, steps)
-            written = own.checkpoint("vanilla", "small-egm"), own.log("grpo-vanilla.jsonl"), own.groups("vanilla")
+            written = (
+                own.checkpoint("vanilla", "small-egm"),
+                own.log("grpo-vanilla.jsonl"),
+                own.groups("vanilla"),
+            )
             places |= {*written, answers_file(run, name, steps)}
     assert len(places) == 4 * 2 * len(VARIANTS)
     assert all(place.is_relative_to(run.root / "ablations") for place in places)
@@ -45,12 +56,24 @@ def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run)
 
 def test_validation_is_no_test_split(tmp_path, run):
     sample = {
-        "sample_id": "v1", "dataset": "refcoco", "split": "validation", "task": "vanilla", "image": "a.png",
-        "width": 9, "height": 9, "expression": "it", "gt_box": [0.0, 0.0, 5.0, 5.0], "image_id": "a", "flipped": False,
-    }  # fmt: skip
+        "sample_id": "v1",
+        "dataset": "refcoco",
+        "split": "validation",
+        "task": "vanilla",
+        "image": "a.png",
+        "width": 9,
+        "height": 9,
+        "expression": "it",
+        "gt_box": [0.0, 0.0, 5.0, 5.0],
+        "image_id": "a",
+        "flipped": False,
+    }
     profile = replace(run.profile, data=replace(run.profile.data, root=str(tmp_path)))
-    write_rows(tmp_path / "eval" / "refcoco_val.jsonl", [sample | {"sample_id": "r1", "split": "val"}])
-    assert [row["sample_id"] for row in validation_samples(profile)] == ["r1"]  # real data: RefCOCO's own
+    write_rows(
+        tmp_path / "eval" / "refcoco_val.jsonl", [sample | {"sample_id": "r1", "split": "val"}]
+    )
+    # Real data: RefCOCO's own
+    assert [row["sample_id"] for row in validation_samples(profile)] == ["r1"]
     write_rows(tmp_path / "validation.jsonl", [sample])
     assert [row["sample_id"] for row in validation_samples(profile)] == ["v1"]
     assert ("refcoco", "validation") not in EVAL_SPLITS
@@ -59,12 +82,20 @@ def test_validation_is_no_test_split(tmp_path, run):
 def test_the_table_compares_with_the_whole_and_says_what_was_not_run(tmp_path):
     root = tmp_path / "mini-0"
     for name, solved in {"sft": 5, "sft-and-grpo": 8}.items():
-        rows = [prediction("vanilla", "refcoco", "validation", n, name, n < solved, 0) for n in range(10)]
+        rows = [
+            prediction("vanilla", "refcoco", "validation", n, name, n < solved, 0)
+            for n in range(10)
+        ]
         write_rows(root / "ablations" / "40-steps" / "answers" / f"{name}.jsonl", rows)
-    table = build_tables([root], tmp_path / "out", draws=200, only=["ablation_grpo"])["ablation_grpo"]
+    table = build_tables([root], tmp_path / "out", draws=200, only=["ablation_grpo"])[
+        "ablation_grpo"
+    ]
     cells = {row.label: dict(zip(table.columns, row.cells, strict=True)) for row in table.rows}
     assert list(cells) == list(VARIANTS)
-    assert cells["sft"]["accuracy"].value == pytest.approx(50) and cells["sft"]["accuracy"].ci95 is not None
+    assert (
+        cells["sft"]["accuracy"].value == pytest.approx(50)
+        and cells["sft"]["accuracy"].ci95 is not None
+    )
     assert cells["sft"]["difference"].value == pytest.approx(-30) and cells["sft"]["n"].value == 10
     assert cells["sft"]["GRPO steps"].value == 0 and cells["sft-and-grpo"]["GRPO steps"].value == 40
     assert set(cells["without-kl"].values()) == {None}
@@ -88,7 +119,9 @@ def test_every_way_to_decode_is_one_that_the_engine_knows(way):
 
 def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("egm_lib.jobs.run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs))
+    monkeypatch.setattr(
+        "egm_lib.jobs.run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs)
+    )
     for name in ("training.require_checkpoint", "training.require_file", "tables.build_tables"):
         monkeypatch.setattr(f"egm_lib.{name}", lambda *args, **options: None)
     ablations.run_all(run, 7)

@@ -1,4 +1,6 @@
-"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written over."""
+"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written
+over.
+"""
 
 import json
 import shutil
@@ -19,7 +21,11 @@ def run(tmp_path, monkeypatch) -> Run:
     monkeypatch.setattr(profile, "project_root", lambda: tmp_path)
     toy = Run(replace(load_profile("mini"), name="toy"), 0)
     write_run(toy.root.parent, tmp_path / "world")
-    for large in ("checkpoints/vanilla/small-egm/model.safetensors", "curation/trace.ledger.jsonl", "logs/sft.txt"):
+    for large in (
+        "checkpoints/vanilla/small-egm/model.safetensors",
+        "curation/trace.ledger.jsonl",
+        "logs/sft.txt",
+    ):
         (toy.root / large).parent.mkdir(parents=True, exist_ok=True)
         (toy.root / large).write_text("large")
     (toy.root / "curation/trace.jsonl").write_text(json.dumps({"status": "filtered"}) + "\n")

@@ -1,4 +1,6 @@
-"""Boxes against independent truths: pycocotools, the textbook formula, and the algebra a frame change must obey."""
+"""Boxes against independent truths: pycocotools, the textbook formula, and the algebra a frame
+change must obey.
+"""
 
 import math
 
@@ -17,7 +19,9 @@ moderate = st.floats(-1e6, 1e6)
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """xyxy px; a tenth snapped to a coarse grid, so that boxes touch, coincide and lose their area."""
+    """xyxy px; a tenth snapped to a coarse grid, so that boxes touch, coincide and lose their
+    area.
+    """
     corners = rng.uniform(0, 640, (count, 2, 2))
     corners[: count // 10] = corners[: count // 10] // 64 * 64
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
@@ -27,8 +31,11 @@ def test_iou_agrees_with_pycocotools_on_100k_pairs():
     rng = np.random.default_rng(0)
     a, b = random_boxes(rng, 1000), random_boxes(rng, 100)
     ours = pairwise_iou(a, b)
-    theirs = coco_mask.iou(*(np.hstack([c[:, :2], c[:, 2:] - c[:, :2]]) for c in (a, b)), [0] * len(b))
-    np.testing.assert_allclose(ours, np.nan_to_num(theirs), atol=1e-6)  # pycocotools: 0 / 0 for two empty boxes
+    theirs = coco_mask.iou(
+        *(np.hstack([c[:, :2], c[:, 2:] - c[:, :2]]) for c in (a, b)), [0] * len(b)
+    )
+    # Pycocotools: 0 / 0 for two empty boxes
+    np.testing.assert_allclose(ours, np.nan_to_num(theirs), atol=1e-6)
     assert (ours == 0).any() and (ours > 0.5).any()
 
 
@@ -37,7 +44,9 @@ def test_scalar_and_pairwise_iou_agree_with_the_formula():
     a, b = random_boxes(rng, 300), random_boxes(rng, 300)
     width = np.clip(np.minimum(a[:, 2], b[:, 2]) - np.maximum(a[:, 0], b[:, 0]), 0, None)
     height = np.clip(np.minimum(a[:, 3], b[:, 3]) - np.maximum(a[:, 1], b[:, 1]), 0, None)
-    union = np.prod(a[:, 2:] - a[:, :2], axis=1) + np.prod(b[:, 2:] - b[:, :2], axis=1) - width * height
+    union = (
+        np.prod(a[:, 2:] - a[:, :2], axis=1) + np.prod(b[:, 2:] - b[:, :2], axis=1) - width * height
+    )
     expected = np.where(union > 0, width * height / np.where(union > 0, union, 1), 0)
     np.testing.assert_allclose([iou(x, y) for x, y in zip(a, b, strict=True)], expected, atol=1e-12)
     np.testing.assert_allclose(pairwise_iou(a, b).diagonal(), expected, atol=1e-12)
@@ -54,7 +63,8 @@ def test_scalar_and_pairwise_iou_agree_with_the_formula():
         ((3, 3, 1, 1), (0, 0, 4, 4), 0.0),  # swapped corners enclose nothing
         ((3, 3, 1, 1), (3, 3, 1, 1), 0.0),
         ((-2, -2, 2, 2), (0, 0, 2, 2), 0.25),  # negative coordinates are places too
-        ((-1e308, -1e308, 1e308, 1e308), (-1e308, -1e308, 1e308, 1e308), 1.0),  # areas beyond float range
+        # Areas beyond float range
+        ((-1e308, -1e308, 1e308, 1e308), (-1e308, -1e308, 1e308, 1e308), 1.0),
     ],
 )
 def test_iou_by_hand(a, b, expected):
@@ -74,9 +84,15 @@ def test_pairwise_iou_of_nothing():
     assert pairwise_iou([], [[0, 0, 1, 1]]).shape == (0, 1)
 
 
-@pytest.mark.parametrize("bad", [(1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, math.nan), (1, 2, math.inf, 4), "1234", None])
+@pytest.mark.parametrize(
+    "bad", [(1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, math.nan), (1, 2, math.inf, 4), "1234", None]
+)
 def test_bad_boxes_are_refused_by_name(bad):
-    for call in (lambda: iou(bad, (0, 0, 1, 1)), lambda: iou((0, 0, 1, 1), bad), lambda: check_box(bad, "gt_box")):
+    for call in (
+        lambda: iou(bad, (0, 0, 1, 1)),
+        lambda: iou((0, 0, 1, 1), bad),
+        lambda: check_box(bad, "gt_box"),
+    ):
         with pytest.raises(ValueError, match="must be"):
             call()
     with pytest.raises(ValueError, match="gt_box"):
@@ -99,10 +115,23 @@ def test_swapped_corners_are_an_error_in_ground_truth():
 @pytest.mark.parametrize(
     "box, source, target, wh, expected",
     [
-        ((500, 250, 1000, 1000), BoxFrame.NORM_1000, BoxFrame.PIXEL, (640, 480), (320, 120, 640, 480)),
-        ((0.5, 0.25, 1, 1), BoxFrame.NORM_1, BoxFrame.NORM_1000, (640, 480), (500, 250, 1000, 1000)),
+        (
+            (500, 250, 1000, 1000),
+            BoxFrame.NORM_1000,
+            BoxFrame.PIXEL,
+            (640, 480),
+            (320, 120, 640, 480),
+        ),
+        (
+            (0.5, 0.25, 1, 1),
+            BoxFrame.NORM_1,
+            BoxFrame.NORM_1000,
+            (640, 480),
+            (500, 250, 1000, 1000),
+        ),
         ((320, 120, 640, 480), BoxFrame.PIXEL, BoxFrame.NORM_1, (640, 480), (0.5, 0.25, 1, 1)),
-        ((-64, 0, 704, 480), BoxFrame.PIXEL, BoxFrame.NORM_1000, (640, 480), (-100, 0, 1100, 1000)),  # not clipped
+        # Not clipped
+        ((-64, 0, 704, 480), BoxFrame.PIXEL, BoxFrame.NORM_1000, (640, 480), (-100, 0, 1100, 1000)),
     ],
 )
 def test_convert_by_hand(box, source, target, wh, expected):
@@ -121,7 +150,9 @@ def test_convert_there_and_back_is_the_identity(box, source, target, wh):
     assert convert(there, target, source, wh) == pytest.approx(box, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("wh", [(0, 5), (5, -1), (math.nan, 5), (math.inf, 5), (5,), None, ("5", "5")])
+@pytest.mark.parametrize(
+    "wh", [(0, 5), (5, -1), (math.nan, 5), (math.inf, 5), (5,), None, ("5", "5")]
+)
 def test_convert_refuses_an_impossible_image_size(wh):
     with pytest.raises(ValueError, match="image_wh"):
         convert((0, 0, 1, 1), BoxFrame.PIXEL, BoxFrame.PIXEL, wh)

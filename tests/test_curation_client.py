@@ -1,4 +1,6 @@
-"""The client against a local server and the miniature teacher: nothing lost, nothing paid twice, no key leaked."""
+"""The client against a local server and the miniature teacher: nothing lost, nothing paid twice, no
+key leaked.
+"""
 
 import asyncio
 import dataclasses
@@ -35,7 +37,12 @@ PRICE = Price(prompt=1.0, completion=1.0)
 
 
 def teacher(base_url="mini", model="mini-teacher", **more):
-    values = {"temperature": 0.7, "max_tokens": 800, "concurrency": 8, "price_per_mtok": PRICE} | more
+    values = {
+        "temperature": 0.7,
+        "max_tokens": 800,
+        "concurrency": 8,
+        "price_per_mtok": PRICE,
+    } | more
     return Teacher(base_url=base_url, model=model, **values)
 
 
@@ -46,14 +53,33 @@ def make_root(folder: Path, count: int) -> list[dict]:
         Image.new("RGB", (128, 96), (60 * number, 90, 90)).save(folder / f"images/{number}.png")
     samples, truths = [], []
     for number in range(count):
-        sample = {"sample_id": f"s{number}", "dataset": "refcoco", "split": "train", "task": "amodal", "flipped": False}
-        sample |= {"image": f"images/{number % 4}.png", "width": 128, "height": 96, "image_id": str(number % 4)}
+        sample = {
+            "sample_id": f"s{number}",
+            "dataset": "refcoco",
+            "split": "train",
+            "task": "amodal",
+            "flipped": False,
+        }
+        sample |= {
+            "image": f"images/{number % 4}.png",
+            "width": 128,
+            "height": 96,
+            "image_id": str(number % 4),
+        }
         sample |= {"expression": f"red circle {number}", "gt_box": [20.0, 20.0, 60.0, 60.0]}
-        samples.append(sample | {"modal_box": [20.0, 20.0, 60.0, 45.0], "box": [70.0, 20.0, 110.0, 60.0]})
-        truth = {"sample_id": f"s{number}", "verify": "NO" if number % 5 == 0 else "YES", "planted_cause": None}
+        samples.append(
+            sample | {"modal_box": [20.0, 20.0, 60.0, 45.0], "box": [70.0, 20.0, 110.0, 60.0]}
+        )
+        truth = {
+            "sample_id": f"s{number}",
+            "verify": "NO" if number % 5 == 0 else "YES",
+            "planted_cause": None,
+        }
         truth |= {"reasoning": "two red circles : 1 at 825 300 , 2 at 750 850 . it is 2 ."}
         truth |= {"amodal_expression": f"second red circle {number}", "gt_box": [20, 20, 60, 60]}
-        truth |= {"amodal_reasoning": "a log hides the circle. it extends downward from the visible part moderately."}
+        truth |= {
+            "amodal_reasoning": "a log hides the circle. it extends downward from the visible part moderately."
+        }
         truths.append(truth | {"lookalike_boxes_px": [[70, 20, 110, 60]]})
     for name, rows in (("samples", samples), ("teacher", truths)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -65,8 +91,14 @@ def run(tmp_path):
     """run(task, samples, **options): a quiet run in tmp_path."""
 
     def run(name, samples, service=None, **options):
-        paths = {"out": tmp_path / f"{name}.out.jsonl", "ledger": tmp_path / "ledger.jsonl", "root": tmp_path}
-        return run_task(TASKS[name], samples, service or teacher(), progress=False, **(paths | options))
+        paths = {
+            "out": tmp_path / f"{name}.out.jsonl",
+            "ledger": tmp_path / "ledger.jsonl",
+            "root": tmp_path,
+        }
+        return run_task(
+            TASKS[name], samples, service or teacher(), progress=False, **(paths | options)
+        )
 
     run.out = lambda name: tmp_path / f"{name}.out.jsonl"
     run.rows = lambda name: list(JsonlSamples(run.out(name)))
@@ -74,12 +106,17 @@ def run(tmp_path):
 
 
 def cli(folder, url, *more, task="trace", **options):
-    words = [task, "--input", folder / "samples.jsonl", "--output", folder / "out.jsonl", "--base-url", url]
+    words = [
+        task,
+        "--input",
+        folder / "samples.jsonl",
+        "--output",
+        folder / "out.jsonl",
+        "--base-url",
+        url,
+    ]
     command = [sys.executable, "-m", "egm_lib.curation", *words, "--model", "fake", *more]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, **options)
-
-
-# --- the stages, with the miniature world's teacher ---------------------------------------------------------------
 
 
 def test_every_task_is_answered_and_the_stages_chain(tmp_path, run):
@@ -88,7 +125,9 @@ def test_every_task_is_answered_and_the_stages_chain(tmp_path, run):
     expressed = list(kept(samples, run.out("amodal-expression"), "expression"))
     assert 0 < len(expressed) < 60 and expressed[0]["expression"].startswith("second red circle")
     report = run("verify", expressed)
-    assert report.dropped == {"rejected": sum(int(sample["sample_id"][1:]) % 5 == 0 for sample in expressed)}
+    assert report.dropped == {
+        "rejected": sum(int(sample["sample_id"][1:]) % 5 == 0 for sample in expressed)
+    }
     verified = list(kept(expressed, run.out("verify"), "verdict"))
     assert all(sample["verdict"] == "YES" for sample in verified)
     assert run("amodal-trace", verified).kept > 0
@@ -98,7 +137,10 @@ def test_every_task_is_answered_and_the_stages_chain(tmp_path, run):
     }
     judged = run("failure", samples, teacher(model="a perfect judge"))
     assert judged.kept == 60
-    assert Counter(row["answer"] for row in run.rows("failure")).most_common(1)[0][0] == "COMPLEX-PROMPT"
+    assert (
+        Counter(row["answer"] for row in run.rows("failure")).most_common(1)[0][0]
+        == "COMPLEX-PROMPT"
+    )
 
 
 def test_the_filters_catch_the_teachers_planted_errors(tmp_path, run):
@@ -107,7 +149,9 @@ def test_the_filters_catch_the_teachers_planted_errors(tmp_path, run):
     run("amodal-trace", samples)
     eye = TeacherTransport(tmp_path / "teacher.jsonl")
     for task in ("trace", "amodal-trace"):
-        planted = {sample["sample_id"]: eye.planted_error(sample["sample_id"], task) for sample in samples}
+        planted = {
+            sample["sample_id"]: eye.planted_error(sample["sample_id"], task) for sample in samples
+        }
         assert set(planted.values()) == {*eye.error_rates[task], None}  # every kind occurs
         quality = filter_quality(run.out(task), planted)
         assert quality.loc["any", "precision"] == quality.loc["any", "recall"] == 1.0, quality
@@ -115,7 +159,9 @@ def test_the_filters_catch_the_teachers_planted_errors(tmp_path, run):
 
 def test_the_teachers_errors_come_at_their_rates(tmp_path):
     make_root(tmp_path, 1)
-    eye = TeacherTransport(tmp_path / "teacher.jsonl", error_rates={"trace": {"refusal": 0.1, "truncated": 0.2}})
+    eye = TeacherTransport(
+        tmp_path / "teacher.jsonl", error_rates={"trace": {"refusal": 0.1, "truncated": 0.2}}
+    )
     kinds = Counter(eye.planted_error(f"s{number}", "trace") for number in range(5000))
     assert abs(kinds["refusal"] / 5000 - 0.1) < 0.02 and abs(kinds["truncated"] / 5000 - 0.2) < 0.02
 
@@ -130,7 +176,8 @@ def test_the_failure_judge_looks_at_the_prediction(tmp_path, run):
     (tmp_path / "teacher.jsonl").write_text("".join(json.dumps(truth) + "\n" for truth in truths))
     unerring = TeacherTransport(tmp_path / "teacher.jsonl", confusion_rates={"j": 0.0})
     causes = [
-        unerring.answer("failure", t, TASKS["failure"].prompt(s), "j")[0] for s, t in zip(samples, truths, strict=True)
+        unerring.answer("failure", t, TASKS["failure"].prompt(s), "j")[0]
+        for s, t in zip(samples, truths, strict=True)
     ]
     assert causes == ["COMPLEX-PROMPT", "OTHER", "SMALL-OBJECT", "GT-ERROR"]
 
@@ -141,9 +188,6 @@ def test_kept_and_dropped_table_and_examples(tmp_path, run):
     assert table["kept"] == 16 and table["rejected"] == 4
     shown = examples(run.out("verify"), count=2)
     assert Counter(shown["reason"]) == {"kept": 2, "rejected": 2}
-
-
-# --- what a service sees ------------------------------------------------------------------------------------------
 
 
 def test_the_picture_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
@@ -158,7 +202,8 @@ def test_the_picture_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
     red, green, blue = picture.getpixel((22, 40))  # on the left edge of the box, 5 px wide
     assert green > 100 and red < 60 and blue < 60
     assert abs(picture.getpixel((40, 40))[1] - 90) < 12  # inside it
-    assert picture.crop((20, 2, 90, 19)).convert("L").getextrema()[1] > 150  # the label, white above the box
+    # The label, white above the box
+    assert picture.crop((20, 2, 90, 19)).convert("L").getextrema()[1] > 150
     assert "[156, 208, 468, 624]" in content[1]["text"]  # 0..999
 
 
@@ -179,10 +224,12 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
         return Plan(TASKS[task], [], teacher(**more), tmp_path).request(sample).key
 
     first = key()
-    assert key() == first and key(concurrency=3) == first  # how fast we ask is no part of the question
+    # How fast we ask is no part of the question
+    assert key() == first and key(concurrency=3) == first
     others = [key("amodal-trace"), key(model="other"), key(temperature=0.1), key(max_tokens=9)]
     others += [
-        key(sample=sample | change) for change in ({"expression": "x"}, {"gt_box": [1, 1, 9, 9]}, {"sample_id": "t"})
+        key(sample=sample | change)
+        for change in ({"expression": "x"}, {"gt_box": [1, 1, 9, 9]}, {"sample_id": "t"})
     ]
     Image.new("RGB", (128, 96), "white").save(tmp_path / sample["image"])
     others.append(key())  # the picture's content
@@ -190,9 +237,6 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "trace", changed)
     others.append(key())
     assert len({first, *others}) == 1 + len(others)
-
-
-# --- money --------------------------------------------------------------------------------------------------------
 
 
 def test_answered_samples_are_not_asked_again_and_filters_rerun_for_nothing(tmp_path, run):
@@ -219,7 +263,9 @@ def test_the_budget_is_never_passed_and_a_larger_one_goes_on(tmp_path, run):
     again = run("trace", samples, budget_usd=full / 2)  # what the ledger has paid counts
     assert first.cost_usd + again.cost_usd <= full / 2
     last = run("trace", samples, budget_usd=full * 2)
-    assert last.waiting == 0 and first.cost_usd + again.cost_usd + last.cost_usd == pytest.approx(full)
+    assert last.waiting == 0 and first.cost_usd + again.cost_usd + last.cost_usd == pytest.approx(
+        full
+    )
 
 
 def test_a_budget_without_a_price_is_refused(tmp_path, run):
@@ -231,31 +277,35 @@ def test_the_estimate_asks_nothing_and_learns_from_the_ledger(tmp_path, run):
     samples = make_root(tmp_path, 60)
     paths = {"ledger": tmp_path / "ledger.jsonl", "root": tmp_path}
     before = estimate(TASKS["trace"], samples, teacher(), **paths)
-    assert before.requests == 60 and not paths["ledger"].exists() and before.cost_usd < before.at_most_usd
+    assert (
+        before.requests == 60
+        and not paths["ledger"].exists()
+        and before.cost_usd < before.at_most_usd
+    )
     done = run("trace", samples[:30])
     after = estimate(TASKS["trace"], samples, teacher(), **paths)
     assert after.requests == 30 and after.cost_usd == pytest.approx(done.cost_usd, rel=0.1)
-    assert estimate(TASKS["trace"], samples, teacher(), batch=True, **paths).cost_usd == pytest.approx(
-        after.cost_usd / 2
-    )
+    assert estimate(
+        TASKS["trace"], samples, teacher(), batch=True, **paths
+    ).cost_usd == pytest.approx(after.cost_usd / 2)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"gt_box": None}, "no 'gt_box'"),
-    ({"gt_box": [5, 5, 1, 9]}, "is no box"),
-    ({"modal_box": None}, "no 'modal_box', which amodal-trace needs"),
-    ({"sample_id": 7}, "sample_id = 7 is no str"),
-    ({"width": "128"}, "width = '128' is no int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"gt_box": None}, "no 'gt_box'"),
+        ({"gt_box": [5, 5, 1, 9]}, "is no box"),
+        ({"modal_box": None}, "no 'modal_box', which amodal-trace needs"),
+        ({"sample_id": 7}, "sample_id = 7 is no str"),
+        ({"width": "128"}, "width = '128' is no int"),
+    ],
+)
 def test_bad_input_is_named_before_anything_is_paid(tmp_path, run, change, words):
     samples = make_root(tmp_path, 3)
     samples[2] |= change
     with pytest.raises(CurationError, match=f"sample 3.*{words}"):
         run("amodal-trace", samples)
     assert not (tmp_path / "ledger.jsonl").exists()
-
-
-# --- services that misbehave --------------------------------------------------------------------------------------
 
 
 def test_a_misbehaving_server_leaves_an_answer_or_a_listed_failure(tmp_path, run):
@@ -265,8 +315,14 @@ def test_a_misbehaving_server_leaves_an_answer_or_a_listed_failure(tmp_path, run
     rows = run.rows("trace")
     assert [row["sample_id"] for row in rows] == [sample["sample_id"] for sample in samples]
     assert all(row["status"] != "failed" or row["error"] for row in rows)
-    assert all(row["answer"] == reply_text(row["sample_id"]) for row in rows if row["status"] == "ok")
-    assert report.kept > 100 and report.dropped["empty"] + report.dropped["refusal"] > 0 and report.unreadable > 0
+    assert all(
+        row["answer"] == reply_text(row["sample_id"]) for row in rows if row["status"] == "ok"
+    )
+    assert (
+        report.kept > 100
+        and report.dropped["empty"] + report.dropped["refusal"] > 0
+        and report.unreadable > 0
+    )
 
 
 def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
@@ -277,8 +333,12 @@ def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
         command = [sys.executable, "-m", "egm_lib.curation", *words.split(), "--concurrency", "8"]
         for _ in range(3):
             had = ledger.read_bytes().count(b"\n") if ledger.exists() else 0
-            process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            while process.poll() is None and (not ledger.exists() or ledger.read_bytes().count(b"\n") < had + 10):
+            process = subprocess.Popen(
+                command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+            while process.poll() is None and (
+                not ledger.exists() or ledger.read_bytes().count(b"\n") < had + 10
+            ):
                 time.sleep(0.02)
             process.kill()
             process.wait()
@@ -291,7 +351,8 @@ def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
         assert not (tmp_path / "out.jsonl").exists()  # nothing half-written
         assert subprocess.run(command, capture_output=True).returncode == 0
     paid = Counter(line.split()[0] for line in log.read_text().splitlines())
-    assert len(paid) == 200 and sum(paid.values()) - 200 <= 3 * 8  # at most those in flight at a kill
+    # At most those in flight at a kill
+    assert len(paid) == 200 and sum(paid.values()) - 200 <= 3 * 8
     rows = list(JsonlSamples(tmp_path / "out.jsonl"))
     assert [row["answer"] for row in rows] == [reply_text(f"s{number}") for number in range(200)]
 
@@ -318,7 +379,8 @@ def test_ctrl_c_ends_the_requests_under_way_and_keeps_them(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 4
     rows = list(JsonlSamples(tmp_path / "out.jsonl"))
-    assert len(rows) == len(log.read_text().splitlines()) < 100  # every answer that was paid is there
+    # Every answer that was paid is there
+    assert len(rows) == len(log.read_text().splitlines()) < 100
 
 
 def service(handler, monkeypatch):
@@ -326,7 +388,9 @@ def service(handler, monkeypatch):
 
     def connect(base_url, key, **_):
         http_client = httpx2.AsyncClient(transport=httpx2.MockTransport(handler))
-        return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http_client)
+        return openai.AsyncOpenAI(
+            base_url=base_url, api_key=key, max_retries=0, http_client=http_client
+        )
 
     monkeypatch.setattr(client, "connect", connect)
     return teacher("http://127.0.0.1:9/v1")
@@ -343,24 +407,45 @@ def test_a_wrong_key_stops_at_once_and_an_odd_sample_does_not(tmp_path, run, mon
     with pytest.raises(Refused, match="refuses"):
         run("trace", samples, service(handler, monkeypatch))
     assert 20 < len(asked) < 20 + 16
-    assert {row["status"] for row in run.rows("trace")} == {"failed"} and len(run.rows("trace")) == 20
+    assert {row["status"] for row in run.rows("trace")} == {"failed"} and len(
+        run.rows("trace")
+    ) == 20
 
 
-@pytest.mark.parametrize("body, status", [
-    ({"choices": [{"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}]}, "filtered"),  # no usage
-    ({"choices": [{"message": {"content": [{"type": "text", "text": "left."}]}}], "usage": {}}, "ok"),  # in parts
-    ({"choices": [{"message": {"content": "half \ud83d of a pair"}}]}, "ok"),  # a lone surrogate
-    ({"error": {"message": "with status 200"}}, "failed"),
-    ({"choices": []}, "failed"),
-    ([], "failed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body, status",
+    [
+        # No usage
+        (
+            {"choices": [{"message": {"content": None, "refusal": "no"}, "finish_reason": "stop"}]},
+            "filtered",
+        ),
+        # In parts
+        (
+            {
+                "choices": [{"message": {"content": [{"type": "text", "text": "left."}]}}],
+                "usage": {},
+            },
+            "ok",
+        ),
+        (
+            {"choices": [{"message": {"content": "half \ud83d of a pair"}}]},
+            "ok",
+        ),  # a lone surrogate
+        ({"error": {"message": "with status 200"}}, "failed"),
+        ({"choices": []}, "failed"),
+        ([], "failed"),
+    ],
+)
 def test_odd_completions(tmp_path, run, monkeypatch, body, status):
     async def at_once(_):
         return None
 
     monkeypatch.setattr(client.asyncio, "sleep", at_once)
     monkeypatch.setattr(client._Asker, "_sync", at_once)
-    answering = service(lambda request: httpx2.Response(200, content=json.dumps(body).encode()), monkeypatch)
+    answering = service(
+        lambda request: httpx2.Response(200, content=json.dumps(body).encode()), monkeypatch
+    )
     run("trace", make_root(tmp_path, 1), answering)
     assert [row["status"] for row in run.rows("trace")] == [status]
 
@@ -372,9 +457,6 @@ def test_a_run_works_inside_a_running_event_loop(tmp_path, run):
         return run("verify", make_root(tmp_path, 10))
 
     assert asyncio.run(cell()).kept == 8
-
-
-# --- the key ------------------------------------------------------------------------------------------------------
 
 
 def test_the_key_appears_nowhere(tmp_path, run, monkeypatch, caplog, capsys):
@@ -397,9 +479,16 @@ def test_the_key_appears_nowhere(tmp_path, run, monkeypatch, caplog, capsys):
     run("trace", samples, service(handler, monkeypatch), limit=11)
     assert all(secret in header for header in seen)
     with pytest.raises(Refused) as refused:
-        wrong = service(lambda _: httpx2.Response(401, json={"error": {"message": f"key {secret} wrong"}}), monkeypatch)
+        wrong = service(
+            lambda _: httpx2.Response(401, json={"error": {"message": f"key {secret} wrong"}}),
+            monkeypatch,
+        )
         run("trace", samples, wrong)
-    told = caplog.text + "".join(capsys.readouterr()) + "".join(traceback.format_exception(refused.value))
+    told = (
+        caplog.text
+        + "".join(capsys.readouterr())
+        + "".join(traceback.format_exception(refused.value))
+    )
     files = [path for path in tmp_path.rglob("*.jsonl*") if path.is_file()]
     assert len(files) >= 3
     assert secret not in told and not any(secret in path.read_text() for path in files)
@@ -410,16 +499,21 @@ def test_the_key_comes_from_the_environment_only(tmp_path, run, monkeypatch):
     with pytest.raises(CurationError, match="set the environment variable OPENAI_API_KEY"):
         run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1"))
     with pytest.raises(CurationError, match="no such name") as misplaced:
-        run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1", api_key_env="sk-secret"))
+        run(
+            "trace",
+            make_root(tmp_path, 1),
+            teacher("https://api.example.com/v1", api_key_env="sk-secret"),
+        )
     assert "secret" not in str(misplaced.value)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-company")
     with pytest.raises(CurationError, match="set the environment variable GEMINI_API_KEY"):
-        run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1", api_key_env="GEMINI_API_KEY"))
+        run(
+            "trace",
+            make_root(tmp_path, 1),
+            teacher("https://api.example.com/v1", api_key_env="GEMINI_API_KEY"),
+        )
     with pytest.raises(CurationError, match="keys belong in the environment"):
         run("trace", make_root(tmp_path, 1), teacher("http://me:sk-1@localhost/v1"))
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
 
 
 def test_command_line(tmp_path):
@@ -428,33 +522,45 @@ def test_command_line(tmp_path):
     environment = os.environ | {"OPENAI_API_KEY": secret, "OPENAI_LOG": "debug"}
     with running() as url:
         dry = cli(tmp_path, url, "--dry-run", env=environment)
-        assert dry.returncode == 0 and "12 requests" in dry.stdout and not (tmp_path / "out.jsonl").exists()
+        assert (
+            dry.returncode == 0
+            and "12 requests" in dry.stdout
+            and not (tmp_path / "out.jsonl").exists()
+        )
         some = cli(tmp_path, url, "--limit", "5", "--concurrency", "2", env=environment)
         assert some.returncode == 0 and "kept" in some.stdout
         rows = list(JsonlSamples(tmp_path / "out.jsonl"))
-        assert len(rows) == 5 and all(row["status"] == "ok" and row["usage"] and row["answer"] for row in rows)
+        assert len(rows) == 5 and all(
+            row["status"] == "ok" and row["usage"] and row["answer"] for row in rows
+        )
         poor = cli(tmp_path, url, "--budget", "0.0000001", env=environment)
         assert poor.returncode == 4 and "budget" in poor.stdout
     (tmp_path / "images/3.png").write_bytes(b"no picture")
     with running() as url:
         some_fail = cli(tmp_path, url, env=environment)
     assert some_fail.returncode == 3 and "s7" in some_fail.stdout
-    assert Counter(row["status"] for row in JsonlSamples(tmp_path / "out.jsonl")) == {"ok": 9, "failed": 3}
+    assert Counter(row["status"] for row in JsonlSamples(tmp_path / "out.jsonl")) == {
+        "ok": 9,
+        "failed": 3,
+    }
     for done in (dry, some, poor, some_fail):
         assert secret not in done.stdout + done.stderr
     missing = cli(tmp_path / "none", "http://127.0.0.1:9/v1")
     assert missing.returncode == 2 and re.search("no file .*samples.jsonl", missing.stderr)
 
 
-@pytest.mark.parametrize("words, reason", [
-    (["--output", "samples.jsonl"], "is the input"),
-    (["--output", "out.jsonl", "--ledger", "samples.jsonl"], "is the input"),
-    (["--output", "out.jsonl", "--ledger", "out.jsonl"], "it is the ledger"),
-    (["--output", "images"], "it is a folder"),
-    (["--output", "out.jsonl", "--ledger", "teacher.jsonl"], "teacher.jsonl is no ledger"),
-    (["--output", "out.jsonl", "--ledger", "images"], "images"),
-    (["--output", "samples.jsonl/out.jsonl"], "cannot write samples.jsonl/out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, reason",
+    [
+        (["--output", "samples.jsonl"], "is the input"),
+        (["--output", "out.jsonl", "--ledger", "samples.jsonl"], "is the input"),
+        (["--output", "out.jsonl", "--ledger", "out.jsonl"], "it is the ledger"),
+        (["--output", "images"], "it is a folder"),
+        (["--output", "out.jsonl", "--ledger", "teacher.jsonl"], "teacher.jsonl is no ledger"),
+        (["--output", "out.jsonl", "--ledger", "images"], "images"),
+        (["--output", "samples.jsonl/out.jsonl"], "cannot write samples.jsonl/out"),
+    ],
+)
 def test_no_file_of_the_users_is_overwritten(tmp_path, monkeypatch, capsys, words, reason):
     make_root(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
@@ -465,11 +571,10 @@ def test_no_file_of_the_users_is_overwritten(tmp_path, monkeypatch, capsys, word
     assert {path: path.read_bytes() for path in before} == before
 
 
-# --- batches ------------------------------------------------------------------------------------------------------
-
-
 class BatchService:
-    """OpenAI's files and batches, in a dict. Polls until done: one; lines that fail: those whose number is in `bad`."""
+    """OpenAI's files and batches, in a dict. Polls until done: one; lines that fail: those whose
+    number is in `bad`.
+    """
 
     def __init__(self):
         self.files, self.batches, self.polls, self.die_after_create = {}, {}, Counter(), False
@@ -479,7 +584,11 @@ class BatchService:
         if path == "/v1/files":
             body = request.content
             name = f"file-{len(self.files)}"
-            part = next(part for part in body.split(b"\r\n\r\n") if part.lstrip().startswith(b'{"custom_id"'))
+            part = next(
+                part
+                for part in body.split(b"\r\n\r\n")
+                if part.lstrip().startswith(b'{"custom_id"')
+            )
             self.files[name] = part.rpartition(b"\r\n--")[0] or part
             return httpx2.Response(
                 200,
@@ -501,7 +610,9 @@ class BatchService:
                 raise KeyboardInterrupt
             return httpx2.Response(200, json=self.batches[name])
         if path == "/v1/batches":
-            return httpx2.Response(200, json={"object": "list", "data": list(self.batches.values()), "has_more": False})
+            return httpx2.Response(
+                200, json={"object": "list", "data": list(self.batches.values()), "has_more": False}
+            )
         if path.startswith("/v1/batches/"):
             name = path.rpartition("/")[2]
             self.polls[name] += 1
@@ -519,10 +630,17 @@ class BatchService:
         for number, line in enumerate(self.files[batch["input_file_id"]].splitlines()):
             request = json.loads(line)
             assert request["body"]["messages"] and request["method"] == "POST"
-            choice = {"message": {"content": "the left\u2028one."}, "finish_reason": "stop"}  # no end of a line
-            body = {"id": "r", "choices": [choice], "usage": {"prompt_tokens": 1000, "completion_tokens": 10}}
+            # No end of a line
+            choice = {"message": {"content": "the left\u2028one."}, "finish_reason": "stop"}
+            body = {
+                "id": "r",
+                "choices": [choice],
+                "usage": {"prompt_tokens": 1000, "completion_tokens": 10},
+            }
             response = (
-                {"status_code": 500, "body": {"error": "no"}} if number == 1 else {"status_code": 200, "body": body}
+                {"status_code": 500, "body": {"error": "no"}}
+                if number == 1
+                else {"status_code": 200, "body": body}
             )
             line = {"custom_id": request["custom_id"], "response": response, "error": None}
             lines.append(json.dumps(line, ensure_ascii=False))
@@ -551,7 +669,8 @@ def test_a_batch_whose_submission_was_cut_short_is_found_again(tmp_path, run, mo
         run("trace", samples, service(theirs, monkeypatch), batch=True)
     theirs.die_after_create = False
     report = run("trace", samples, service(theirs, monkeypatch), batch=True)
-    assert len(theirs.batches) == 1 and report.asked == 0 and report.kept == 4  # not submitted twice
+    # Not submitted twice
+    assert len(theirs.batches) == 1 and report.asked == 0 and report.kept == 4
 
 
 def test_the_batch_log_survives_a_torn_line(tmp_path):

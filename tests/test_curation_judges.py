@@ -20,25 +20,37 @@ def judgements(**verdicts):
 
 
 def test_cohens_kappa_by_hand():
-    """35 of 50 equal; the judges say COMPLEX-PROMPT 25 and 30 times: chance .5 * .6 + .5 * .4 = .5, kappa = .2 / .5."""
+    """35 of 50 equal; the judges say COMPLEX-PROMPT 25 and 30 times: chance .5 * .6 + .5 * .4 = .5,
+    kappa = .2 / .5.
+    """
     complex_, other = "COMPLEX-PROMPT", "OTHER"
     a = [complex_] * 20 + [complex_] * 5 + [other] * 10 + [other] * 15
     b = [complex_] * 20 + [other] * 5 + [complex_] * 10 + [other] * 15
     row = agreement(judgements(a=a, b=b)).loc["a - b"]
-    assert row["percent"] == pytest.approx(70) and row["kappa"] == pytest.approx(0.4) and row["n"] == 50
+    assert (
+        row["percent"] == pytest.approx(70)
+        and row["kappa"] == pytest.approx(0.4)
+        and row["n"] == 50
+    )
     assert row["low"] < 0.4 < row["high"]
 
 
 def test_fleiss_kappa_by_its_definition():
     rng = np.random.default_rng(0)
-    causes_N_J = np.where(rng.random((60, 3)) < 0.7, rng.integers(5, size=(60, 1)), rng.integers(5, size=(60, 3)))
-    table = agreement(judgements(**{f"j{j}": [CAUSES[c] for c in causes_N_J[:, j]] for j in range(3)}), draws=50)
+    causes_N_J = np.where(
+        rng.random((60, 3)) < 0.7, rng.integers(5, size=(60, 1)), rng.integers(5, size=(60, 3))
+    )
+    table = agreement(
+        judgements(**{f"j{j}": [CAUSES[c] for c in causes_N_J[:, j]] for j in range(3)}), draws=50
+    )
     counts_N_C = (causes_N_J[:, :, None] == np.arange(5)).sum(axis=1)
     observed = np.mean([(n * (n - 1)).sum() / 6 for n in counts_N_C])
     chance = ((counts_N_C.sum(axis=0) / 180) ** 2).sum()
     assert table.loc["all", "kappa"] == pytest.approx((observed - chance) / (1 - chance))
     assert table.loc["all", "low"] < table.loc["all", "kappa"] < table.loc["all", "high"]
-    assert table.loc["all", "percent"] == pytest.approx(100 * np.mean([len(set(row)) == 1 for row in causes_N_J]))
+    assert table.loc["all", "percent"] == pytest.approx(
+        100 * np.mean([len(set(row)) == 1 for row in causes_N_J])
+    )
 
 
 def test_only_failures_that_all_judged_count_and_unanimity_has_no_kappa():
@@ -51,5 +63,11 @@ def test_judgements_file_leaves_out_what_was_filtered(tmp_path):
     for judge, status in (("a", "ok"), ("b", "filtered")):
         row = {"sample_id": "s", "status": status, "answer": "OTHER"}
         (tmp_path / judge).write_text(json.dumps(row) + "\n")
-    assert write_judgements(tmp_path / "all.jsonl", {judge: tmp_path / judge for judge in "ab"}) == 1
-    assert json.loads((tmp_path / "all.jsonl").read_text()) == {"sample_id": "s", "judge": "a", "cause": "OTHER"}
+    assert (
+        write_judgements(tmp_path / "all.jsonl", {judge: tmp_path / judge for judge in "ab"}) == 1
+    )
+    assert json.loads((tmp_path / "all.jsonl").read_text()) == {
+        "sample_id": "s",
+        "judge": "a",
+        "cause": "OTHER",
+    }

@@ -16,7 +16,14 @@ def key(number):
 
 def record(number, status="answered", **more):
     usage = {"prompt_tokens": 100, "completion_tokens": number}
-    base = {"key": key(number), "task": "trace", "model": "m", "status": status, "usage": usage, "cost_usd": 0.5}
+    base = {
+        "key": key(number),
+        "task": "trace",
+        "model": "m",
+        "status": status,
+        "usage": usage,
+        "cost_usd": 0.5,
+    }
     return base | more
 
 
@@ -28,7 +35,9 @@ def write(path, *records):
 
 def test_answers_are_found_after_reopening(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    write(path, record(1, text="a"), record(2, "failed", error="x"), record(3, "unreadable", text="{"))
+    write(
+        path, record(1, text="a"), record(2, "failed", error="x"), record(3, "unreadable", text="{")
+    )
     with Ledger(path) as ledger:
         assert ledger.answer(key(1))["text"] == "a"
         assert ledger.answer(key(2)) is None and ledger.failure(key(2))["error"] == "x"
@@ -38,7 +47,9 @@ def test_answers_are_found_after_reopening(tmp_path):
 
 
 def test_long_records_and_equal_short_keys(tmp_path):
-    """A record may be longer than a read, and keys that share their first 64 bits are not mixed up."""
+    """A record may be longer than a read, and keys that share their first 64 bits are not mixed
+    up.
+    """
     first, second = record(0, text="x" * 100_000), record(0, key="0" * 31 + "1")
     path = tmp_path / "ledger.jsonl"
     write(path, first)
@@ -55,7 +66,8 @@ def test_a_torn_last_line_is_cut_off(tmp_path, cut, capsys):
     path.write_bytes(whole[:-cut])
     with Ledger(path) as ledger:
         assert ledger.answer(key(1))
-        assert (ledger.answer(key(2)) is not None) == (cut == 1)  # only the newline was missing: it is whole
+        # Only the newline was missing: it is whole
+        assert (ledger.answer(key(2)) is not None) == (cut == 1)
         ledger.append(record(3))
     assert [json.loads(line)["key"][-1] for line in path.read_bytes().splitlines()] == (
         ["1", "2", "3"] if cut == 1 else ["1", "3"]
@@ -114,7 +126,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 def test_offset_index_agrees_with_a_dict():
     rng = np.random.default_rng(0)
     index, truth = OffsetIndex(recent_limit=64), {}
-    for key in rng.integers(0, 2**64, size=5000, dtype=np.uint64) % np.uint64(3000):  # many keys come again
+    # Many keys come again
+    for key in rng.integers(0, 2**64, size=5000, dtype=np.uint64) % np.uint64(3000):
         key, offset = int(key) * 2**50, int(rng.integers(2**40))
         index[key] = truth[key] = offset
     assert all(index.get(key) == offset for key, offset in truth.items())

@@ -1,4 +1,6 @@
-"""Downloads and archives: servers that break off or lie, archives that reach outside. Loopback only."""
+"""Downloads and archives: servers that break off or lie, archives that reach outside. Loopback
+only.
+"""
 
 import hashlib
 import io
@@ -176,7 +178,9 @@ def make_tar(path, members):
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_an_archive_is_unpacked(tmp_path, make):
-    archive = make(tmp_path / "a", {"refcoco/refs(unc).p": b"1" * 5000, "refcoco/instances.json": b"{}"})
+    archive = make(
+        tmp_path / "a", {"refcoco/refs(unc).p": b"1" * 5000, "refcoco/instances.json": b"{}"}
+    )
     unpack(archive, tmp_path / "out")
     assert (tmp_path / "out/refcoco/refs(unc).p").read_bytes() == b"1" * 5000
     assert left(tmp_path / "out/refcoco") == ["instances.json", "refs(unc).p"]
@@ -191,7 +195,9 @@ def test_nothing_is_unpacked_from_an_archive_that_reaches_outside(tmp_path, make
     assert left(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
 def test_links_and_devices_are_refused(tmp_path, kind):
     link = tarfile.TarInfo("link")
     link.type, link.linkname = kind, "/etc"

@@ -11,11 +11,27 @@ from egm_lib.data.records import rows_to_dataset
 
 
 def sample(expression, **changes):
-    return dict(
-        sample_id="s0", dataset="refcoco", split="train", task="vanilla", image="images/train2014/a.jpg", width=640,
-        height=480, expression=expression, gt_box=[1.5, 2.0, 300.25, 400.0], modal_box=None, image_id="7",
-        ann_id=None, ref_id=None, flipped=False, prompt_kind=None, num_lookalikes=None,
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            sample_id="s0",
+            dataset="refcoco",
+            split="train",
+            task="vanilla",
+            image="images/train2014/a.jpg",
+            width=640,
+            height=480,
+            expression=expression,
+            gt_box=[1.5, 2.0, 300.25, 400.0],
+            modal_box=None,
+            image_id="7",
+            ann_id=None,
+            ref_id=None,
+            flipped=False,
+            prompt_kind=None,
+            num_lookalikes=None,
+        )
+        | changes
+    )
 
 
 SWAPPED = [
@@ -71,7 +87,12 @@ def test_a_mirrored_expression_would_not_be_misread():
 
 
 def test_flip_mirrors_picture_boxes_and_words():
-    before = sample("left dog", task="amodal", gt_box=[-20.0, 2.0, 300.25, 400.0], modal_box=[0.0, 2.0, 100.0, 50.0])
+    before = sample(
+        "left dog",
+        task="amodal",
+        gt_box=[-20.0, 2.0, 300.25, 400.0],
+        modal_box=[0.0, 2.0, 100.0, 50.0],
+    )
     after = flip(before)
     assert after["gt_box"] == [339.75, 2, 660, 400] and after["modal_box"] == [540, 2, 640, 50]
     assert (after["expression"], after["flipped"]) == ("right dog", True)

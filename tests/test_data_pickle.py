@@ -14,8 +14,22 @@ from egm_lib.data.plain_pickle import UnsafePickleError, load_plain_pickle
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_data_is_read_by_every_protocol(tmp_path, protocol):
-    plain = [1, -(2**70), 2.5, True, None, "é", "x" * 300, (1, 2), (1, 2, 3), (), {"k": [[], {}]}, 1 << 2000]
-    plain += [{3}, frozenset({4}), b"bytes"] if protocol >= 4 else []  # older ones write these as calls
+    plain = [
+        1,
+        -(2**70),
+        2.5,
+        True,
+        None,
+        "é",
+        "x" * 300,
+        (1, 2),
+        (1, 2, 3),
+        (),
+        {"k": [[], {}]},
+        1 << 2000,
+    ]
+    # Older ones write these as calls
+    plain += [{3}, frozenset({4}), b"bytes"] if protocol >= 4 else []
     (tmp_path / "a.p").write_bytes(pickle.dumps(plain, protocol))
     assert load_plain_pickle(tmp_path / "a.p") == plain
 
@@ -36,7 +50,10 @@ def hostile(folder):
     yield "reduce 5", pickle.dumps([Acts(target)], 5)
     yield "inst", b"(S'" + command.replace(b"'", b"\\'") + b"'\ni__builtin__\neval\n."
     yield "obj", b"(c__builtin__\neval\nS'" + command.replace(b"'", b"\\'") + b"'\no."
-    yield "hidden in a value", b"\x80\x02}X\x01\x00\x00\x00acposix\nmkdir\nX\x05\x00\x00\x00acted\x85Rs."
+    yield (
+        "hidden in a value",
+        b"\x80\x02}X\x01\x00\x00\x00acposix\nmkdir\nX\x05\x00\x00\x00acted\x85Rs.",
+    )
     yield "newobj", b"\x80\x02c__builtin__\nobject\n)\x81."
     yield "stack_global", b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R."
     yield "build", b"\x80\x02]}b."
@@ -82,7 +99,8 @@ def test_a_broken_pickle_is_one_sentence(tmp_path, data):
 
 
 def test_a_memo_index_cannot_take_the_memory(tmp_path):
-    (tmp_path / "a.p").write_bytes(b"\x80\x02]r" + struct.pack("<I", 0xFFFFFFFF) + b".")  # 32 GB in the C unpickler
+    # 32 GB in the C unpickler
+    (tmp_path / "a.p").write_bytes(b"\x80\x02]r" + struct.pack("<I", 0xFFFFFFFF) + b".")
     assert load_plain_pickle(tmp_path / "a.p") == []
 
 

@@ -1,4 +1,6 @@
-"""The record: what is written is read back, and what contradicts it is refused with file, row and reason."""
+"""The record: what is written is read back, and what contradicts it is refused with file, row and
+reason.
+"""
 
 import json
 
@@ -57,14 +59,23 @@ def test_the_eight_test_splits_and_the_amodal_benchmark():
 def test_rows_come_back_as_written(tmp_path):
     rows = [
         sample(0, expression='naïve "quoted"\nline'),
-        sample(1, task="amodal", gt_box=[-5.0, 2, 700, 400], modal_box=[0, 2, 30, 400], ann_id="3", num_lookalikes=2),
+        sample(
+            1,
+            task="amodal",
+            gt_box=[-5.0, 2, 700, 400],
+            modal_box=[0, 2, 30, 400],
+            ann_id="3",
+            num_lookalikes=2,
+        ),
     ]
     assert write_samples(tmp_path / "a.jsonl", rows) == 2
     back = read_samples(tmp_path / "a.jsonl")
     absent = dict.fromkeys(("modal_box", "ann_id", "ref_id", "prompt_kind", "num_lookalikes"))
     assert list(back) == [absent | row for row in rows]
     write_samples(tmp_path / "b.jsonl", back)  # a Dataset is written as its rows are
-    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == (tmp_path / "b.jsonl").read_text(encoding="utf-8")
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == (tmp_path / "b.jsonl").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_no_rows_are_rows_too(tmp_path):
@@ -138,9 +149,14 @@ def test_broken_json_names_its_line(tmp_path):
 def test_a_data_root_is_read_by_task_and_split(tmp_path):
     with pytest.raises(FileNotFoundError, match="prepare"):
         read_train(tmp_path, "vanilla")
-    write_samples(tmp_path / "train_amodal.jsonl", [sample(number, task="amodal") for number in range(5)])
+    write_samples(
+        tmp_path / "train_amodal.jsonl", [sample(number, task="amodal") for number in range(5)]
+    )
     write_samples(tmp_path / "eval" / "refcoco+_testA.jsonl", [sample(9)])
-    assert len(read_train(tmp_path, "amodal")) == 5 and len(read_train(tmp_path, "amodal", limit=2)) == 2
+    assert (
+        len(read_train(tmp_path, "amodal")) == 5
+        and len(read_train(tmp_path, "amodal", limit=2)) == 2
+    )
     assert read_eval(tmp_path, "refcoco+", "testA", limit=7)["sample_id"][:] == ["s9"]
 
 

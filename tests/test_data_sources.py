@@ -1,4 +1,6 @@
-"""Readers, on small files in each published format with its oddities; real samples where the shared data is at hand."""
+"""Readers, on small files in each published format with its oddities; real samples where the shared
+data is at hand.
+"""
 
 import json
 import pickle
@@ -30,21 +32,25 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 
 
-# --- RefCOCO ---
-
-
-def write_refcoco(root, dataset="refcoco", split_by="unc", refs=(), images=(), annotations=(), protocol=2):
+def write_refcoco(
+    root, dataset="refcoco", split_by="unc", refs=(), images=(), annotations=(), protocol=2
+):
     folder = root / dataset
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"refs({split_by}).p", "wb") as file:
         pickle.dump(list(refs), file, protocol)
-    document = {"images": list(images), "annotations": list(annotations), "categories": [{"id": 1, "name": "person"}]}
+    document = {
+        "images": list(images),
+        "annotations": list(annotations),
+        "categories": [{"id": 1, "name": "person"}],
+    }
     (folder / "instances.json").write_text(json.dumps(document))
 
 
 def ref(number, split="train", image_id=57, sents=("man on left",), **changes):
     sentences = [
-        dict(sent_id=10 * number + i, sent=sent, raw=sent.upper(), tokens=sent.split()) for i, sent in enumerate(sents)
+        dict(sent_id=10 * number + i, sent=sent, raw=sent.upper(), tokens=sent.split())
+        for i, sent in enumerate(sents)
     ]
     # The oddity: file_name carries the annotation's number, and is not the picture's name.
     return (
@@ -63,7 +69,9 @@ def ref(number, split="train", image_id=57, sents=("man on left",), **changes):
 
 
 def coco_image(number=57):
-    return dict(id=number, file_name=f"COCO_train2014_{number:012d}.jpg", width=640, height=480, license=1)
+    return dict(
+        id=number, file_name=f"COCO_train2014_{number:012d}.jpg", width=640, height=480, license=1
+    )
 
 
 def annotation(number, image_id=57, bbox=(10, 20, 100.5, 200), **changes):
@@ -121,7 +129,9 @@ def test_a_python_2_pickle(tmp_path):
         b"(lp3\n(dp4\nS'sent_id'\nI5\nsS'sent'\nS'caf\\xc3\\xa9 on left'\nsasa."
     )
     (tmp_path / "refcoco" / "refs(unc).p").write_bytes(text)
-    assert load_refcoco(tmp_path, dataset="refcoco", split="val")["expression"][:] == ["café on left"]
+    assert load_refcoco(tmp_path, dataset="refcoco", split="val")["expression"][:] == [
+        "café on left"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,23 +188,33 @@ def test_a_reference_that_does_not_fit_is_named(tmp_path, bad, reason):
 
 
 def test_blank_sentences_are_left_out_and_counted(tmp_path):
-    write_refcoco(tmp_path, refs=[ref(1, sents=("", "man", " "))], images=[coco_image()], annotations=[annotation(1)])
+    write_refcoco(
+        tmp_path,
+        refs=[ref(1, sents=("", "man", " "))],
+        images=[coco_image()],
+        annotations=[annotation(1)],
+    )
     counts = Counter()
     assert len(load_refcoco(tmp_path, dataset="refcoco", split="train", counts=counts)) == 1
     assert counts == {"blank sentence": 2}
 
 
-# --- jsonl and the authors' parquet ---
-
 LINE = dict(
-    image="train2014/COCO_train2014_000000000057.jpg", sent=" left man ", bbox=[1, 2, 30.5, 40], width=640, height=480
+    image="train2014/COCO_train2014_000000000057.jpg",
+    sent=" left man ",
+    bbox=[1, 2, 30.5, 40],
+    width=640,
+    height=480,
 )
 
 
 def test_jsonl_as_evaluators_write_it(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(
-        json.dumps(LINE | {"note": [1, {"x": 2}]}) + "\n" + json.dumps(LINE | {"image": "plain.png"}) + "\n"
+        json.dumps(LINE | {"note": [1, {"x": 2}]})
+        + "\n"
+        + json.dumps(LINE | {"image": "plain.png"})
+        + "\n"
     )
     rows = load_jsonl(path, dataset="refcoco", split="val", image_root="coco")
     assert rows["expression"][:] == ["left man", "left man"]
@@ -217,7 +237,9 @@ def test_jsonl_as_evaluators_write_it(tmp_path):
 def test_jsonl_refuses_with_file_row_and_reason(tmp_path, change, reason, form):
     path = tmp_path / "a.jsonl"
     rows = [LINE, LINE | change]
-    path.write_text(json.dumps(rows) if form == "list" else "".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        json.dumps(rows) if form == "list" else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     with pytest.raises(SampleError, match="row 2") as caught:
         load_jsonl(path, dataset="refcoco", split="val")
     assert reason in str(caught.value) and str(path) in str(caught.value)
@@ -225,13 +247,17 @@ def test_jsonl_refuses_with_file_row_and_reason(tmp_path, change, reason, form):
 
 @needs_shared
 def test_the_shared_sample_survives_both_families_targets():
-    rows = load_jsonl(SHARED / "refcoco_sample" / "refcoco_testA_sample.jsonl", dataset="refcoco", split="testA")
+    rows = load_jsonl(
+        SHARED / "refcoco_sample" / "refcoco_testA_sample.jsonl", dataset="refcoco", split="testA"
+    )
     assert len(rows) == 26 and len(set(rows["image_id"])) == 2
     for row in rows:
         image_wh = row["width"], row["height"]
         assert open_image(resolve_image(row, SHARED / "refcoco_sample")).size == image_wh
         for family in FAMILIES.values():
-            answer = family.answer(row["gt_box"], image_wh, row["expression"], "It is the one asked for.")
+            answer = family.answer(
+                row["gt_box"], image_wh, row["expression"], "It is the one asked for."
+            )
             back = parse_completion(answer, frame=family.frame, image_wh=image_wh).box
             # a 0-1000 integer is at most half a thousandth of the picture off
             errors = np.abs(np.subtract(back, row["gt_box"])) / np.tile(image_wh, 2) * 1000
@@ -242,7 +268,9 @@ def test_the_shared_sample_survives_both_families_targets():
 def test_the_shared_test_set_loads_without_its_empty_cases():
     document = json.loads((SHARED / "refcocos_test.json").read_text())
     counts = Counter()
-    rows = load_jsonl(SHARED / "refcocos_test.json", dataset="refcocos", split="test", counts=counts)
+    rows = load_jsonl(
+        SHARED / "refcocos_test.json", dataset="refcocos", split="test", counts=counts
+    )
     full = [row for row in document if not row["categories"]["empty_case"]]
     assert rows["expression"][:] == [row["normal_caption"] for row in full]
     assert rows["gt_box"][:] == [row["solution"] for row in full]
@@ -253,7 +281,10 @@ def test_the_shared_test_set_loads_without_its_empty_cases():
     ("question", "task"),
     [
         ("<image>\nLocate man on left, output its bbox coordinates using JSON format", "vanilla"),
-        ("<image>\nLocate man on left amodally, output its bbox coordinates using JSON format.", "amodal"),
+        (
+            "<image>\nLocate man on left amodally, output its bbox coordinates using JSON format.",
+            "amodal",
+        ),
         (
             "<image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
             "<ref>man on left</ref>",
@@ -271,14 +302,13 @@ def test_the_authors_rl_rows_become_pixels(tmp_path, question, task):
         extra_info=dict(split="train", index=0, height=480, width=640, question=question),
     )
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train_grounding.parquet")
-    (sample,) = load_rl_parquet(tmp_path / "train_grounding.parquet", dataset="egm_rl", split="train", image_root="egm")
+    (sample,) = load_rl_parquet(
+        tmp_path / "train_grounding.parquet", dataset="egm_rl", split="train", image_root="egm"
+    )
     assert (sample["expression"], sample["task"]) == ("man on left", task)
     assert sample["gt_box"] == [0, 120, 320, 480]
     assert sample["image"] == "egm/coco_flip/train2014/COCO_train2014_000000000057.jpg"
     assert sample["image_id"] == "57" and sample["flipped"]
-
-
-# --- COCO-Amodal ---
 
 
 def region(**changes):
@@ -316,9 +346,17 @@ def write_coco_amodal(path, *regions):
     path.write_text(
         json.dumps(
             {
-                "images": [dict(id=57, file_name="COCO_val2014_000000000057.jpg", width=100, height=120)],
+                "images": [
+                    dict(id=57, file_name="COCO_val2014_000000000057.jpg", width=100, height=120)
+                ],
                 "annotations": [
-                    dict(id=5, image_id=57, size=len(regions), depth_constraint="1-2", regions=list(regions))
+                    dict(
+                        id=5,
+                        image_id=57,
+                        size=len(regions),
+                        depth_constraint="1-2",
+                        regions=list(regions),
+                    )
                 ],
             }
         )
@@ -336,9 +374,13 @@ def test_coco_amodal_gives_the_whole_and_the_visible_box(tmp_path, mask):
     )
     rows = load_coco_amodal(path, split="val", image_root="images")
     assert rows["gt_box"][:] == [[10, 10, 60, 90], [10, 10, 60, 90], [0, 0, 30, 40]]
-    assert rows["modal_box"][:] == [[10, 10, 60, 90], [10, 50, 60, 90], [0, 0, 30, 40]]  # null mask: nothing is hidden
+    # Null mask: nothing is hidden
+    assert rows["modal_box"][:] == [[10, 10, 60, 90], [10, 50, 60, 90], [0, 0, 30, 40]]
     assert rows["num_lookalikes"][:] == [1, 0, 1] and rows["image_id"][:] == ["57"] * 3
-    assert set(rows["task"]) == {"amodal"} and rows["image"][0] == "images/COCO_val2014_000000000057.jpg"
+    assert (
+        set(rows["task"]) == {"amodal"}
+        and rows["image"][0] == "images/COCO_val2014_000000000057.jpg"
+    )
 
 
 @pytest.mark.parametrize("mask", [rle, runs])
@@ -368,7 +410,8 @@ def test_coco_amodal_filters_and_counts(tmp_path):
     ("change", "reason"),
     [
         (dict(visible_mask=rle(0, 0, 5, 5, width=50)), "mask of size"),
-        (dict(visible_mask={"size": [120, 100], "counts": "PPPo"}), "run-length code"),  # promises a character too many
+        # Promises a character too many
+        (dict(visible_mask={"size": [120, 100], "counts": "PPPo"}), "run-length code"),
         (dict(visible_mask={"size": [120, 100], "counts": [5, 5]}), "add up"),
         (dict(visible_mask={"size": [120, 100], "counts": [-5, 12005]}), "add up"),
         (dict(segmentation=[1, 2, 3, 4, 5, 6, 7]), "odd number"),
@@ -383,14 +426,19 @@ def test_coco_amodal_refuses_with_file_region_and_reason(tmp_path, change, reaso
     assert reason in str(caught.value) and str(path) in str(caught.value)
 
 
-# --- TAO-Amodal ---
-
-
 def write_tao(path, *annotations):
     path.write_text(
         json.dumps(
             {
-                "images": [dict(id=3, file_name="train/YFCC100M/v/frame0391.jpg", width=640, height=480, video_id=1)],
+                "images": [
+                    dict(
+                        id=3,
+                        file_name="train/YFCC100M/v/frame0391.jpg",
+                        width=640,
+                        height=480,
+                        video_id=1,
+                    )
+                ],
                 "videos": [],
                 "tracks": [],
                 "categories": [dict(id=805, name="baby_buggy")],
@@ -428,20 +476,31 @@ def test_tao_boxes_may_leave_the_picture(tmp_path):
     )
     rows = load_tao_amodal(path, split="train", image_root="tao")
     assert rows["gt_box"][:] == [[-40, 10, 20, 40], [-90, 0, -40, 40], [0, 0, 5, 5]]
-    assert rows["modal_box"][:] == [[0, 10, 20, 40], None, [0, 10, 20, 40]]  # visibility 0: nothing to see
-    assert rows["expression"][0] == "baby buggy" and rows["image_id"][0] == "tao-3"  # not COCO's picture 3
+    # Visibility 0: nothing to see
+    assert rows["modal_box"][:] == [[0, 10, 20, 40], None, [0, 10, 20, 40]]
+    # Not COCO's picture 3
+    assert rows["expression"][0] == "baby buggy" and rows["image_id"][0] == "tao-3"
     assert rows["image"][0] == "tao/train/YFCC100M/v/frame0391.jpg"
     assert len(load_tao_amodal(path, split="train", uncertain=False)) == 2
     assert len(load_tao_amodal(path, split="train", min_occlusion=0.9)) == 1
 
 
 def test_boxes_are_cut_to_what_an_answer_can_say(tmp_path):
-    path = write_tao(tmp_path / "a.json", tao(1, (-40, 10, 60, 30)), tao(2, (-90, 0, 50, 40)), tao(3, (5, 5, 10, 10)))
+    path = write_tao(
+        tmp_path / "a.json",
+        tao(1, (-40, 10, 60, 30)),
+        tao(2, (-90, 0, 50, 40)),
+        tao(3, (5, 5, 10, 10)),
+    )
     samples, counts = load_tao_amodal(path, split="train"), Counter()
     fitted = fit_to_picture(samples, counts)
     assert fitted["gt_box"][:] == [[0, 10, 20, 40], [5, 5, 15, 15]]
     assert iou(fitted["gt_box"][0], samples["gt_box"][0]) < 0.5
-    assert counts == {"cut at the border": 1, "of these, IoU with the whole box < 0.5": 1, "wholly outside": 1}
+    assert counts == {
+        "cut at the border": 1,
+        "of these, IoU with the whole box < 0.5": 1,
+        "wholly outside": 1,
+    }
 
 
 def test_tao_refuses_what_does_not_fit(tmp_path):
@@ -449,7 +508,9 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(SampleError, match="annotation 2"):
         load_tao_amodal(path, split="train")
     with pytest.raises(SampleError, match="picture 9"):
-        load_tao_amodal(write_tao(tmp_path / "b.json", tao(1, (0, 0, 5, 5), image_id=9)), split="train")
+        load_tao_amodal(
+            write_tao(tmp_path / "b.json", tao(1, (0, 0, 5, 5), image_id=9)), split="train"
+        )
     (tmp_path / "c.json").write_text("[" * 100_000)
     with pytest.raises(SampleError, match="not JSON"):
         load_tao_amodal(tmp_path / "c.json", split="train")

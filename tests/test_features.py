@@ -50,11 +50,14 @@ def test_a_cell_s_features_are_found_where_the_box_is():
     def look(pixels, grid_thw, forward=visual.forward):
         output = forward(pixels, grid_thw=grid_thw)
         told.append(grid_thw.prod(dim=-1) // visual.spatial_merge_size**2)
-        for seen, count in zip(output.pooler_output.split(told[-1].tolist()), told[-1].tolist(), strict=True):
+        for seen, count in zip(
+            output.pooler_output.split(told[-1].tolist()), told[-1].tolist(), strict=True
+        ):
             seen[:] = seen.new_tensor(range(count))[:, None]
         return output
 
     visual.forward = look
-    images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]  # cells of 16 px: 4 x 2 and 2 x 4
+    # Cells of 16 px: 4 x 2 and 2 x 4
+    images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]
     got = cell_features(model, processor, images, [(50, 20, 60, 30), (2, 34, 10, 44)])
     assert got.shape == (2, 64) and got[:, 0].tolist() == [7, 4]

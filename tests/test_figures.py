@@ -1,4 +1,6 @@
-"""Figures from files: what is there is drawn, what is not is said, the same files give the same bytes."""
+"""Figures from files: what is there is drawn, what is not is said, the same files give the same
+bytes.
+"""
 
 import json
 
@@ -32,10 +34,15 @@ def test_every_figure_is_drawn_from_a_whole_run_and_listed(toy):
 
 
 def test_bands_of_training_curves():
-    """Two seeds: from one to the other. Three: the t interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3)."""
+    """Two seeds: from one to the other. Three: the t interval of 1, 2, 3 is 2 +- 4.303 /
+    sqrt(3).
+    """
     for seeds, expected in ((1, (1.0, 1.0)), (2, (1.0, 2.0)), (3, (2 - 2.4842, 2 + 2.4842))):
         ax = Figure().subplots()
-        frames = [pd.DataFrame({"step": range(1, 21), "loss": float(seed)}) for seed in range(1, seeds + 1)]
+        frames = [
+            pd.DataFrame({"step": range(1, 21), "loss": float(seed)})
+            for seed in range(1, seeds + 1)
+        ]
         _curve(ax, frames, "loss", "vanilla")
         [band] = ax.collections
         heights = band.get_paths()[0].vertices[:, 1]

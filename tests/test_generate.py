@@ -1,4 +1,6 @@
-"""Prediction files: complete, in order, the same after a kill; engines: the same answers in a batch as alone."""
+"""Prediction files: complete, in order, the same after a kill; engines: the same answers in a batch
+as alone.
+"""
 
 import json
 import threading
@@ -34,11 +36,19 @@ GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=12, repet
 
 def sample(number: int, **changes) -> dict:
     return {
-        "sample_id": f"s{number}", "dataset": "refcoco", "split": "val", "task": "vanilla",
-        "image": f"{number % 3}.png", "width": 64, "height": 48,
+        "sample_id": f"s{number}",
+        "dataset": "refcoco",
+        "split": "val",
+        "task": "vanilla",
+        "image": f"{number % 3}.png",
+        "width": 64,
+        "height": 48,
         "expression": "the red one " + "and the next " * (number % 4),
-        "gt_box": [0.0, 0.0, 32.0, 24.0], "image_id": str(number % 3), "flipped": False, **changes,
-    }  # fmt: skip
+        "gt_box": [0.0, 0.0, 32.0, 24.0],
+        "image_id": str(number % 3),
+        "flipped": False,
+        **changes,
+    }
 
 
 @pytest.fixture
@@ -70,12 +80,16 @@ class FakeEngine:
 
 
 def run(engine, samples, root, out, **options):
-    common = {"model": "small-base", "profile": "test", "seed": 0, "root": root, "sampling": GREEDY, **options}
+    common = {
+        "model": "small-base",
+        "profile": "test",
+        "seed": 0,
+        "root": root,
+        "sampling": GREEDY,
+        **options,
+    }
     predict(samples, engine, out=out, **common)
     return [json.loads(line) for line in out.read_text().splitlines()]
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_rows_carry_sample_prompt_and_boxes_in_pixels(pictures):
@@ -99,7 +113,8 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(pictures):
         engine = FakeEngine()
         run(engine, samples, pictures, out)
         assert out.read_text() == whole.read_text()
-        assert engine.asked < 50 - kept + 16  # what is finished is not asked again, but for one window
+        # What is finished is not asked again, but for one window
+        assert engine.asked < 50 - kept + 16
 
 
 def test_rows_of_another_model_are_not_continued(pictures):
@@ -113,9 +128,15 @@ def test_rows_of_another_model_are_not_continued(pictures):
 
 def test_a_corrupt_picture_marks_its_row_and_the_run_goes_on(pictures):
     (pictures / "1.png").write_bytes(b"not a picture")
-    rows = run(FakeEngine(), [sample(number) for number in range(6)], pictures, pictures / "out.jsonl")
+    rows = run(
+        FakeEngine(), [sample(number) for number in range(6)], pictures, pictures / "out.jsonl"
+    )
     assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "error", "ok"]
-    assert "1.png" in rows[1]["error"] and rows[1]["box"] is None and rows[1]["finish_reason"] == "error"
+    assert (
+        "1.png" in rows[1]["error"]
+        and rows[1]["box"] is None
+        and rows[1]["finish_reason"] == "error"
+    )
 
 
 def test_errors_are_asked_again_only_on_request(pictures):
@@ -132,16 +153,28 @@ def test_errors_are_asked_again_only_on_request(pictures):
 
 def test_an_engine_that_fails_everywhere_stops_the_run(pictures):
     with pytest.raises(EngineFailure, match="no memory"):
-        run(FakeEngine(lambda prompt: True), [sample(0), sample(1)], pictures, pictures / "out.jsonl")
+        run(
+            FakeEngine(lambda prompt: True),
+            [sample(0), sample(1)],
+            pictures,
+            pictures / "out.jsonl",
+        )
 
 
 def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(pictures):
     samples = [sample(number) for number in range(40)]
     engine, out = FakeEngine(), pictures / "latency" / "small-base.jsonl"
-    options = {"out": out, "model": "small-base", "root": pictures, "sampling": GREEDY, "num_samples": 8}
+    options = {
+        "out": out,
+        "model": "small-base",
+        "root": pictures,
+        "sampling": GREEDY,
+        "num_samples": 8,
+    }
     rows = measure_latency(samples, engine, warmup=2, concurrencies=(1, 4, 64), **options)
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
-    assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16  # 64: there are too few samples
+    # 64: there are too few samples
+    assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16
     assert engine.asked == (2 + 8) + (4 + 16) and engine.batch_size == 2
     assert all(row["latency_ms"] == 1.5 and {"torch", "transformers"} <= set(row) for row in rows)
     again = measure_latency(samples, engine, concurrencies=(1, 4), **options)
@@ -149,7 +182,9 @@ def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(pictur
 
 
 class StreamingServer(ThreadingHTTPServer):
-    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests it has at a time."""
+    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests
+    it has at a time.
+    """
 
     request_queue_size, daemon_threads = 128, True
 
@@ -195,15 +230,29 @@ def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as
     engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)
     samples = [sample(number) for number in range(24)]
     rows = measure_latency(
-        samples, engine, out=pictures / "l.jsonl", model="m", root=pictures, sampling=GREEDY, num_samples=2,
-        concurrencies=(1, 6), warmup=1,
-    )  # fmt: skip
+        samples,
+        engine,
+        out=pictures / "l.jsonl",
+        model="m",
+        root=pictures,
+        sampling=GREEDY,
+        num_samples=2,
+        concurrencies=(1, 6),
+        warmup=1,
+    )
     assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 24)
-    assert all(body["stream"] and body["stream_options"] == {"include_usage": True} for body in server.bodies)
+    assert all(
+        body["stream"] and body["stream_options"] == {"include_usage": True}
+        for body in server.bodies
+    )
     delay_ms = StreamingHandler.DELAY_S * 1000
     for row in rows:
         assert row["first_token_ms"] >= delay_ms and row["latency_ms"] >= 3 * delay_ms
-        assert (row["prompt_tokens"], row["answer_tokens"], row["finish_reason"]) == (7, 9, "length")
+        assert (row["prompt_tokens"], row["answer_tokens"], row["finish_reason"]) == (
+            7,
+            9,
+            "length",
+        )
     # of one at least: on a busy machine the client may read late
     assert max(row["latency_ms"] - row["first_token_ms"] for row in rows) >= delay_ms
     [answer] = engine.answer(requests_of(1), GREEDY)
@@ -214,19 +263,21 @@ def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as
     assert gone.finish_reason == "error" and "Connection" in gone.error
 
 
-# --- transformers --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def engine():
     model, processor = tiny_qwen()
-    return TransformersEngine(model, "qwen3-vl", "float32", batch_size=4, processor=processor, device="cpu")
+    return TransformersEngine(
+        model, "qwen3-vl", "float32", batch_size=4, processor=processor, device="cpu"
+    )
 
 
 def requests_of(count: int) -> list[Request]:
     """Pictures of two sizes and prompts of many lengths, so that batches are padded."""
     rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (48, 32 + 16 * (n % 2), 3), dtype=np.uint8)) for n in range(count)]
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (48, 32 + 16 * (n % 2), 3), dtype=np.uint8))
+        for n in range(count)
+    ]
     return [Request(picture, "find " + "x" * (7 * n % 11)) for n, picture in enumerate(pictures)]
 
 
@@ -253,21 +304,34 @@ def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(engine, penalty):
+def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(
+    engine, penalty
+):
     sampling, requests = replace(GREEDY, repetition_penalty=penalty), requests_of(4)
     model, processor = tiny_qwen()
-    uncached = TransformersEngine(model, "qwen3-vl", processor=processor, device="cpu", cache_vision=False)
+    uncached = TransformersEngine(
+        model, "qwen3-vl", processor=processor, device="cpu", cache_vision=False
+    )
     answers = list(uncached.answer(requests, sampling))
-    timeless = [replace(answer, latency_ms=None, first_token_ms=None) for answer in engine.answer(requests, sampling)]
+    timeless = [
+        replace(answer, latency_ms=None, first_token_ms=None)
+        for answer in engine.answer(requests, sampling)
+    ]
     assert [replace(answer, latency_ms=None, first_token_ms=None) for answer in answers] == timeless
     text = processor.apply_chat_template(
         engine.family.messages(requests[1].prompt), tokenize=False, add_generation_prompt=True
     )
     inputs = processor(text=[text], images=[[requests[1].image]], return_tensors="pt")
     output = model.generate(
-        **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=engine.suppress_ids, repetition_penalty=penalty
+        **inputs,
+        max_new_tokens=12,
+        do_sample=False,
+        suppress_tokens=engine.suppress_ids,
+        repetition_penalty=penalty,
     )[0, inputs["input_ids"].shape[1] :].tolist()
-    expected = processor.tokenizer.decode([token for token in output if token not in engine.eos_ids])
+    expected = processor.tokenizer.decode(
+        [token for token in output if token not in engine.eos_ids]
+    )
     assert answers[1].raw_answer == "<think>\n" + expected
 
 
@@ -282,18 +346,26 @@ def test_internvl_s_padded_batches_equal_generate_one_by_one():
         )
         inputs = processor(text=[text], images=[[request.image]], return_tensors="pt")
         output = model.generate(
-            **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=engine.suppress_ids or None
+            **inputs,
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=engine.suppress_ids or None,
         )[0, inputs["input_ids"].shape[1] :].tolist()
-        expected = processor.tokenizer.decode([token for token in output if token not in engine.eos_ids])
+        expected = processor.tokenizer.decode(
+            [token for token in output if token not in engine.eos_ids]
+        )
         assert answer.error is None and answer.raw_answer.endswith(expected) and expected
 
 
 def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, monkeypatch):
     requests = requests_of(4)
-    # let tokens in the middle of three of the four answers count as an end, so that the batch shrinks
+    # let tokens in the middle of three of the four answers count as an end, so that the batch
+    # shrinks
     byte_ids = engine.processor.tokenizer
     answers = [next(iter(engine.answer([request], GREEDY))) for request in requests[:3]]
-    tokens = [byte_ids(answer.raw_answer.removeprefix("<think>\n"))["input_ids"] for answer in answers]
+    tokens = [
+        byte_ids(answer.raw_answer.removeprefix("<think>\n"))["input_ids"] for answer in answers
+    ]
     ends = {ids[4 + number] for number, ids in enumerate(tokens)}
     monkeypatch.setattr(engine, "eos_ids", engine.eos_ids | ends)
     expected = [next(iter(engine.answer([request], GREEDY))) for request in requests]
@@ -306,7 +378,11 @@ def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, 
 def test_vision_placeholders_are_never_sampled(engine):
     hot = replace(GREEDY, temperature=50.0, top_k=None, max_new_tokens=40)
     text = "".join(answer.raw_answer for answer in engine.answer(requests_of(4), hot))
-    assert "<|image_pad|>" not in text and "<|video_pad|>" not in text and "<|vision_start|>" not in text
+    assert (
+        "<|image_pad|>" not in text
+        and "<|video_pad|>" not in text
+        and "<|vision_start|>" not in text
+    )
 
 
 def test_sampling_repeats_with_its_seed_and_moves_with_it(engine, monkeypatch):
@@ -322,12 +398,17 @@ def test_without_reasoning_the_form_binds_even_a_model_of_random_weights(engine,
     free = replace(GREEDY, temperature=temperature, max_new_tokens=320)
     pattern = ANSWER_PATTERNS["qwen3-vl"]
     for answer in engine.answer(requests_of(3), free, reasoning=False):
-        assert answer.raw_answer.startswith("<think>\n</think>\n\n") and answer.reasoning_tokens == 0
+        assert (
+            answer.raw_answer.startswith("<think>\n</think>\n\n") and answer.reasoning_tokens == 0
+        )
         written = answer.raw_answer.removeprefix("<think>\n</think>\n\n")
         assert regex.fullmatch(pattern, written, partial=answer.finish_reason == "length")
         assert "bbox_2d" in written
-    for answer in engine.answer(requests_of(3), free):  # unbound, the same weights write anything else
-        assert not regex.fullmatch(pattern, answer.raw_answer.removeprefix("<think>\n"), partial=True)
+    # Unbound, the same weights write anything else
+    for answer in engine.answer(requests_of(3), free):
+        assert not regex.fullmatch(
+            pattern, answer.raw_answer.removeprefix("<think>\n"), partial=True
+        )
 
 
 def test_one_bad_request_of_a_batch_does_not_take_the_others_with_it(engine, monkeypatch):
@@ -344,28 +425,32 @@ def test_one_bad_request_of_a_batch_does_not_take_the_others_with_it(engine, mon
     assert "out of memory" in answers[2].error
 
 
-# --- the form of an answer -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("label", ["red cup", 'the "big" one', "Café, left"])
 def test_the_form_admits_what_the_family_writes(family, label):
-    text = family.answer((3, 4, 50, 40), (64, 48), label, None).removeprefix(family.no_reasoning_prefix)
+    text = family.answer((3, 4, 50, 40), (64, 48), label, None).removeprefix(
+        family.no_reasoning_prefix
+    )
     assert regex.fullmatch(ANSWER_PATTERNS[family.name], text)
 
 
-@pytest.mark.parametrize("text", [
-    "I look first. [{\"bbox_2d\": [1, 2, 3, 4]}]",  # reasoning before the answer
-    '[{"bbox_2d": [1, 2, 3]}]',  # three numbers
-    '[{"bbox_2d": [1, 2, 3, 1001]}]',  # outside 0..1000
-    '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',  # two boxes
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        'I look first. [{"bbox_2d": [1, 2, 3, 4]}]',  # reasoning before the answer
+        '[{"bbox_2d": [1, 2, 3]}]',  # three numbers
+        '[{"bbox_2d": [1, 2, 3, 1001]}]',  # outside 0..1000
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',  # two boxes
+    ],
+)
 def test_the_form_refuses(text):
     assert not regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], text)
 
 
 def bound(engine, max_new_tokens: int):
-    [answer] = engine.answer(requests_of(1), replace(GREEDY, max_new_tokens=max_new_tokens), reasoning=False)
+    [answer] = engine.answer(
+        requests_of(1), replace(GREEDY, max_new_tokens=max_new_tokens), reasoning=False
+    )
     return answer, answer.raw_answer.removeprefix("<think>\n</think>\n\n")
 
 
@@ -375,13 +460,13 @@ def test_a_bound_answer_ends_where_its_form_ends_or_where_its_tokens_do(engine):
     assert whole.finish_reason == "stop" and regex.fullmatch(pattern, text)
     for cut in (1, whole.answer_tokens // 2, whole.answer_tokens - 1):
         answer, start = bound(engine, cut)
-        assert (answer.finish_reason, answer.answer_tokens) == ("length", cut) and text.startswith(start)
+        assert (answer.finish_reason, answer.answer_tokens) == ("length", cut) and text.startswith(
+            start
+        )
         assert regex.fullmatch(pattern, start, partial=True)
-    answer, exact = bound(engine, whole.answer_tokens)  # the form is complete, but no token was left to say so
+    # The form is complete, but no token was left to say so
+    answer, exact = bound(engine, whole.answer_tokens)
     assert exact == text and answer.finish_reason == "length"
-
-
-# --- OpenAI-compatible ---------------------------------------------------------------------------------------------
 
 
 class FakeServer:
@@ -394,10 +479,18 @@ class FakeServer:
     def create(self, **call):
         self.calls.append(call)
         bound = self.honours and "response_format" in call
-        content = '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]' if bound else "hm\n</think>\n\n[1, 2, 3, 4]"
+        content = (
+            '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]'
+            if bound
+            else "hm\n</think>\n\n[1, 2, 3, 4]"
+        )
         message = SimpleNamespace(content=content, reasoning_content=None)
-        usage = SimpleNamespace(prompt_tokens=7, completion_tokens=9, completion_tokens_details=None)
-        return SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage)
+        usage = SimpleNamespace(
+            prompt_tokens=7, completion_tokens=9, completion_tokens_details=None
+        )
+        return SimpleNamespace(
+            choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage
+        )
 
 
 def endpoint(server) -> OpenAIEngine:
@@ -410,7 +503,9 @@ def test_endpoint_sends_table_8_and_a_lossless_picture():
     [call] = server.calls
     assert (call["temperature"], call["top_p"], call["max_tokens"]) == (0, 1, 12)
     assert call["extra_body"] == {"repetition_penalty": 1.0, "top_k": 20}
-    assert call["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert call["messages"][0]["content"][0]["image_url"]["url"].startswith(
+        "data:image/png;base64,"
+    )
     assert answer.raw_answer == "<think>\nhm\n</think>\n\n[1, 2, 3, 4]" and answer.latency_ms > 0
 
 
@@ -435,10 +530,10 @@ def test_rows_of_answers_given_together_have_no_latency(pictures):
 
 def test_torch_is_not_left_with_gradients(engine):
     list(engine.answer(requests_of(1), GREEDY))
-    assert all(parameter.grad is None for parameter in engine.model.parameters()) and torch.is_grad_enabled()
-
-
-# --- other ways to decode ------------------------------------------------------------------------------------------
+    assert (
+        all(parameter.grad is None for parameter in engine.model.parameters())
+        and torch.is_grad_enabled()
+    )
 
 
 def test_a_begun_answer_is_continued_where_it_stopped(engine):
@@ -446,12 +541,16 @@ def test_a_begun_answer_is_continued_where_it_stopped(engine):
     [whole] = engine.answer([request], GREEDY)
     [start] = engine.answer([request], replace(GREEDY, max_new_tokens=1))
     [rest] = engine.answer([replace(request, begun="looking")], GREEDY)
-    assert rest.raw_answer.startswith("<think>\nlooking") and whole.raw_answer.startswith(start.raw_answer)
+    assert rest.raw_answer.startswith("<think>\nlooking") and whole.raw_answer.startswith(
+        start.raw_answer
+    )
     assert rest.prompt_tokens == whole.prompt_tokens + len("looking")
 
 
 class Thinker:
-    """Thinks for 10 tokens ("a " each), then answers in 3; goes on from what was begun. Sampled boxes are scripted."""
+    """Thinks for 10 tokens ("a " each), then answers in 3; goes on from what was begun. Sampled
+    boxes are scripted.
+    """
 
     family, revision, batch_size = FAMILIES["qwen3-vl"], None, 4
 
@@ -481,7 +580,8 @@ def test_a_budget_closes_the_reasoning_and_counts_what_was_thought():
     long = replace(GREEDY, max_new_tokens=50)
     [plain] = Thinker().answer(requests, long)
     assert list(decoded_as(Thinker(), "small-egm@budget-40").answer(requests, long)) == [plain]
-    [cut] = decoded_as(Thinker(), "small-egm@budget-12").answer(requests, long)  # cut within the answer
+    # Cut within the answer
+    [cut] = decoded_as(Thinker(), "small-egm@budget-12").answer(requests, long)
     assert (cut.reasoning_tokens, cut.answer_tokens) == (11, 4)
 
 
@@ -489,7 +589,9 @@ def test_a_majority_outvotes_a_stray_sample():
     near, far = [0, 0, 500, 500], [600, 600, 900, 900]
     requests = [Request(Image.new("RGB", (10, 10)), "find")]
     thinker = Thinker([far, near, None, [0, 0, 500, 480]])
-    [answer] = decoded_as(thinker, "small-egm@majority-4").answer(requests, replace(GREEDY, max_new_tokens=50))
+    [answer] = decoded_as(thinker, "small-egm@majority-4").answer(
+        requests, replace(GREEDY, max_new_tokens=50)
+    )
     assert answer.raw_answer.endswith("[[0, 0, 500, 500]]") and thinker.seed == 0
     assert answer.reasoning_tokens == 44 and answer.answer_tokens == 12
     assert most_agreed([None, None]) == 0
@@ -505,16 +607,25 @@ def test_a_service_s_key_comes_from_the_variable_that_the_profile_names(monkeypa
     monkeypatch.setenv("OPENAI_API_KEY", "key-of-another-company")
     monkeypatch.delenv("HERE_API_KEY", raising=False)
     profile = load_profile("eval-qwen3vl-235b")
-    away = replace(profile.generation, base_url="https://example.invalid/v1", api_key_env="HERE_API_KEY")
-    with pytest.raises(ProfileError, match=r"no key for https://example\.invalid/v1: set .* HERE_API_KEY"):
+    away = replace(
+        profile.generation, base_url="https://example.invalid/v1", api_key_env="HERE_API_KEY"
+    )
+    with pytest.raises(
+        ProfileError, match=r"no key for https://example\.invalid/v1: set .* HERE_API_KEY"
+    ):
         make_engine(replace(profile, generation=away), profile.models.large)
     monkeypatch.setenv("HERE_API_KEY", "its-own-key")
-    assert make_engine(replace(profile, generation=away), profile.models.large).client.api_key == "its-own-key"
+    assert (
+        make_engine(replace(profile, generation=away), profile.models.large).client.api_key
+        == "its-own-key"
+    )
 
 
 def test_vllm_gets_the_profile_s_gpus_and_the_model_s_revision(monkeypatch):
     monkeypatch.setattr(generate, "VLLMEngine", lambda *args, **options: (args, options))
     profile = load_profile("eval-egm-8b")
-    profile = replace(profile, generation=replace(profile.generation, engine="vllm", tensor_parallel=2))
+    profile = replace(
+        profile, generation=replace(profile.generation, engine="vllm", tensor_parallel=2)
+    )
     (path, family), options = make_engine(profile, replace(profile.models.small, revision="abc"))
     assert family == "qwen3-vl" and options["tensor_parallel"] == 2 and options["revision"] == "abc"

@@ -1,4 +1,6 @@
-"""GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are not one policy."""
+"""GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are
+not one policy.
+"""
 
 import json
 import shlex
@@ -53,14 +55,24 @@ def half_right(completions, **kwargs) -> list[float]:
     return [float(place % 2 == 0) for place in range(len(completions))]
 
 
-def trainer_of(world, tmp_path, *, shared=None, reward=count_letter, seed=0, family=FAMILY, **changes):
+def trainer_of(
+    world, tmp_path, *, shared=None, reward=count_letter, seed=0, family=FAMILY, **changes
+):
     folder, samples, root = world
     model, processor = stored(folder, family.name)
     trainer = make_trainer(
-        model, processor, question_rows(samples, family, root), family, grpo_options(**changes),
-        work=work_folder(tmp_path / "out"), log=tmp_path / "log.jsonl", groups=tmp_path / "groups.jsonl", seed=seed,
-        shared_prefix=shared, reward=reward,
-    )  # fmt: skip
+        model,
+        processor,
+        question_rows(samples, family, root),
+        family,
+        grpo_options(**changes),
+        work=work_folder(tmp_path / "out"),
+        log=tmp_path / "log.jsonl",
+        groups=tmp_path / "groups.jsonl",
+        seed=seed,
+        shared_prefix=shared,
+        reward=reward,
+    )
     return trainer, processor
 
 
@@ -68,11 +80,19 @@ def logged(log, key: str) -> list[float]:
     return [line[key] for line in map(json.loads, log.read_text().splitlines()) if key in line]
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"beta": 0.0, "entropy_coef": 0.05, "per_device_train_batch_size": 16}, {"ratio_level": "sequence"},
-], ids=["kl", "entropy", "sequence"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta": 0.0, "entropy_coef": 0.05, "per_device_train_batch_size": 16},
+        {"ratio_level": "sequence"},
+    ],
+    ids=["kl", "entropy", "sequence"],
+)
 def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
-    """The same completions and advantages through both: our shared prefix and loss, TRL's forward and loss."""
+    """The same completions and advantages through both: our shared prefix and loss, TRL's forward
+    and loss.
+    """
     ours, processor = trainer_of(world, tmp_path, shared=True, **changes)
     trl, _ = trainer_of(world, tmp_path, shared=False, **changes)
     for trainer in (ours, trl):  # a reference that differs: the KL is not zero
@@ -96,24 +116,34 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
         assert all(ids == p.ids for ids, p in zip(inputs["input_ids"].tolist(), texts, strict=True))
         kind = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(part["completion"])], dim=1)
         batch = {
-            "prompt_ids": inputs["input_ids"], "prompt_mask": inputs["attention_mask"], "mm_token_type_ids": kind,
-            "completion_ids": part["completion"], "completion_mask": part["mask"].long(),
-            "advantages": part["advantages"], "num_items_in_batch": torch.tensor(part["num_tokens"]),
-            "pixel_values": inputs["pixel_values"], "image_grid_thw": inputs["image_grid_thw"],
+            "prompt_ids": inputs["input_ids"],
+            "prompt_mask": inputs["attention_mask"],
+            "mm_token_type_ids": kind,
+            "completion_ids": part["completion"],
+            "completion_mask": part["mask"].long(),
+            "advantages": part["advantages"],
+            "num_items_in_batch": torch.tensor(part["num_tokens"]),
+            "pixel_values": inputs["pixel_values"],
+            "image_grid_thw": inputs["image_grid_thw"],
             "num_images": [1] * len(images),
-        }  # fmt: skip
+        }
         if trl.beta:
             with torch.no_grad():
                 batch["ref_per_token_logps"] = trl._get_per_token_logps_and_entropies(
-                    trl.ref_model, torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1), part["completion"].shape[1],
-                    pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
-                    num_images=batch["num_images"], mm_token_type_ids=kind,
-                )[0]  # fmt: skip
+                    trl.ref_model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+                    part["completion"].shape[1],
+                    pixel_values=batch["pixel_values"],
+                    image_grid_thw=batch["image_grid_thw"],
+                    num_images=batch["num_images"],
+                    mm_token_type_ids=kind,
+                )[0]
         part_loss = trl._compute_loss(trl.model, batch)
         part_loss.backward()
         trl_loss += part_loss.item()
-    if not changes.get("entropy_coef"):  # TRL's entropy is a mean per part, ours over all tokens: one part there
+    # TRL's entropy is a mean per part, ours over all tokens: one part there
+    if not changes.get("entropy_coef"):
         assert len(parts) == 2
     assert loss.item() == pytest.approx(trl_loss, abs=1e-5)
     pairs = zip(ours.model.named_parameters(), trl.model.named_parameters(), strict=True)
@@ -122,26 +152,45 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize(("shared", "changes"), [
-    (True, {}), (True, {"lora": Lora(r=2, alpha=4)}), (False, {}), (False, {"lora": Lora(r=2, alpha=4)}),
-], ids=["full", "lora", "plain-full", "plain-lora"])  # fmt: skip
-def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tmp_path, shared, changes):
+@pytest.mark.parametrize(
+    ("shared", "changes"),
+    [
+        (True, {}),
+        (True, {"lora": Lora(r=2, alpha=4)}),
+        (False, {}),
+        (False, {"lora": Lora(r=2, alpha=4)}),
+    ],
+    ids=["full", "lora", "plain-full", "plain-lora"],
+)
+def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
+    world, tmp_path, shared, changes
+):
     trainer, processor = trainer_of(world, tmp_path, shared=shared, reward=half_right, **changes)
     moved = moved_names(world[0], train_to(trainer, processor, tmp_path / "out"))
     assert moved and all("language_model" in name or "lm_head" in name for name in moved)
     names = {
-        "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio", "entropy",
-        "clip_ratio/region_mean", "grad_norm",
-    }  # fmt: skip
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "entropy",
+        "clip_ratio/region_mean",
+        "grad_norm",
+    }
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert names <= first.keys()
-    expected = {"reward": 0.5, "acc_at_50": 0.5, "mean_iou": 0.5, "group_std": (4 * 0.25 / 3) ** 0.5}
+    expected = {
+        "reward": 0.5,
+        "acc_at_50": 0.5,
+        "mean_iou": 0.5,
+        "group_std": (4 * 0.25 / 3) ** 0.5,
+    }
     assert {name: first[name] for name in expected} == pytest.approx(expected)
     seconds = [first[f"time/{part}"] for part in ("rollout", "reward", "update")]
     assert min(seconds) > 0 and sum(seconds) <= first["elapsed_s"] + 0.01
     tokens = 16 * first["completions/mean_length"]
     assert first["tokens_per_second"] * first["time/rollout"] == pytest.approx(tokens)
-    assert first["kl"] == pytest.approx(0.0, abs=1e-6)  # before the first step the policy is the reference
+    # Before the first step the policy is the reference
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
     if shared:
         assert first["sampling/sampling_logp_difference/mean"] < 1e-4
     board = EventAccumulator(str(tmp_path / "tensorboard" / "log")).Reload()
@@ -149,7 +198,9 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(world, tm
     for group in check_groups(tmp_path / "groups.jsonl", steps=[1] * 4 + [2] * 4):
         assert group["rewards"] == [1.0, 0.0, 1.0, 0.0]
         view = TraceViewer(groups=[group], root=world[2]).view["group"]["completions"]
-        assert [c["advantage"] for c in view] == group_advantages(torch.tensor(group["rewards"]), 4).tolist()
+        assert [c["advantage"] for c in view] == group_advantages(
+            torch.tensor(group["rewards"]), 4
+        ).tolist()
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)], ids=["full", "lora"])
@@ -157,18 +208,28 @@ def test_two_steps_of_internvl_move_the_language_model_alone(world, tmp_path, lo
     """Pictures of several tiles, and the InternVL column of Table 6: no KL, an entropy term."""
     folder = store_model(tmp_path / "model", "internvl-3")
     trainer, processor = trainer_of(
-        (folder, *world[1:]), tmp_path, reward=half_right, family=INTERNVL, lora=lora, beta=0.0, entropy_coef=0.01,
+        (folder, *world[1:]),
+        tmp_path,
+        reward=half_right,
+        family=INTERNVL,
+        lora=lora,
+        beta=0.0,
+        entropy_coef=0.01,
         per_device_train_batch_size=16,
-    )  # fmt: skip
+    )
     moved = moved_names(folder, train_to(trainer, processor, tmp_path / "out"))
     parts = ("_proj.",) if lora else ("language_model", "lm_head")
     assert moved and all(any(part in name for part in parts) for name in moved)
-    assert logged(tmp_path / "log.jsonl", "reward") == [0.5, 0.5] and logged(tmp_path / "log.jsonl", "entropy")
+    assert logged(tmp_path / "log.jsonl", "reward") == [0.5, 0.5] and logged(
+        tmp_path / "log.jsonl", "entropy"
+    )
     assert not read_groups(tmp_path / "groups.jsonl")[0]["completions"][0].startswith("<think>")
 
 
 def check_groups(path, steps: list[int]) -> list[dict]:
-    """The file's groups; each of a prompt with four completions that begin as the template begins them."""
+    """The file's groups; each of a prompt with four completions that begin as the template begins
+    them.
+    """
     groups = read_groups(path)
     assert [group["step"] for group in groups] == steps
     assert all(len(group["completions"]) == 4 for group in groups)
@@ -177,13 +238,21 @@ def check_groups(path, steps: list[int]) -> list[dict]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_truncated_completions_leave_the_update_where_the_profile_says_so(world, tmp_path, monkeypatch, masked):
-    """Two of four completions of a group end: with the mask, those alone are trained on; all are counted and scored."""
-    trainer, processor = trainer_of(world, tmp_path, reward=half_right, mask_truncated_completions=masked)
+def test_truncated_completions_leave_the_update_where_the_profile_says_so(
+    world, tmp_path, monkeypatch, masked
+):
+    """Two of four completions of a group end: with the mask, those alone are trained on; all are
+    counted and scored.
+    """
+    trainer, processor = trainer_of(
+        world, tmp_path, reward=half_right, mask_truncated_completions=masked
+    )
     end = processor.tokenizer.eos_token_id
     answers = [[40, 41, end], [42, 43, 44, 45], [46, end], [47, 48, 49, 50]]
     monkeypatch.setattr(
-        grpo_module, "sample", lambda model, prompts, *args: (answers * len(prompts), [[0.0] * 4] * 4 * len(prompts))
+        grpo_module,
+        "sample",
+        lambda model, prompts, *args: (answers * len(prompts), [[0.0] * 4] * 4 * len(prompts)),
     )
     parts = trainer._roll_out([row for row in trainer.train_dataset for _ in range(4)])
     kept = [tokens for part in parts for tokens in part["completion"].tolist()]
@@ -203,11 +272,19 @@ def test_the_mean_reward_rises_and_falls_with_the_sign_of_the_reward(world, tmp_
     def flipped(completions, **kwargs):
         return [-value for value in count_letter(completions)]
 
-    options = {"max_steps": 15, "num_generations": 16, "per_device_train_batch_size": 64, "beta": 0.0, "seed": seed}
+    options = {
+        "max_steps": 15,
+        "num_generations": 16,
+        "per_device_train_batch_size": 64,
+        "beta": 0.0,
+        "seed": seed,
+    }
     means = {}
     for name, reward in (("up", count_letter), ("down", flipped)):
         (tmp_path / name).mkdir()
-        trainer, processor = trainer_of(world, tmp_path / name, reward=reward, learning_rate=3e-3, **options)
+        trainer, processor = trainer_of(
+            world, tmp_path / name, reward=reward, learning_rate=3e-3, **options
+        )
         train_to(trainer, processor, tmp_path / name / "out")
         sign = 1 if name == "up" else -1
         means[name] = [sign * value for value in logged(tmp_path / name / "log.jsonl", "reward")]
@@ -236,13 +313,19 @@ def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
     trainer, processor = trainer_of(world, tmp_path / "killed", max_steps=4)
     train_to(trainer, processor, tmp_path / "killed/out")
     for key in ("reward", "loss", "grad_norm", "completions/mean_length"):
-        assert logged(tmp_path / "killed/log.jsonl", key) == logged(tmp_path / "whole/log.jsonl", key)
-    groups = check_groups(tmp_path / "killed/groups.jsonl", steps=[step for step in (1, 2, 3, 4) for _ in range(4)])
+        assert logged(tmp_path / "killed/log.jsonl", key) == logged(
+            tmp_path / "whole/log.jsonl", key
+        )
+    groups = check_groups(
+        tmp_path / "killed/groups.jsonl", steps=[step for step in (1, 2, 3, 4) for _ in range(4)]
+    )
     assert groups == read_groups(tmp_path / "whole/groups.jsonl")
 
 
 def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
-    trainer, processor = trainer_of(world, tmp_path, reward=lambda completions, **kwargs: [0.5] * len(completions))
+    trainer, processor = trainer_of(
+        world, tmp_path, reward=lambda completions, **kwargs: [0.5] * len(completions)
+    )
     assert not moved_names(world[0], train_to(trainer, processor, tmp_path / "out"))
     assert logged(tmp_path / "log.jsonl", "frac_reward_zero_std") == [1.0, 1.0]
 
@@ -255,7 +338,10 @@ def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkey
     grpo_module_sample = grpo_module.sample
     monkeypatch.setattr(grpo_module, "sample", drunk)
     trainer, processor = trainer_of(world, tmp_path)
-    with pytest.raises(TrainingError, match=r"disagree: mean log-prob .* by the trainer, .* mean difference 1\.0000"):
+    with pytest.raises(
+        TrainingError,
+        match=r"disagree: mean log-prob .* by the trainer, .* mean difference 1\.0000",
+    ):
         train_to(trainer, processor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -265,14 +351,17 @@ def test_nan_is_no_agreement():
         check_same_policy(torch.tensor([float("nan")]), torch.tensor([0.0]))
 
 
-@pytest.mark.parametrize(("ids", "ends", "collapsed"), [
-    ([1, 9, 9, 9, 2], (), [1, 9, 2]),
-    ([9, 9, 1, 9, 9, 9], (), [9, 1, 9]),  # two pictures
-    ([1, 1, 2], (), [1, 1, 2]),  # other repeated tokens stay
-    ([1, 7, 9, 9, 8, 2], (7, 8), [1, 9, 2]),  # InternVL-3's ends, which vLLM puts there
-    ([1, 7, 9, 9, 8, 2], (None, None), [1, 7, 9, 8, 2]),
-    ([], (), []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "ends", "collapsed"),
+    [
+        ([1, 9, 9, 9, 2], (), [1, 9, 2]),
+        ([9, 9, 1, 9, 9, 9], (), [9, 1, 9]),  # two pictures
+        ([1, 1, 2], (), [1, 1, 2]),  # other repeated tokens stay
+        ([1, 7, 9, 9, 8, 2], (7, 8), [1, 9, 2]),  # InternVL-3's ends, which vLLM puts there
+        ([1, 7, 9, 9, 8, 2], (None, None), [1, 7, 9, 8, 2]),
+        ([], (), []),
+    ],
+)
 def test_picture_tokens_collapse_to_one_a_picture(ids, ends, collapsed):
     assert collapse_picture_tokens(ids, 9, ends) == collapsed
 
@@ -286,13 +375,20 @@ def test_a_sampler_that_reads_another_prompt_is_stopped():
 def test_reward_sees_what_the_template_has_begun(world):
     reward = make_reward(stored(world[0])[1], FAMILY, 0.5)
     box = '```json\n[\n\t{"bbox_2d": [100, 100, 500, 500], "label": "x"}\n]\n```'
-    answers = [f"red\n</think>\n\n{box}", f"red {box}"]  # the second never stops thinking: its box does not count
+    # The second never stops thinking: its box does not count
+    answers = [f"red\n</think>\n\n{box}", f"red {box}"]
     assert reward(answers, [[10, 10, 50, 50]] * 2, [[100, 100]] * 2) == [1.0, 0.0]
 
 
 def test_profile_values_arrive_under_trl_s_names(tmp_path):
     options = trl_options(grpo_options(beta=0.005, top_k=50, prompts_per_step=16), tmp_path, seed=1)
-    expected = {"beta": 0.005, "top_k": 50, "gradient_accumulation_steps": 8, "loss_type": "dapo", "epsilon": 0.2}
+    expected = {
+        "beta": 0.005,
+        "top_k": 50,
+        "gradient_accumulation_steps": 8,
+        "loss_type": "dapo",
+        "epsilon": 0.2,
+    }
     assert expected.items() <= options.items()
     json.dumps(options)
     with pytest.raises(TrainingError, match="does not divide"):
@@ -312,12 +408,23 @@ def test_vllm_is_started_with_what_the_profile_says_and_trl_does_not(world, tmp_
         assert vllm_generation.LLM(model="x") == {"model": "x", "dtype": "float16"}
     assert vllm_generation.LLM is dict
     started = {}
-    monkeypatch.setattr(grpo_module, "vllm_options", lambda **options: nullcontext(started.update(options)))
+    monkeypatch.setattr(
+        grpo_module, "vllm_options", lambda **options: nullcontext(started.update(options))
+    )
     trainer, processor = trainer_of(world, tmp_path, shared=False, rollout_dtype="float16")
     size = processor.image_processor.size
-    assert started["dtype"] == "float16" and started["limit_mm_per_prompt"] == {"image": 1, "video": 0}
-    assert started["mm_processor_kwargs"]["size"] == {name: size[name] for name in ("shortest_edge", "longest_edge")}
-    assert trainer.args.vllm_max_model_length == 32_768 < trainer.model.config.text_config.max_position_embeddings
+    assert started["dtype"] == "float16" and started["limit_mm_per_prompt"] == {
+        "image": 1,
+        "video": 0,
+    }
+    assert started["mm_processor_kwargs"]["size"] == {
+        name: size[name] for name in ("shortest_edge", "longest_edge")
+    }
+    assert (
+        trainer.args.vllm_max_model_length
+        == 32_768
+        < trainer.model.config.text_config.max_position_embeddings
+    )
 
 
 def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_path, monkeypatch):
@@ -332,12 +439,19 @@ def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_p
     monkeypatch.setattr(grpo_module, "require_file", lambda *args: tmp_path)
     monkeypatch.setattr(grpo_module, "read_samples", lambda path: world[1])
     monkeypatch.setattr(grpo_module, "make_trainer", wait)
-    with pytest.raises(TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model ") as stopped:
+    with pytest.raises(
+        TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model "
+    ) as stopped:
         grpo_module.run_grpo(Run(served, 0), "vanilla")
     words = shlex.split(str(stopped.value).split("`")[1])
     options, others = make_parser().parse_args_and_config(words[2:], return_remaining_strings=True)
-    assert (options.model, options.dtype, options.max_model_len) == (str(world[0]), served.grpo.rollout_dtype, 32_768)
-    assert others == ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']  # goes on to vLLM as it is
+    assert (options.model, options.dtype, options.max_model_len) == (
+        str(world[0]),
+        served.grpo.rollout_dtype,
+        32_768,
+    )
+    # Goes on to vLLM as it is
+    assert others == ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
 
 
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):

@@ -20,7 +20,9 @@ def test_logs_are_kept_and_appended(tmp_path):
 
 
 def test_a_failure_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
-    slow = python(tmp_path, "slow", "import time, pathlib; print('on', flush=True); time.sleep(600)")
+    slow = python(
+        tmp_path, "slow", "import time, pathlib; print('on', flush=True); time.sleep(600)"
+    )
     bad = python(tmp_path, "bad", "print('line before'); raise SystemExit('no such picture')")
     began = time.monotonic()
     with pytest.raises(JobFailed, match="(?s)bad ended with code 1.*line before\nno such picture"):

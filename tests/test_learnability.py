@@ -29,16 +29,24 @@ def test_the_same_seed_draws_the_same_and_another_seed_another():
     first, again, other = (select_learnable(LEARNER, REFERENCE, seed=seed)[1] for seed in (7, 7, 8))
     assert first.tolist() == again.tolist()
     overlap = len(np.intersect1d(first, other)) / len(first)
-    assert overlap == pytest.approx(len(first) / LEARNER.sum(), abs=0.06)  # what independent draws would share
+    # What independent draws would share
+    assert overlap == pytest.approx(len(first) / LEARNER.sum(), abs=0.06)
 
 
 @pytest.mark.parametrize("easy", ["uniform", "iou-buckets"])
 def test_keyed_by_sample_the_order_of_rows_does_not_matter(easy):
     iou = np.where(LEARNER, RNG.uniform(0.5, 1, SIZE), 0.1)
     order = RNG.permutation(SIZE)
-    hard, drawn = select_learnable(LEARNER, REFERENCE, seed=1, easy=easy, sample_ids=IDS, learner_iou_N=iou)
+    hard, drawn = select_learnable(
+        LEARNER, REFERENCE, seed=1, easy=easy, sample_ids=IDS, learner_iou_N=iou
+    )
     hard_2, drawn_2 = select_learnable(
-        LEARNER[order], REFERENCE[order], seed=1, easy=easy, sample_ids=list(IDS[order]), learner_iou_N=iou[order]
+        LEARNER[order],
+        REFERENCE[order],
+        seed=1,
+        easy=easy,
+        sample_ids=list(IDS[order]),
+        learner_iou_N=iou[order],
     )
     assert set(IDS[hard]) == set(IDS[order][hard_2])
     assert set(IDS[drawn]) == set(IDS[order][drawn_2])
@@ -65,7 +73,9 @@ def test_the_easy_half_is_drawn_uniformly():
 
 def test_iou_buckets_have_the_shares_of_the_released_code():
     iou = np.where(LEARNER, RNG.uniform(0.5, 1, SIZE), 0.1)
-    hard, easy = select_learnable(LEARNER, REFERENCE, seed=42, easy="iou-buckets", learner_iou_N=iou)
+    hard, easy = select_learnable(
+        LEARNER, REFERENCE, seed=42, easy="iou-buckets", learner_iou_N=iou
+    )
     shares = np.histogram(iou[easy], bins=[0.5, 0.6, 0.7, 0.8, 0.9, 1.01])[0]
     assert shares[:4].tolist() == [round(len(hard) * share) for share in (0.15, 0.2, 0.2, 0.2)]
     assert shares.sum() == len(hard)
@@ -73,7 +83,9 @@ def test_iou_buckets_have_the_shares_of_the_released_code():
 
 def test_a_bucket_with_too_few_is_left_short_as_in_the_released_code():
     iou = np.where(LEARNER, 0.95, 0.1)
-    hard, easy = select_learnable(LEARNER, REFERENCE, seed=42, easy="iou-buckets", learner_iou_N=iou)
+    hard, easy = select_learnable(
+        LEARNER, REFERENCE, seed=42, easy="iou-buckets", learner_iou_N=iou
+    )
     assert len(easy) == len(hard) - sum(round(len(hard) * share) for share in (0.15, 0.2, 0.2, 0.2))
 
 

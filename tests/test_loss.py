@@ -1,4 +1,6 @@
-"""The objective against a numpy derivation, autograd's check, TRL's loss, and the invariances training relies on."""
+"""The objective against a numpy derivation, autograd's check, TRL's loss, and the invariances
+training relies on.
+"""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ OPTIONS = [
 ]
 
 
-def batch(seed: int = 0, completions: int = 6, tokens: int = 9, spread: float = 0.6) -> dict[str, torch.Tensor]:
+def batch(
+    seed: int = 0, completions: int = 6, tokens: int = 9, spread: float = 0.6
+) -> dict[str, torch.Tensor]:
     """Ragged completions, log-ratios wide enough that clipping binds, float64."""
     rng = torch.Generator().manual_seed(seed)
     shape = completions, tokens
@@ -30,31 +34,43 @@ def batch(seed: int = 0, completions: int = 6, tokens: int = 9, spread: float = 
     lengths = torch.randint(1, tokens + 1, (completions, 1), generator=rng)
     return {
         "logps_B_T": logps.requires_grad_(),
-        "old_logps_B_T": logps.detach() + spread * torch.randn(shape, generator=rng, dtype=torch.float64),
+        "old_logps_B_T": logps.detach()
+        + spread * torch.randn(shape, generator=rng, dtype=torch.float64),
         "advantages_B": torch.randn(completions, generator=rng, dtype=torch.float64),
         "mask_B_T": (torch.arange(tokens) < lengths).double(),
-        "ref_logps_B_T": logps.detach() + spread * torch.randn(shape, generator=rng, dtype=torch.float64),
+        "ref_logps_B_T": logps.detach()
+        + spread * torch.randn(shape, generator=rng, dtype=torch.float64),
         "entropy_B_T": torch.rand(shape, generator=rng, dtype=torch.float64).requires_grad_(),
     }
 
 
-def loss_and_gradients(tensors: dict[str, torch.Tensor], **options) -> tuple[float, torch.Tensor, dict[str, float]]:
+def loss_and_gradients(
+    tensors: dict[str, torch.Tensor], **options
+) -> tuple[float, torch.Tensor, dict[str, float]]:
     leaf = tensors["logps_B_T"].detach().clone().requires_grad_()
     loss, metrics = grpo_loss(**(tensors | {"logps_B_T": leaf}), **options)
     loss.backward()
     return loss.item(), leaf.grad, metrics
 
 
-def numpy_loss(tensors, clip_ratio=0.2, kl_weight=0.0, entropy_weight=0.0, ratio_level="token") -> float:
+def numpy_loss(
+    tensors, clip_ratio=0.2, kl_weight=0.0, entropy_weight=0.0, ratio_level="token"
+) -> float:
     """Eq. 3-6, token by token."""
-    logps, old, advantages, mask, ref, entropy = (tensor.detach().numpy() for tensor in tensors.values())
+    logps, old, advantages, mask, ref, entropy = (
+        tensor.detach().numpy() for tensor in tensors.values()
+    )
     total = 0.0
     for b, t in np.argwhere(mask == 1):
         rows = (b, t) if ratio_level == "token" else (b, mask[b] == 1)
         rho = np.exp(np.mean(logps[rows] - old[rows]))
-        surrogate = min(rho * advantages[b], np.clip(rho, 1 - clip_ratio, 1 + clip_ratio) * advantages[b])
+        surrogate = min(
+            rho * advantages[b], np.clip(rho, 1 - clip_ratio, 1 + clip_ratio) * advantages[b]
+        )
         delta = ref[b, t] - logps[b, t]
-        total += surrogate - kl_weight * (np.exp(delta) - delta - 1) + entropy_weight * entropy[b, t]
+        total += (
+            surrogate - kl_weight * (np.exp(delta) - delta - 1) + entropy_weight * entropy[b, t]
+        )
     return -total / mask.sum()
 
 
@@ -63,7 +79,8 @@ def test_loss_is_the_equation(options):
     tensors = batch()
     loss, metrics = grpo_loss(**tensors, **options)
     assert loss.item() == pytest.approx(numpy_loss(tensors, **options), abs=1e-12)
-    assert metrics["clip_ratio/region_mean"] > 0  # clipping binds, or this would test less than it says
+    # Clipping binds, or this would test less than it says
+    assert metrics["clip_ratio/region_mean"] > 0
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -83,13 +100,20 @@ def test_gradcheck(options):
     assert torch.autograd.gradcheck(loss, (tensors["logps_B_T"], tensors["entropy_B_T"]))
 
 
-def trl_loss(tensors, *, parts=1, clip_ratio=0.2, kl_weight=0.0, entropy_weight=0.0, ratio_level="token"):
-    """Loss and metrics of TRL's own `_compute_loss` on these tensors, with the options that mean the paper's objective.
+def trl_loss(
+    tensors, *, parts=1, clip_ratio=0.2, kl_weight=0.0, entropy_weight=0.0, ratio_level="token"
+):
+    """Loss and metrics of TRL's own `_compute_loss` on these tensors, with the options that mean
+    the paper's objective.
 
-    Everything but `_compute_loss` is a stand-in; the trainer's own tests run it whole. parts: micro-batches of a step.
+    Everything but `_compute_loss` is a stand-in; the trainer's own tests run it whole. parts:
+    micro-batches of a step.
     """
     args = SimpleNamespace(
-        use_bias_correction_kl=False, delta=None, steps_per_generation=parts, importance_sampling_level=ratio_level
+        use_bias_correction_kl=False,
+        delta=None,
+        steps_per_generation=parts,
+        importance_sampling_level=ratio_level,
     )
     trainer = SimpleNamespace(
         args=args,
@@ -111,7 +135,11 @@ def trl_loss(tensors, *, parts=1, clip_ratio=0.2, kl_weight=0.0, entropy_weight=
         use_adaptive_entropy=False,
         entropy_coef=entropy_weight,
         _metrics=defaultdict(lambda: defaultdict(list)),
-        _get_per_token_logps_and_entropies=lambda *_, **__: (tensors["logps_B_T"], tensors["entropy_B_T"], None),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            tensors["logps_B_T"],
+            tensors["entropy_B_T"],
+            None,
+        ),
     )
     ids = torch.zeros_like(tensors["mask_B_T"], dtype=torch.long)
     inputs = {
@@ -140,7 +168,9 @@ def test_loss_gradient_and_metrics_are_trls(options, seed):
     assert our_loss.item() == pytest.approx(their_loss.item(), abs=1e-9)
     torch.testing.assert_close(ours["logps_B_T"].grad, theirs["logps_B_T"].grad, atol=1e-9, rtol=0)
     if options.get("entropy_weight"):
-        torch.testing.assert_close(ours["entropy_B_T"].grad, theirs["entropy_B_T"].grad, atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            ours["entropy_B_T"].grad, theirs["entropy_B_T"].grad, atol=1e-9, rtol=0
+        )
     # TRL averages clipping over completions at sequence level, we average over tokens
     token_level = options.get("ratio_level") != "sequence"
     names = ["entropy"] + ["kl"] * ("kl" in their_metrics)
@@ -150,7 +180,10 @@ def test_loss_gradient_and_metrics_are_trls(options, seed):
 
 
 def halves(tensors):
-    return [{name: tensor[rows] for name, tensor in tensors.items()} for rows in (slice(0, 2), slice(2, None))]
+    return [
+        {name: tensor[rows] for name, tensor in tensors.items()}
+        for rows in (slice(0, 2), slice(2, None))
+    ]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -166,18 +199,32 @@ def test_micro_batches_add_up_to_the_whole(options):
 def test_micro_batches_of_trl_add_up_to_the_same_whole():
     tensors = batch()
     num_tokens = tensors["mask_B_T"].sum()
-    options = dict(kl_weight=0.3)  # TRL's entropy bonus is a mean of each micro-batch: there the two differ
-    parts = [trl_loss(half | {"num_tokens": num_tokens}, parts=2, **options)[0] for half in halves(tensors)]
-    assert sum(part.item() for part in parts) == pytest.approx(grpo_loss(**tensors, **options)[0].item(), abs=1e-9)
+    # TRL's entropy bonus is a mean of each micro-batch: there the two differ
+    options = dict(kl_weight=0.3)
+    parts = [
+        trl_loss(half | {"num_tokens": num_tokens}, parts=2, **options)[0]
+        for half in halves(tensors)
+    ]
+    assert sum(part.item() for part in parts) == pytest.approx(
+        grpo_loss(**tensors, **options)[0].item(), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_padding_and_what_stands_in_it_do_not_matter(options):
     tensors = batch()
     loss, gradient, metrics = loss_and_gradients(tensors, **options)
-    junk = {"logps_B_T": torch.nan, "old_logps_B_T": torch.inf, "ref_logps_B_T": -torch.inf, "entropy_B_T": torch.nan}
+    junk = {
+        "logps_B_T": torch.nan,
+        "old_logps_B_T": torch.inf,
+        "ref_logps_B_T": -torch.inf,
+        "entropy_B_T": torch.nan,
+    }
     pad = torch.nn.functional.pad
-    padded = {name: pad(tensor.detach(), (0, 5), value=junk.get(name, 0.0)) for name, tensor in tensors.items()}
+    padded = {
+        name: pad(tensor.detach(), (0, 5), value=junk.get(name, 0.0))
+        for name, tensor in tensors.items()
+    }
     padded["advantages_B"] = tensors["advantages_B"]
     loss_2, gradient_2, metrics_2 = loss_and_gradients(padded, **options)
     assert loss_2 == pytest.approx(loss, abs=1e-12) and metrics_2 == pytest.approx(metrics)
@@ -190,16 +237,24 @@ def test_the_order_of_completions_does_not_matter(options):
     tensors = batch()
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     loss, gradient, metrics = loss_and_gradients(tensors, **options)
-    loss_2, gradient_2, metrics_2 = loss_and_gradients({k: v.detach()[order] for k, v in tensors.items()}, **options)
+    loss_2, gradient_2, metrics_2 = loss_and_gradients(
+        {k: v.detach()[order] for k, v in tensors.items()}, **options
+    )
     assert loss_2 == pytest.approx(loss, abs=1e-12) and metrics_2 == pytest.approx(metrics)
     torch.testing.assert_close(gradient_2, gradient[order])
 
 
 def test_an_empty_completion_changes_nothing():
     tensors = batch()
-    loss, gradient, _ = loss_and_gradients(tensors, kl_weight=0.1, entropy_weight=0.1, ratio_level="sequence")
-    with_empty = {name: torch.cat([t.detach(), torch.zeros_like(t[:1])]) for name, t in tensors.items()}
-    loss_2, gradient_2, _ = loss_and_gradients(with_empty, kl_weight=0.1, entropy_weight=0.1, ratio_level="sequence")
+    loss, gradient, _ = loss_and_gradients(
+        tensors, kl_weight=0.1, entropy_weight=0.1, ratio_level="sequence"
+    )
+    with_empty = {
+        name: torch.cat([t.detach(), torch.zeros_like(t[:1])]) for name, t in tensors.items()
+    }
+    loss_2, gradient_2, _ = loss_and_gradients(
+        with_empty, kl_weight=0.1, entropy_weight=0.1, ratio_level="sequence"
+    )
     assert loss_2 == pytest.approx(loss, abs=1e-12)
     torch.testing.assert_close(gradient_2[:6], gradient)
 
@@ -208,7 +263,9 @@ def test_an_empty_completion_changes_nothing():
 @pytest.mark.parametrize("completions, tokens", [(6, 9), (6, 0), (0, 9)])
 def test_nothing_to_learn_from_gives_zeros_not_nan(options, completions, tokens):
     tensors = {name: tensor.detach()[:completions] for name, tensor in batch().items()}
-    tensors = {name: tensor[:, :tokens] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor[:, :tokens] if tensor.ndim == 2 else tensor for name, tensor in tensors.items()
+    }
     tensors["mask_B_T"] = torch.zeros_like(tensors["mask_B_T"])
     for num_tokens in (None, 0, 10):
         loss, gradient, metrics = loss_and_gradients(tensors, num_tokens=num_tokens, **options)
@@ -236,7 +293,8 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
 def test_metrics_by_hand():
     one = torch.ones(2, 2, dtype=torch.float64)
     _, metrics = grpo_loss(
-        torch.tensor([[0.5, 0.0], [-0.5, 7.0]]).double().log1p().nan_to_num(),  # ratios 1.5, 1; 0.5, masked
+        # Ratios 1.5, 1; 0.5, masked
+        torch.tensor([[0.5, 0.0], [-0.5, 7.0]]).double().log1p().nan_to_num(),
         0 * one,
         torch.tensor([1.0, -2.0]).double(),
         torch.tensor([[1.0, 1.0], [1.0, 0.0]]).double(),
@@ -275,16 +333,21 @@ def test_bad_arguments_are_named(change, message):
         grpo_loss(**(batch() | change))
 
 
-# --- Eq. 7
-
-
 @settings(deadline=None)
-@given(st.lists(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(st.floats(0, 1, width=32), min_size=4, max_size=4), min_size=1, max_size=5)
+)
 def test_advantages_are_standardised_within_the_group(groups):
-    advantages = group_advantages(torch.tensor(groups, dtype=torch.float64).flatten(), 4).view(-1, 4).numpy()
+    advantages = (
+        group_advantages(torch.tensor(groups, dtype=torch.float64).flatten(), 4).view(-1, 4).numpy()
+    )
     for rewards, group in zip(np.array(groups), advantages, strict=True):
         std = rewards.std(ddof=1)
-        expected = np.zeros(4) if rewards.min() == rewards.max() else (rewards - rewards.mean()) / (std + 1e-4)
+        expected = (
+            np.zeros(4)
+            if rewards.min() == rewards.max()
+            else (rewards - rewards.mean()) / (std + 1e-4)
+        )
         np.testing.assert_allclose(group, expected, atol=1e-9)
 
 
@@ -295,9 +358,12 @@ def test_an_all_equal_group_gets_exact_zeros(reward, dtype):
 
 
 def test_advantages_of_the_smallest_groups():
-    assert group_advantages(torch.tensor([0.3, 0.9]), 1).tolist() == [0, 0]  # alone, nothing to compare with
+    # Alone, nothing to compare with
+    assert group_advantages(torch.tensor([0.3, 0.9]), 1).tolist() == [0, 0]
     assert group_advantages(torch.tensor([]), 4).tolist() == []
-    assert group_advantages(torch.tensor([1, 0]), 2).tolist() == pytest.approx([0.7070, -0.7070], abs=1e-4)
+    assert group_advantages(torch.tensor([1, 0]), 2).tolist() == pytest.approx(
+        [0.7070, -0.7070], abs=1e-4
+    )
 
 
 def test_advantages_refuse_what_has_no_meaning():

@@ -15,32 +15,54 @@ def square(colour: str, x: float, y: float, side: float = 16, shape: str = "squa
     return Thing(colour, shape, (x, y, x + side, y + side))
 
 
-# Four red squares in a row, a blue circle below, between the second and the third, sizes growing to the right.
+# Four red squares in a row, a blue circle below, between the second and the third, sizes growing to
+# the right.
 ROW = with_visibility(
     Scene(
-        (square("red", 4, 10, 12), square("red", 34, 10, 16), square("red", 66, 10, 21), square("red", 98, 10, 27),
-         square("blue", 39, 40, 20, "circle"), square("green", 98, 80, 20, "star")), 1,
+        (
+            square("red", 4, 10, 12),
+            square("red", 34, 10, 16),
+            square("red", 66, 10, 21),
+            square("red", 98, 10, 27),
+            square("blue", 39, 40, 20, "circle"),
+            square("green", 98, 80, 20, "star"),
+        ),
+        1,
     )
-)  # fmt: skip
-RED, BLUE, GREEN = Kind("red", "square"), Query(Kind("blue", "circle")), Query(Kind("green", "star"))
+)
+RED, BLUE, GREEN = (
+    Kind("red", "square"),
+    Query(Kind("blue", "circle")),
+    Query(Kind("green", "star")),
+)
 
 
-@pytest.mark.parametrize("query, index", [
-    (Query(RED, "rank", "left", 1), 0),
-    (Query(RED, "rank", "right", 2), 2),
-    (Query(RED, "rank", "largest", 1), 3),
-    (Query(RED, "rank", "smallest", 2), 1),
-    (Query(RED, "near", anchors=(BLUE,)), 1),
-    (Query(RED, "far", anchors=(BLUE,)), 3),
-    (Query(RED, "side", "left", anchors=(Query(RED, "rank", "left", 2),)), 0),
-    (Query(RED, "side_rank", "right", 2, (BLUE,)), 3),           # counted outwards from the anchor
-    (Query(RED, "between", anchors=(Query(RED, "rank", "left", 2), Query(RED, "rank", "right", 1))), 2),
-    (Query(Kind(None, "circle"), "plain"), 4),
-    (Query(RED, "plain"), None),                                   # four of them
-    (Query(RED, "rank", "top", 1), None),                          # all at nearly one height
-    (Query(RED, "rank", "left", 5), None),                         # there is no fifth
-    (Query(RED, "side", "right", anchors=(BLUE,)), None),          # several
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "query, index",
+    [
+        (Query(RED, "rank", "left", 1), 0),
+        (Query(RED, "rank", "right", 2), 2),
+        (Query(RED, "rank", "largest", 1), 3),
+        (Query(RED, "rank", "smallest", 2), 1),
+        (Query(RED, "near", anchors=(BLUE,)), 1),
+        (Query(RED, "far", anchors=(BLUE,)), 3),
+        (Query(RED, "side", "left", anchors=(Query(RED, "rank", "left", 2),)), 0),
+        (Query(RED, "side_rank", "right", 2, (BLUE,)), 3),  # counted outwards from the anchor
+        (
+            Query(
+                RED,
+                "between",
+                anchors=(Query(RED, "rank", "left", 2), Query(RED, "rank", "right", 1)),
+            ),
+            2,
+        ),
+        (Query(Kind(None, "circle"), "plain"), 4),
+        (Query(RED, "plain"), None),  # four of them
+        (Query(RED, "rank", "top", 1), None),  # all at nearly one height
+        (Query(RED, "rank", "left", 5), None),  # there is no fifth
+        (Query(RED, "side", "right", anchors=(BLUE,)), None),  # several
+    ],
+)
 def test_queries_find_what_they_say(query, index):
     assert query.find(ROW) == index
 
@@ -79,7 +101,16 @@ def test_random_queries_are_unique_sayable_and_their_traces_end_at_the_target():
                 ids = tokenizer(f"Locate {text}").input_ids
                 assert tokenizer.unk_token_id not in ids, text
                 assert tokenizer.decode(ids) == f"Locate {text}"
-    assert {"plain", "superlative", "ordinal", "relational", "nearest", "between", "chain-2", "chain-3"} <= kinds
+    assert {
+        "plain",
+        "superlative",
+        "ordinal",
+        "relational",
+        "nearest",
+        "between",
+        "chain-2",
+        "chain-3",
+    } <= kinds
 
 
 def test_without_location_words_none_occur():
@@ -90,11 +121,14 @@ def test_without_location_words_none_occur():
         if drawn:
             words.append(drawn[0].words(rng))
     assert len(words) > 30
-    assert not [w for w in words if re.search(r"\b(left|right|top|bottom|above|below|\w+tmost)\b", w)]
+    assert not [
+        w for w in words if re.search(r"\b(left|right|top|bottom|above|below|\w+tmost)\b", w)
+    ]
 
 
 def test_extension_names_direction_and_degree():
     scene = with_visibility(Scene((square("red", 20, 20, 30), square("blue", 40, 10, 50)), 1))
-    assert extension(scene.things[0]) == [("right", "moderately")]  # 20 px seen of 30: half as much again
+    # 20 px seen of 30: half as much again
+    assert extension(scene.things[0]) == [("right", "moderately")]
     trace = amodal_steps(Query(Kind("red", "square")), scene, 0)
     assert trace.endswith("the blue square hides it. extend right moderately.")

@@ -44,21 +44,30 @@ def test_packed_questions_score_as_each_question_alone(tiny):
     tokenizer = build_tokenizer()
     chat = processor(tokenizer)
     scenes, pictures = scene_batch(6, 0, 2)
-    asked = [pretrain.questions(scene, Random(n), pretrain.WORDED_STEPS) for n, scene in enumerate(scenes)]
+    asked = [
+        pretrain.questions(scene, Random(n), pretrain.WORDED_STEPS)
+        for n, scene in enumerate(scenes)
+    ]
     packed = pretrain.pack([[(p, a) for _, p, a in questions] for questions in asked], tokenizer)
     assert tokenizer.unk_token_id not in packed.ids_N
     patches = patchify(pictures)
     try:
         with torch.no_grad():
-            _, scores = pretrain.packed_loss(tiny, packed, *encode_pictures(tiny.model.visual, patches))
+            _, scores = pretrain.packed_loss(
+                tiny, packed, *encode_pictures(tiny.model.visual, patches)
+            )
     finally:
         tiny.model.language_model.config._attn_implementation = "sdpa"
     begin = 0
     for number, questions in enumerate(asked):
         for _, prompt, answer in questions:
-            text = chat.apply_chat_template(FAMILIES["qwen3-vl"].messages(prompt), add_generation_prompt=True)
+            text = chat.apply_chat_template(
+                FAMILIES["qwen3-vl"].messages(prompt), add_generation_prompt=True
+            )
             picture = Image.fromarray(pictures[number])
-            inputs = chat(text=[text + answer + "<|im_end|>"], images=[picture], return_tensors="pt")
+            inputs = chat(
+                text=[text + answer + "<|im_end|>"], images=[picture], return_tensors="pt"
+            )
             length = len(tokenizer(answer).input_ids) + 1
             with torch.no_grad():
                 alone = tiny(**inputs).logits[0, -length - 1 : -1]
@@ -76,7 +85,9 @@ def test_every_number_of_the_grid_has_one_token_in_each_spelling():
 
 def test_the_answer_of_the_family_is_exact_and_short():
     tokenizer = build_tokenizer()
-    text = FAMILIES["qwen3-vl"].answer((10, 20, 50, 60), (128, 128), None, "the red circle is at 240 320.", grid=20)
+    text = FAMILIES["qwen3-vl"].answer(
+        (10, 20, 50, 60), (128, 128), None, "the red circle is at 240 320.", grid=20
+    )
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
     assert len(ids) < 20
@@ -104,7 +115,9 @@ def test_a_chat_template_that_stands_beside_the_processor_alone_is_found(tmp_pat
 
 def test_both_sizes_differ_in_the_language_model_only():
     small, large = (build(size, build_tokenizer(), seed=1) for size in ("small", "large"))
-    assert [p.shape for p in small.model.visual.parameters()] == [p.shape for p in large.model.visual.parameters()]
+    assert [p.shape for p in small.model.visual.parameters()] == [
+        p.shape for p in large.model.visual.parameters()
+    ]
     count = [sum(p.numel() for p in m.model.language_model.parameters()) for m in (small, large)]
     assert count[1] >= 4 * count[0]
 
@@ -126,7 +139,9 @@ def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
     pretrain.grow(tiny.state_dict(), large)
     ids = torch.tensor([tokenizer("Locate red circle left of the blue star").input_ids])
     with torch.no_grad():
-        torch.testing.assert_close(tiny(input_ids=ids).logits, large(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            tiny(input_ids=ids).logits, large(input_ids=ids).logits, atol=1e-5, rtol=1e-5
+        )
     new = [p for n, p in large.named_parameters() if ".layers.1." in n and "o_proj" in n]
     assert new and not new[0].any(), "a new layer starts silent"
 
@@ -138,17 +153,25 @@ def test_the_shipped_bases_speak_the_language_of_this_code(size):
 
 
 def test_the_shipped_bases_look_through_the_same_eyes():
-    small, large = (load_model(pretrain.SHIPPED / size).model.visual.state_dict() for size in ("small", "large"))
+    small, large = (
+        load_model(pretrain.SHIPPED / size).model.visual.state_dict() for size in ("small", "large")
+    )
     assert small.keys() == large.keys()
     assert all(torch.equal(small[name], large[name]) for name in small)
 
 
-@pytest.mark.parametrize(("files", "videos"), [
-    ({}, None),
-    ({"preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"}}, None),
-    ({"video_preprocessor_config.json": {"patch_size": 8}}, {"patch_size": 8}),
-    ({"processor_config.json": {"video_processor": {"video_processor_type": "X"}}}, {"video_processor_type": "X"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "videos"),
+    [
+        ({}, None),
+        ({"preprocessor_config.json": {"image_processor_type": "Qwen2VLImageProcessor"}}, None),
+        ({"video_preprocessor_config.json": {"patch_size": 8}}, {"patch_size": 8}),
+        (
+            {"processor_config.json": {"video_processor": {"video_processor_type": "X"}}},
+            {"video_processor_type": "X"},
+        ),
+    ],
+)
 def test_what_a_checkpoint_states_of_videos(tmp_path, files, videos):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))

@@ -21,14 +21,18 @@ def test_an_unhidden_thing_fills_its_box(shape):
 
 
 def test_visible_box_of_a_half_covered_square_is_its_other_half():
-    scene = scene_of(Thing("red", "square", (20, 20, 50, 50)), Thing("blue", "square", (35, 10, 70, 60)))
+    scene = scene_of(
+        Thing("red", "square", (20, 20, 50, 50)), Thing("blue", "square", (35, 10, 70, 60))
+    )
     assert scene.things[0].visible_box_px == (20, 20, 35, 50)
     assert scene.things[0].visible_share == pytest.approx(0.5, abs=0.02)
     assert scene.things[1].visible_box_px == scene.things[1].full_box_px
 
 
 def test_a_buried_thing_has_no_visible_box():
-    scene = scene_of(Thing("red", "circle", (30, 30, 40, 40)), Thing("blue", "square", (20, 20, 60, 60)))
+    scene = scene_of(
+        Thing("red", "circle", (30, 30, 40, 40)), Thing("blue", "square", (20, 20, 60, 60))
+    )
     assert scene.things[0].visible_box_px is None
     assert scene.members.get(("red", "circle")) is None
 

@@ -1,4 +1,6 @@
-"""The files of the miniature world: same format as real data, disjoint splits, planted faults that are known."""
+"""The files of the miniature world: same format as real data, disjoint splits, planted faults that
+are known.
+"""
 
 import json
 
@@ -42,7 +44,9 @@ def test_no_picture_is_shared_between_files(root):
 def test_refcoco_plus_has_no_location_words(root):
     for split in ("val", "testA", "testB"):
         for row in rows_of(root, f"eval/refcoco+_{split}.jsonl"):
-            assert not {"left", "right", "top", "bottom", "above", "below"} & set(row["expression"].split())
+            assert not {"left", "right", "top", "bottom", "above", "below"} & set(
+                row["expression"].split()
+            )
 
 
 def test_amodal_targets_are_partly_hidden(root):

@@ -18,14 +18,21 @@ FRAMES = {
     "abs_px_resized": BoxFrame.PIXEL,
     "none": BoxFrame.NORM_1000,
 }
-# Rows of the bank whose expectation is a matter of judgement; docs/scoring-rules.md gives the reasons.
+# Rows of the bank whose expectation is a matter of judgement; docs/scoring-rules.md gives the
+# reasons.
 ARGUED = {
-    4: (838, 129, 993, 999),  # prose that weighs three boxes and ends with its choice: the first box counts
+    # Prose that weighs three boxes and ends with its choice: the first box counts
+    4: (838, 129, 993, 999),
     62: (44, 91, 901, 92),  # swapped corners are sorted
 }
 
 
-def parse(text: str, frame: BoxFrame = BoxFrame.PIXEL, wh: tuple[int, int] = (1000, 1000), rule: str = "egm") -> Parsed:
+def parse(
+    text: str,
+    frame: BoxFrame = BoxFrame.PIXEL,
+    wh: tuple[int, int] = (1000, 1000),
+    rule: str = "egm",
+) -> Parsed:
     return parse_completion(text, frame=frame, image_wh=wh, rule=rule)
 
 
@@ -45,11 +52,15 @@ def test_the_parser_bank_comes_out_as_expected():
     "answer, box",
     [
         ('{"bbox_2d": [1, 2, 3, 4]}', (1, 2, 3, 4)),  # bare object, no fence
-        ("left of [5, 6, 7, 8]\n</think>\n[1, 2, 3, 4]", (1, 2, 3, 4)),  # a box inside the reasoning does not count
+        # A box inside the reasoning does not count
+        ("left of [5, 6, 7, 8]\n</think>\n[1, 2, 3, 4]", (1, 2, 3, 4)),
         ("<think>[5, 6, 7, 8]</think><answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),
-        ("a</think>[5, 6, 7, 8]</think>[1, 2, 3, 4]", (1, 2, 3, 4)),  # reasoning that quotes its own end
-        ("[5, 6, 7, 8] <answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),  # a candidate before the answer
-        ("<answer>[5, 6, 7, 8]</answer> no, <answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),  # the last <answer>
+        # Reasoning that quotes its own end
+        ("a</think>[5, 6, 7, 8]</think>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        # A candidate before the answer
+        ("[5, 6, 7, 8] <answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),
+        # The last <answer>
+        ("<answer>[5, 6, 7, 8]</answer> no, <answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),
         ("<answer>[1, 2, 3, 4]</answer> [5, 6, 7, 8]", (1, 2, 3, 4)),  # nothing counts after it
         ("<answer>[1, 2, 3, 4]", (1, 2, 3, 4)),  # cut off before it could close
         ("[1, 2, 3]", None),  # three numbers are no box
@@ -153,7 +164,9 @@ def test_a_loop_of_boxes_is_cut():
         assert len(parse(box * 5000).boxes) == MAX_GROUPS
 
 
-@pytest.mark.parametrize("frame, scale", [(BoxFrame.PIXEL, 1), (BoxFrame.NORM_1000, 0.64), (BoxFrame.NORM_1, 640)])
+@pytest.mark.parametrize(
+    "frame, scale", [(BoxFrame.PIXEL, 1), (BoxFrame.NORM_1000, 0.64), (BoxFrame.NORM_1, 640)]
+)
 def test_the_frame_is_declared_never_guessed(frame, scale):
     box = parse("[0.1, 0.2, 0.3, 0.4]", frame, (640, 640)).box
     assert box == pytest.approx([value * scale for value in (0.1, 0.2, 0.3, 0.4)])
@@ -170,13 +183,56 @@ def test_impossible_arguments_are_refused():
         accepts(0.6, "coco")
 
 
-# --- anything at all
-
-tags = ["<think>", "</think>", "<answer>", "</answer>", "<box>", "</box>", "<ref>", "</ref>", '{"bbox_2d": [', "bbox"]
-signs = ["[", "]", "(", ")", "{", "}", "),(", ",", " ", "\n", '"', "'", "\\", ": ", "=", "x_min", '"x1": 1', "<1><2>"]
-numbers = ["1", "-2.5", "1e308", "-1e308", "9" * 400, "１", "［", "[1, 2, 3, 4]", "(1,2),(3,4)", "<1><2><3><4>"]
+tags = [
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "<box>",
+    "</box>",
+    "<ref>",
+    "</ref>",
+    '{"bbox_2d": [',
+    "bbox",
+]
+signs = [
+    "[",
+    "]",
+    "(",
+    ")",
+    "{",
+    "}",
+    "),(",
+    ",",
+    " ",
+    "\n",
+    '"',
+    "'",
+    "\\",
+    ": ",
+    "=",
+    "x_min",
+    '"x1": 1',
+    "<1><2>",
+]
+numbers = [
+    "1",
+    "-2.5",
+    "1e308",
+    "-1e308",
+    "9" * 400,
+    "１",
+    "［",
+    "[1, 2, 3, 4]",
+    "(1,2),(3,4)",
+    "<1><2><3><4>",
+]
 fragments = st.sampled_from(tags + signs + numbers + ["\ud800", "İ", "ſ", "\x00"])
-answers = st.text() | st.lists(fragments, max_size=30).map("".join) | st.lists(fragments | st.text()).map("".join)
+answers = (
+    st.text()
+    | st.lists(fragments, max_size=30).map("".join)
+    | st.lists(fragments | st.text()).map("".join)
+)
 sizes = st.sampled_from([(1, 1), (640, 480), (10**9, 1)])
 
 
@@ -202,8 +258,6 @@ def test_nothing_written_while_reasoning_can_count(text):
     assert parse(f"{reasoning}</think>").box is None
 
 
-# --- the peers' rules
-
 FENCED = '```json\n[\n\t{"bbox_2d": [100, 200, 300, 400], "label": "cat"}\n]\n```'
 
 
@@ -212,12 +266,22 @@ FENCED = '```json\n[\n\t{"bbox_2d": [100, 200, 300, 400], "label": "cat"}\n]\n``
     [  # image 1000 x 500, declared frame 0-1000
         ("egm", FENCED, (100, 100, 300, 200)),
         ("egm-released-eval", FENCED, (100, 100, 300, 200)),
-        ("egm-released-eval", f"[1, 2, 3, 4] {FENCED}", (100, 100, 300, 200)),  # the keyed box, wherever it stands
-        ("egm-released-eval", f'"bbox_2d": [10, 20, 30, 40] </think> {FENCED}', (10, 10, 30, 20)),  # even in reasoning
-        ("egm-released-eval", "from 10 to 5 20 30 40", (5, 10, 30, 20)),  # last four numbers of any text
-        ("egm-released-eval", "[10, 20, 10, 2000]", (10, 10, 11, 499)),  # clipped, and made a pixel wide
-        ("egm-released-reward", "[10, 20, 30, 40] or [50, 60, 70, 80]", (50, 30, 70, 40)),  # the last one
-        ("egm-released-reward", "<answer>[30, 40, 10, 20]</answer> [50, 60, 70, 80]", (10, 10, 30, 20)),  # sorted
+        # The keyed box, wherever it stands
+        ("egm-released-eval", f"[1, 2, 3, 4] {FENCED}", (100, 100, 300, 200)),
+        # Even in reasoning
+        ("egm-released-eval", f'"bbox_2d": [10, 20, 30, 40] </think> {FENCED}', (10, 10, 30, 20)),
+        # Last four numbers of any text
+        ("egm-released-eval", "from 10 to 5 20 30 40", (5, 10, 30, 20)),
+        # Clipped, and made a pixel wide
+        ("egm-released-eval", "[10, 20, 10, 2000]", (10, 10, 11, 499)),
+        # The last one
+        ("egm-released-reward", "[10, 20, 30, 40] or [50, 60, 70, 80]", (50, 30, 70, 40)),
+        # Sorted
+        (
+            "egm-released-reward",
+            "<answer>[30, 40, 10, 20]</answer> [50, 60, 70, 80]",
+            (10, 10, 30, 20),
+        ),
         ("egm-released-reward", "[50, 60, 70, 80, 90]", (50, 30, 70, 40)),  # the first four of five
         ("egm-released-reward", "[10, 20, 30, 40] see [1]", None),  # a footnote hides the answer
         ("internvl", "<box>[[100, 200, 300, 400]]</box>", (100, 100, 300, 200)),
@@ -228,13 +292,20 @@ FENCED = '```json\n[\n\t{"bbox_2d": [100, 200, 300, 400], "label": "cat"}\n]\n``
         ("qwen-vl", "(100, 200), (300, 400)", None),  # not a space between
         ("qwen-vl", FENCED, None),
         ("lmms-eval", "[0.1, 0.2, 0.3, 0.4]", (100, 100, 300, 200)),
-        ("lmms-eval", FENCED, (100_000, 100_000, 300_000, 200_000)),  # 0-1000 taken as is: scores zero
+        # 0-1000 taken as is: scores zero
+        ("lmms-eval", FENCED, (100_000, 100_000, 300_000, 200_000)),
         ("vlmevalkit", FENCED, (100, 100, 300, 200)),
         ("vlmevalkit", "[0.1, 0.2, 0.3, 0.4]", (100, 100, 300, 200)),  # guessed to be 0-1
-        ("vlmevalkit", "[100, 200, 300, 1001]", (100, 200, 300, 500)),  # guessed to be pixels, and clipped
+        # Guessed to be pixels, and clipped
+        ("vlmevalkit", "[100, 200, 300, 1001]", (100, 200, 300, 500)),
         ("vlmevalkit", "300 400 100 200 5", (100, 100, 300, 200)),  # first four numbers, sorted
         ("vlm-r1", FENCED, None),  # no <answer>
-        ("vlm-r1", "<answer>{'a': [1, 2, 3, 4], 'b': [100, 200, 300, 400]}</answer>", (100, 100, 300, 200)),  # the last
+        # The last
+        (
+            "vlm-r1",
+            "<answer>{'a': [1, 2, 3, 4], 'b': [100, 200, 300, 400]}</answer>",
+            (100, 100, 300, 200),
+        ),
         ("vlm-r1", "<answer>{'a': [100.0, 200, 300, 400]}</answer>", None),  # integers only
     ],
 )
@@ -251,11 +322,19 @@ def test_acceptance_at_exactly_half(rule):
 
 def test_the_table_in_the_docs_is_what_the_rules_do():
     text = (Path(__file__).parents[1] / "docs" / "scoring-rules.md").read_text(encoding="utf-8")
-    header, _, *lines = text.split("<!-- table: rules on the same answers -->\n")[1].split("\n\n")[0].splitlines()
+    header, _, *lines = (
+        text.split("<!-- table: rules on the same answers -->\n")[1].split("\n\n")[0].splitlines()
+    )
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["answer", *RULES]
     for line in lines:
         answer, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         for rule, cell in zip(RULES, cells, strict=True):
             box = parse(answer.strip("`"), BoxFrame.NORM_1000, (640, 480), rule).box
-            expected = "." if box is None else "+" if accepts(iou(box, (320, 120, 480, 480)), rule) else "x"
+            expected = (
+                "."
+                if box is None
+                else "+"
+                if accepts(iou(box, (320, 120, 480, 480)), rule)
+                else "x"
+            )
             assert cell == expected, (answer, rule)

@@ -25,12 +25,20 @@ def folder(tmp_path, monkeypatch):
 
 def test_every_profile_and_variant_loads():
     names = profile_names()
-    assert {"smoke", "mini", "mini-full", "paper-qwen3vl-8b-released", "paper-internvl3-1b-amodal"} <= set(names)
+    assert {
+        "smoke",
+        "mini",
+        "mini-full",
+        "paper-qwen3vl-8b-released",
+        "paper-internvl3-1b-amodal",
+    } <= set(names)
     digests = {load_profile(name).digest for name in names}
     assert len(digests) == len(names)
 
 
-@pytest.mark.parametrize("name, column", [("paper-qwen3vl-8b", 0), ("paper-qwen3vl-2b", 0), ("paper-internvl3-1b", 1)])
+@pytest.mark.parametrize(
+    "name, column", [("paper-qwen3vl-8b", 0), ("paper-qwen3vl-2b", 0), ("paper-internvl3-1b", 1)]
+)
 def test_paper_profiles_hold_table_6(name, column):
     grpo = load_profile(name).as_dict()["grpo"]
     rows = json.loads((PAPER / "table6.json").read_text())["rows"]
@@ -45,27 +53,43 @@ def test_global_batches_are_the_papers():
         profile = load_profile(name)
         if name.startswith("paper"):
             sft = profile.sft
-            batch = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * profile.launch.num_processes
+            batch = (
+                sft.per_device_train_batch_size
+                * sft.gradient_accumulation_steps
+                * profile.launch.num_processes
+            )
             assert batch == 128, name
         rows = profile.grpo.prompts_per_step * profile.grpo.num_generations
-        assert rows % (profile.grpo.per_device_train_batch_size * profile.launch.num_processes) == 0, name
+        assert (
+            rows % (profile.grpo.per_device_train_batch_size * profile.launch.num_processes) == 0
+        ), name
 
 
 def test_released_differs_only_where_the_scripts_do():
-    paper, released = (load_profile(f"paper-qwen3vl-8b{tail}").as_dict() for tail in ("", "-released"))
+    paper, released = (
+        load_profile(f"paper-qwen3vl-8b{tail}").as_dict() for tail in ("", "-released")
+    )
     differing = {
         f"{section}.{key}"
         for section in ("sft", "grpo", "selection", "generation")
         for key in paper[section]
         if paper[section][key] != released[section][key]
     }
-    assert differing == {"grpo.num_train_epochs", "grpo.max_completion_length", "grpo.ratio_level", "selection.easy"}
+    assert differing == {
+        "grpo.num_train_epochs",
+        "grpo.max_completion_length",
+        "grpo.ratio_level",
+        "selection.easy",
+    }
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"grpo": {"num_generation": 8}}, ["odd.grpo", "num_generation", "Did you mean 'num_generations'"]),
+        (
+            {"grpo": {"num_generation": 8}},
+            ["odd.grpo", "num_generation", "Did you mean 'num_generations'"],
+        ),
         ({"grop": {}}, ["odd:", "'grop'", "'grpo'"]),
         ({"grpo": {"ratio_level": "tokens"}}, ["odd.grpo.ratio_level", "'tokens'", "'token'"]),
         ({"sft": {"learning_rate": "1e-5"}}, ["odd.sft.learning_rate", "expected float", "1.0e-5"]),
@@ -105,7 +129,9 @@ def test_extends_keeps_what_it_does_not_change():
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
-    """A training or selection value in paper-qwen3vl-8b.yaml without a comment on its line has no witness."""
+    """A training or selection value in paper-qwen3vl-8b.yaml without a comment on its line has no
+    witness.
+    """
     text = (profiles.PROFILES_DIR / "paper-qwen3vl-8b.yaml").read_text()
     lines = text[text.index("\nsft:") : text.index("\ngeneration:")].splitlines()
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]
@@ -116,7 +142,10 @@ def test_every_value_of_a_paper_profile_is_beside_its_source():
 def test_paths_of_a_run():
     run = Run(load_profile("mini"), 3)
     assert run.root.parts[-3:] == ("data", "runs", "mini-3")
-    assert run.predictions("small-egm", "refcoco+_testA") == run.root / "predictions/small-egm/refcoco+_testA.jsonl"
+    assert (
+        run.predictions("small-egm", "refcoco+_testA")
+        == run.root / "predictions/small-egm/refcoco+_testA.jsonl"
+    )
     assert run.checkpoint("amodal", "small-sft") == run.root / "checkpoints/amodal/small-sft"
 
 

@@ -1,4 +1,6 @@
-"""Prompts to the letter of the paper; answers that the parser takes apart into what they were made of."""
+"""Prompts to the letter of the paper; answers that the parser takes apart into what they were made
+of.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,12 @@ from egm_lib.prompts import FAMILIES, PROTOCOL_TAGS, TASKS
 
 # Any text, boxes and quotes included, that does not quote a protocol tag
 texts = (
-    (st.text() | st.sampled_from(["[1, 2, 3, 4]", '"bbox_2d": [9, 9, 99, 99]', 'a "quoted" cat', "(1,2),(3,4)"]))
+    (
+        st.text()
+        | st.sampled_from(
+            ["[1, 2, 3, 4]", '"bbox_2d": [9, 9, 99, 99]', 'a "quoted" cat', "(1,2),(3,4)"]
+        )
+    )
     .map(str.strip)
     .filter(lambda text: text and not any(tag in text for tag in PROTOCOL_TAGS))
 )
@@ -22,7 +29,11 @@ boxes = st.tuples(ends, ends).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1
     "family, task, expected",
     [  # Fig. 7 and Table 8
         ("qwen3-vl", "vanilla", "Locate red cup, output its bbox coordinates using JSON format."),
-        ("qwen3-vl", "amodal", "Locate red cup amodally, output its bbox coordinates using JSON format."),
+        (
+            "qwen3-vl",
+            "amodal",
+            "Locate red cup amodally, output its bbox coordinates using JSON format.",
+        ),
         (
             "internvl-3",
             "vanilla",
@@ -42,7 +53,9 @@ def test_prompts_are_the_papers(family, task, expected):
 
 def test_answers_are_written_as_the_families_write_them():
     # the shape of the training targets of the released code, rows 0 and 1 of the parser bank
-    assert FAMILIES["qwen3-vl"].answer((444, 468, 757, 745), (1000, 1000), "lady in blue", "Look.") == (
+    assert FAMILIES["qwen3-vl"].answer(
+        (444, 468, 757, 745), (1000, 1000), "lady in blue", "Look."
+    ) == (
         'Look.\n</think>\n\n```json\n[\n\t{"bbox_2d": [444, 468, 757, 745], "label": "lady in blue"}\n]\n```'
     )
     assert FAMILIES["internvl-3"].answer((81, 104, 998, 999), (1000, 1000), "man", "Look.") == (
@@ -66,9 +79,15 @@ def test_parse_of_render_is_the_identity(name, task, box, label, reasoning):
     family = FAMILIES[name]
     assert label is None or label in family.prompt(label, task)
     answer = family.answer(box, (1000, 1000), label, reasoning)
-    for completion in (answer, family.reasoning_opener + answer):  # without and with what the chat template wrote
+    # Without and with what the chat template wrote
+    for completion in (answer, family.reasoning_opener + answer):
         parsed = parse_completion(completion, frame=family.frame, image_wh=(1000, 1000))
-        assert (parsed.reasoning, parsed.boxes, parsed.box, parsed.status) == (reasoning, [box], box, "ok")
+        assert (parsed.reasoning, parsed.boxes, parsed.box, parsed.status) == (
+            reasoning,
+            [box],
+            box,
+            "ok",
+        )
 
 
 def test_the_box_is_written_in_the_familys_frame():

@@ -1,4 +1,6 @@
-"""The stage runner: what is done is kept, what changed runs again, and every way to stop is one clear sentence."""
+"""The stage runner: what is done is kept, what changed runs again, and every way to stop is one
+clear sentence.
+"""
 
 import fcntl
 import json
@@ -17,13 +19,19 @@ from egm_lib.reproduce import ReproduceError, clean, publish, reproduce
 
 
 def write_notebook(path, *sources):
-    cells = [nbformat.v4.new_code_cell('profile = "mini"\nseed = 0', metadata={"tags": ["parameters"]})]
-    nbformat.write(nbformat.v4.new_notebook(cells=[*cells, *map(nbformat.v4.new_code_cell, sources)]), path)
+    cells = [
+        nbformat.v4.new_code_cell('profile = "mini"\nseed = 0', metadata={"tags": ["parameters"]})
+    ]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[*cells, *map(nbformat.v4.new_code_cell, sources)]), path
+    )
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project with three notebooks, whose execution is a function of the test's: `project.does[name]`."""
+    """A project with three notebooks, whose execution is a function of the test's:
+    `project.does[name]`.
+    """
     (tmp_path / "notebooks").mkdir()
     for name in ("00_a", "01_b", "02_c"):
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", f"print('{name}')")
@@ -137,7 +145,9 @@ def test_a_failing_notebook_is_named_with_its_reason(project):
     run, ran, does, _ = project
 
     def fail():
-        raise papermill.PapermillExecutionError(1, 5, "raise ..", "OSError", "No space left on device", [])
+        raise papermill.PapermillExecutionError(
+            1, 5, "raise ..", "OSError", "No space left on device", []
+        )
 
     does["01_b"] = fail
     with pytest.raises(ReproduceError, match="01_b stopped in its cell 5: No space left on device"):
@@ -194,8 +204,12 @@ def test_the_manifest_says_what_ran(project):
 
 def test_clean_strips_widget_state_and_keeps_the_picture(tmp_path):
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "aGk="}
-    said = nbformat.v4.new_output("stream", text=f"saved to {module.project_root()}/data/runs/x.jsonl")
-    cell = nbformat.v4.new_code_cell("viewer", outputs=[nbformat.v4.new_output("display_data", data=data), said])
+    said = nbformat.v4.new_output(
+        "stream", text=f"saved to {module.project_root()}/data/runs/x.jsonl"
+    )
+    cell = nbformat.v4.new_code_cell(
+        "viewer", outputs=[nbformat.v4.new_output("display_data", data=data), said]
+    )
     cell.metadata["papermill"] = {"duration": 1.0}
     book = nbformat.v4.new_notebook(cells=[cell])
     book.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"version_major": 2}}
@@ -219,7 +233,9 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
         nbformat.v4.new_output("display_data", {"text/plain": "Loading weights: 100%"}),
     ]
     executed.cells[-1].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
-    executed.cells.insert(1, nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]}))
+    executed.cells.insert(
+        1, nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["injected-parameters"]})
+    )
     nbformat.write(executed, run.notebook("01_b.ipynb"))
     before = module._sources(root / "notebooks" / "01_b.ipynb")
     publish(run)
@@ -230,10 +246,12 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
     assert published.metadata == {}
     assert again(run, ran) == []
     write_notebook(root / "notebooks" / "02_c.ipynb", "print('newer')")
-    write_notebook(root / "notebooks" / "01_b.ipynb", "print('01_b')")  # as before, without its outputs
+    # As before, without its outputs
+    write_notebook(root / "notebooks" / "01_b.ipynb", "print('01_b')")
     with pytest.raises(ReproduceError, match="02_c.ipynb was changed since it was run"):
         publish(run)
-    assert nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs == []  # all or none
+    # All or none
+    assert nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs == []
 
 
 def test_command_line_says_one_sentence(capsys):
@@ -251,5 +269,7 @@ def test_a_real_kernel_runs_and_fails_clearly(tmp_path, monkeypatch):
     run = Run(load_profile("smoke"), 7)
     with pytest.raises(ReproduceError, match="00_a stopped in its cell .: the picture is torn"):
         reproduce(run)
-    outputs = [str(cell.outputs) for cell in nbformat.read(run.notebook("00_a.ipynb"), as_version=4).cells]
+    outputs = [
+        str(cell.outputs) for cell in nbformat.read(run.notebook("00_a.ipynb"), as_version=4).cells
+    ]
     assert any("smoke 7" in text for text in outputs)

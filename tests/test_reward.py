@@ -27,8 +27,10 @@ BANK = Path(__file__).parents[2] / "shared" / "data" / "parser_bank.jsonl"
         ("[500, 500, 600, 600]", 0.0),  # elsewhere
         ("[300, 400, 100, 200]", 1.0),  # swapped corners are sorted
         ("[100, 200, 300, 400] or [500, 500, 600, 600]", 1.0),  # the first of several
-        ("[500, 500, 600, 600] or [100, 200, 300, 400]", 0.0),  # listing boxes until one fits earns nothing
-        ("[100, 200, 300, 400]</think>[500, 500, 600, 600]", 0.0),  # nor does naming it while reasoning
+        # Listing boxes until one fits earns nothing
+        ("[500, 500, 600, 600] or [100, 200, 300, 400]", 0.0),
+        # Nor does naming it while reasoning
+        ("[100, 200, 300, 400]</think>[500, 500, 600, 600]", 0.0),
         ("[500, 500, 600, 600]</think>[100, 200, 300, 400]", 1.0),
         ("<think>it is at [100, 200, 300, 400]", 0.0),  # cut off before the answer
         ("[100, 100, 300, 200]", 0.0),  # the right pixels, in the wrong frame
@@ -40,15 +42,21 @@ BANK = Path(__file__).parents[2] / "shared" / "data" / "parser_bank.jsonl"
 def test_rewards(completion, reward):
     chat = [{"role": "assistant", "content": completion}]
     parts = [{"role": "assistant", "content": [{"type": "text", "text": completion}]}]
-    rewards = egm_reward([completion, chat, parts], gt_box=[GT] * 3, image_wh=[WH] * 3, prompts=["?"] * 3)
+    rewards = egm_reward(
+        [completion, chat, parts], gt_box=[GT] * 3, image_wh=[WH] * 3, prompts=["?"] * 3
+    )
     assert rewards == pytest.approx([reward] * 3)
-    assert compute_score("refcoco", completion, list(GT), {"width": 1000, "height": 500}) == pytest.approx(reward)
+    assert compute_score(
+        "refcoco", completion, list(GT), {"width": 1000, "height": 500}
+    ) == pytest.approx(reward)
 
 
 @pytest.mark.parametrize("weight, expected", [(0.0, 0.75), (0.5, 0.875), (1.0, 1.0)])
 def test_the_weight_is_of_success(weight, expected):
     assert grounding_reward((0, 0, 1, 0.75), (0, 0, 1, 1), weight) == expected
-    assert egm_reward(["[0, 0, 1, 0.75]"], [(0, 0, 1, 1)], [(9, 9)], frame=BoxFrame.PIXEL, weight=weight) == [expected]
+    assert egm_reward(
+        ["[0, 0, 1, 0.75]"], [(0, 0, 1, 1)], [(9, 9)], frame=BoxFrame.PIXEL, weight=weight
+    ) == [expected]
 
 
 @settings(deadline=None)
@@ -78,7 +86,10 @@ def test_trl_columns_of_different_length_are_refused():
 
 
 def test_an_empty_chat_earns_nothing():
-    assert egm_reward([[], [{"role": "assistant", "content": None}]], [GT] * 2, [WH] * 2) == [0.0, 0.0]
+    assert egm_reward([[], [{"role": "assistant", "content": None}]], [GT] * 2, [WH] * 2) == [
+        0.0,
+        0.0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +98,14 @@ def test_an_empty_chat_earns_nothing():
         (list(GT), {"image_wh": WH}),
         (np.array(GT), {"image_wh": np.array(WH)}),  # as parquet files come back
         (json.dumps(GT), {"width": 1000, "height": 500}),
-        ([100, 200, 300, 400], {"image_wh": WH, "ground_truth_frame": "norm_1000"}),  # the released parquet files
+        # The released parquet files
+        ([100, 200, 300, 400], {"image_wh": WH, "ground_truth_frame": "norm_1000"}),
     ],
 )
 def test_verl_ground_truths(ground_truth, info):
-    assert compute_score("refcoco", "[100, 200, 300, 400]", ground_truth, info) == pytest.approx(1.0)
+    assert compute_score("refcoco", "[100, 200, 300, 400]", ground_truth, info) == pytest.approx(
+        1.0
+    )
 
 
 def test_verl_needs_the_image_size():
@@ -105,4 +119,6 @@ def test_every_answer_of_the_bank_earns_full_reward_for_the_box_it_names():
     for row in rows:
         box = parse_completion(row["raw"], frame=BoxFrame.NORM_1000, image_wh=(1000, 1000)).box
         if box is not None:
-            assert egm_reward([row["raw"]], [box], [(1000, 1000)]) == pytest.approx([1.0]), row["id"]
+            assert egm_reward([row["raw"]], [box], [(1000, 1000)]) == pytest.approx([1.0]), row[
+                "id"
+            ]

@@ -15,9 +15,26 @@ GT_BOX = [10.0, 10.0, 50.0, 50.0]  # px of 100 x 100
 
 
 def sample(number, task="vanilla"):
-    row = {"sample_id": f"s{number:02}", "dataset": "refcoco", "split": "selection", "task": task, "image": "a.png"}
-    row |= {"width": 100, "height": 100, "expression": "the left one", "gt_box": GT_BOX, "image_id": str(number)}
-    row |= {"modal_box": GT_BOX if task == "amodal" else None, "ann_id": None, "ref_id": None, "flipped": False}
+    row = {
+        "sample_id": f"s{number:02}",
+        "dataset": "refcoco",
+        "split": "selection",
+        "task": task,
+        "image": "a.png",
+    }
+    row |= {
+        "width": 100,
+        "height": 100,
+        "expression": "the left one",
+        "gt_box": GT_BOX,
+        "image_id": str(number),
+    }
+    row |= {
+        "modal_box": GT_BOX if task == "amodal" else None,
+        "ann_id": None,
+        "ref_id": None,
+        "flipped": False,
+    }
     return row | {"prompt_kind": "plain", "num_lookalikes": 1}
 
 
@@ -28,15 +45,29 @@ def run(tmp_path, monkeypatch):
     profile = load_profile("smoke")
     run = Run(replace(profile, selection=replace(profile.selection, fill_to=0)), 0)
     write_samples(profile.data.path / "selection.jsonl", [sample(number) for number in range(10)])
-    write_samples(profile.data.path / "selection_amodal.jsonl", [sample(number, "amodal") for number in range(3)])
+    write_samples(
+        profile.data.path / "selection_amodal.jsonl",
+        [sample(number, "amodal") for number in range(3)],
+    )
     return run
 
 
 def answer(run, role, solved, numbers=range(10)):
     rows = [
         sample(number)
-        | {"raw_answer": HIT if number in solved else MISS, "frame": "NORM_1000", "status": "ok", "error": None}
-        | {"model": ROLES[role], "seed": 0, "profile": "smoke", "revision": None, "finish_reason": "stop"}
+        | {
+            "raw_answer": HIT if number in solved else MISS,
+            "frame": "NORM_1000",
+            "status": "ok",
+            "error": None,
+        }
+        | {
+            "model": ROLES[role],
+            "seed": 0,
+            "profile": "smoke",
+            "revision": None,
+            "finish_reason": "stop",
+        }
         for number in numbers
     ]
     path = pool_answers(run, role)
@@ -53,8 +84,15 @@ def test_what_the_learner_misses_and_the_reference_solves_and_as_many_easy_ones(
     answer(run, "reference", {0, 1, 5, 6})
     counts = select(run)["vanilla"]
     assert counts == {
-        "pool": 10, "both": 2, "learnable": 2, "learner_only": 3, "neither": 3, "easy": 2, "filled": 0, "kept": 4,
-    }  # fmt: skip
+        "pool": 10,
+        "both": 2,
+        "learnable": 2,
+        "learner_only": 3,
+        "neither": 3,
+        "easy": 2,
+        "filled": 0,
+        "kept": 4,
+    }
     assert {"s05", "s06"} <= kept(run)
     assert kept(run) - {"s05", "s06"} <= {"s00", "s01", "s02", "s03", "s04"}
     assert json.loads((run.root / "selection.json").read_text())["vanilla"] == counts

@@ -1,4 +1,6 @@
-"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an interruption."""
+"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an
+interruption.
+"""
 
 import argparse
 import json
@@ -46,28 +48,46 @@ def internvl_world(tmp_path_factory, world):
     return store_model(tmp_path_factory.mktemp("internvl"), "internvl-3"), *world[1:]
 
 
-def trainer_of(world, tmp_path, *, shared: bool | None = None, reasoning: bool = True, family=FAMILY, **changes):
+def trainer_of(
+    world, tmp_path, *, shared: bool | None = None, reasoning: bool = True, family=FAMILY, **changes
+):
     folder, samples, root = world
     model, processor = stored(folder, family.name)
     rows = answer_rows(samples, family, root, reasoning=reasoning)
     trainer = make_trainer(
-        model, processor, rows, family, sft_options(**changes), work=work_folder(tmp_path / "out"),
-        log=tmp_path / "log.jsonl", seed=0, shared_prefix=shared,
-    )  # fmt: skip
+        model,
+        processor,
+        rows,
+        family,
+        sft_options(**changes),
+        work=work_folder(tmp_path / "out"),
+        log=tmp_path / "log.jsonl",
+        seed=0,
+        shared_prefix=shared,
+    )
     return trainer, processor
 
 
 def losses(log) -> list[float]:
-    return [line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
+    return [
+        line["loss"] for line in map(json.loads, log.read_text().splitlines()) if "loss" in line
+    ]
 
 
 def test_the_loss_covers_the_answer_and_its_end_and_nothing_else(world, tmp_path):
     trainer, processor = trainer_of(world, tmp_path)
     batch = trainer.data_collator(list(trainer.train_dataset.select([0, 1, 2])))
     for row, sample in enumerate(world[1][:3]):
-        box = (sample["gt_box"], (sample["width"], sample["height"]), sample["expression"], sample["reasoning"])
+        box = (
+            sample["gt_box"],
+            (sample["width"], sample["height"]),
+            sample["expression"],
+            sample["reasoning"],
+        )
         labels = batch["labels"][row]
-        assert processor.tokenizer.decode(labels[labels != -100]) == FAMILY.answer(*box) + "<|im_end|>"
+        assert (
+            processor.tokenizer.decode(labels[labels != -100]) == FAMILY.answer(*box) + "<|im_end|>"
+        )
         prompt = processor.tokenizer.decode(batch["suffix"][row][labels == -100])
         assert FAMILY.prompt(sample["expression"], "vanilla") in prompt
     assert batch["group"].tolist() == [0, 0, 1]  # two questions of the first picture share it
@@ -77,10 +97,20 @@ def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl
     trainer, processor = trainer_of(internvl_world, tmp_path, family=INTERNVL)
     batch = trainer.data_collator(list(trainer.train_dataset.select([0, 2])))
     for row, sample in enumerate([internvl_world[1][0], internvl_world[1][2]]):
-        box = (sample["gt_box"], (sample["width"], sample["height"]), sample["expression"], sample["reasoning"])
+        box = (
+            sample["gt_box"],
+            (sample["width"], sample["height"]),
+            sample["expression"],
+            sample["reasoning"],
+        )
         ids, labels = batch["input_ids"][row], batch["labels"][row]
-        assert processor.tokenizer.decode(labels[labels != -100]) == INTERNVL.answer(*box) + "<|im_end|>"
-        assert INTERNVL.prompt(sample["expression"], "vanilla") in processor.tokenizer.decode(ids[labels == -100])
+        assert (
+            processor.tokenizer.decode(labels[labels != -100])
+            == INTERNVL.answer(*box) + "<|im_end|>"
+        )
+        assert INTERNVL.prompt(sample["expression"], "vanilla") in processor.tokenizer.decode(
+            ids[labels == -100]
+        )
     picture_tokens = (batch["input_ids"] == trainer.model.config.image_token_id).sum().item()
     assert picture_tokens == 4 * len(batch["pixel_values"]) > 4 * 2  # several tiles a picture
 
@@ -107,10 +137,14 @@ def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
 def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
-        trainer, processor = trainer_of(world, tmp_path / name, shared=shared, learning_rate=1e-3, **changes)
+        trainer, processor = trainer_of(
+            world, tmp_path / name, shared=shared, learning_rate=1e-3, **changes
+        )
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(range(8))
         train_to(trainer, processor, tmp_path / name / "out")
-    assert losses(tmp_path / "ours/log.jsonl") == pytest.approx(losses(tmp_path / "trl/log.jsonl"), abs=1e-4)
+    assert losses(tmp_path / "ours/log.jsonl") == pytest.approx(
+        losses(tmp_path / "trl/log.jsonl"), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", [FAMILY, INTERNVL], ids=lambda family: family.name)
@@ -119,25 +153,37 @@ def test_eight_small_batches_equal_one_large(world, internvl_world, tmp_path, fa
     for name, batch, steps in (("large", 8, 1), ("small", 1, 8)):
         (tmp_path / name).mkdir()
         trainer, processor = trainer_of(
-            world, tmp_path / name, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, family=family
+            world,
+            tmp_path / name,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            family=family,
         )
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(range(8))
         train_to(trainer, processor, tmp_path / name / "out")
-    assert losses(tmp_path / "large/log.jsonl") == pytest.approx(losses(tmp_path / "small/log.jsonl"), abs=1e-5)
+    assert losses(tmp_path / "large/log.jsonl") == pytest.approx(
+        losses(tmp_path / "small/log.jsonl"), abs=1e-5
+    )
 
 
 def check_readable(out, family):
-    """Others read it, vLLM first: it states transformers' own class, and of videos what its start states."""
+    """Others read it, vLLM first: it states transformers' own class, and of videos what its start
+    states.
+    """
     stated = json.loads((out / "processor_config.json").read_text())["processor_class"]
     assert getattr(transformers, stated).__module__.startswith("transformers.")
     assert video_half(out) == VIDEOS[family]
 
 
-@pytest.mark.parametrize(("merger", "lora", "moves"), [
-    (True, None, ("language_model", "lm_head")),
-    (False, None, ("language_model", "lm_head", "merger")),
-    (True, Lora(r=2, alpha=4), ("_proj.weight",)),  # merged into the linear layers of the language model
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("merger", "lora", "moves"),
+    [
+        (True, None, ("language_model", "lm_head")),
+        (False, None, ("language_model", "lm_head", "merger")),
+        # Merged into the linear layers of the language model
+        (True, Lora(r=2, alpha=4), ("_proj.weight",)),
+    ],
+)
 def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
     trainer, processor = trainer_of(world, tmp_path, freeze_merger=merger, lora=lora)
     out = train_to(trainer, processor, tmp_path / "out")
@@ -148,17 +194,24 @@ def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
     check_readable(out, "qwen3-vl")
 
 
-@pytest.mark.parametrize(("merger", "lora", "moves"), [
-    (True, None, ("language_model", "lm_head")),
-    (False, None, ("language_model", "lm_head", "multi_modal_projector")),  # as in the paper's profiles
-    (True, Lora(r=2, alpha=4), ("_proj.weight",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("merger", "lora", "moves"),
+    [
+        (True, None, ("language_model", "lm_head")),
+        # As in the paper's profiles
+        (False, None, ("language_model", "lm_head", "multi_modal_projector")),
+        (True, Lora(r=2, alpha=4), ("_proj.weight",)),
+    ],
+)
 def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merger, lora, moves):
-    trainer, processor = trainer_of(internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora)
+    trainer, processor = trainer_of(
+        internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora
+    )
     out = train_to(trainer, processor, tmp_path / "out")
     check_readable(out, "internvl-3")
     moved = moved_names(internvl_world[0], out)
-    assert all(any(part in name for name in moved) for part in moves if part != "lm_head")  # tied to the embeddings
+    # Tied to the embeddings
+    assert all(any(part in name for name in moved) for part in moves if part != "lm_head")
     assert all(any(part in name for part in moves) and "vision_tower" not in name for name in moved)
 
 
@@ -184,8 +237,11 @@ def test_a_killed_run_goes_on_to_the_same_losses(world, tmp_path):
     assert not is_finished(tmp_path / "killed/out")
     trainer, processor = trainer_of(world, tmp_path / "killed", **options)
     train_to(trainer, processor, tmp_path / "killed/out")
-    assert losses(tmp_path / "killed/log.jsonl") == losses(tmp_path / "whole/log.jsonl")  # to the last bit
-    whole, killed = (stored(tmp_path / name / "out")[0].state_dict() for name in ("whole", "killed"))
+    # To the last bit
+    assert losses(tmp_path / "killed/log.jsonl") == losses(tmp_path / "whole/log.jsonl")
+    whole, killed = (
+        stored(tmp_path / name / "out")[0].state_dict() for name in ("whole", "killed")
+    )
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     assert not work_folder(tmp_path / "killed/out").exists()
 
@@ -223,13 +279,22 @@ def test_rows_of_a_picture_stand_together_and_every_row_once():
 
 
 def test_profile_values_arrive_under_trl_s_names(tmp_path):
-    options = trl_options(sft_options(learning_rate=3e-4, warmup_ratio=0.03, dtype="bfloat16"), tmp_path, seed=5)
-    assert {"learning_rate": 3e-4, "warmup_steps": 0.03, "bf16": True, "seed": 5}.items() <= options.items()
+    options = trl_options(
+        sft_options(learning_rate=3e-4, warmup_ratio=0.03, dtype="bfloat16"), tmp_path, seed=5
+    )
+    assert {
+        "learning_rate": 3e-4,
+        "warmup_steps": 0.03,
+        "bf16": True,
+        "seed": 5,
+    }.items() <= options.items()
     json.dumps(options)
 
 
 def test_pictures_are_shrunk_to_the_profile_s_pixels(world):
-    """SFT and GRPO see pictures as the profile's `max_pixels` says; of 64 x 64 px there are 16 merged patches."""
+    """SFT and GRPO see pictures as the profile's `max_pixels` says; of 64 x 64 px there are 16
+    merged patches.
+    """
     folder, _, root = world
     for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):
         start = Model(path=str(folder), family="qwen3-vl", dtype="float32", max_pixels=max_pixels)
@@ -249,7 +314,9 @@ def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_half_precision_without_a_gpu_is_said_before_anything_starts():
     check_device("float32", "sft")
-    with pytest.raises(TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"):
+    with pytest.raises(
+        TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"
+    ):
         check_device("bfloat16", "sft")
 
 
@@ -258,11 +325,18 @@ def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(
     config = AutoConfig.from_pretrained(place)
     parameters = count_parameters(config)
     trained = parameters["total"] - (parameters["vision"] - parameters["merger"])
-    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)  # weights twice; gradients and two moments in float32
+    # Weights twice; gradients and two moments in float32
+    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for total_memory, processes, refused in ((needed, 1, False), (needed - 1, 1, True), (needed // 2 + 1, 2, False)):
+    for total_memory, processes, refused in (
+        (needed, 1, False),
+        (needed - 1, 1, True),
+        (needed // 2 + 1, 2, False),
+    ):
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _, n=total_memory: SimpleNamespace(total_memory=n)
+            torch.cuda,
+            "get_device_properties",
+            lambda _, n=total_memory: SimpleNamespace(total_memory=n),
         )
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         with pytest.raises(TrainingError, match="more GPUs") if refused else nullcontext():
@@ -277,8 +351,14 @@ def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_i
     profile = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
     memory = 100 * count_parameters(AutoConfig.from_pretrained(place))["total"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
-    with pytest.raises(TrainingError, match="raise grpo.vllm_gpu_memory_utilization") if refused else nullcontext():
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
+    )
+    with (
+        pytest.raises(TrainingError, match="raise grpo.vllm_gpu_memory_utilization")
+        if refused
+        else nullcontext()
+    ):
         check_memory(profile, "grpo", place)
 
 
@@ -297,11 +377,16 @@ def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_pa
 
 def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
     def gated(*args, **kwargs):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at ...")
+        raise OSError(
+            "You are trying to access a gated repo.\nMake sure to have access to it at ..."
+        )
 
     monkeypatch.setattr(training, "load_model", gated)
     small = load_profile("paper-qwen3vl-2b").models.small
-    with pytest.raises(TrainingError, match="Qwen3-VL-2B-Thinking cannot be loaded: .* gated repo. .* `hf auth login`"):
+    with pytest.raises(
+        TrainingError,
+        match="Qwen3-VL-2B-Thinking cannot be loaded: .* gated repo. .* `hf auth login`",
+    ):
         training.load_start(small.path, small, "float32")
 
 

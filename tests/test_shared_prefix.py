@@ -1,4 +1,6 @@
-"""Reading a prompt once for a group changes nothing: log-probs, gradients and greedy answers equal plain code's."""
+"""Reading a prompt once for a group changes nothing: log-probs, gradients and greedy answers equal
+plain code's.
+"""
 
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from egm_lib.shared_prefix import Reader, SamplingOptions, sample, suffix_logps
 from egm_lib.training import chat_text
 from egm_lib.vision_cache import freeze_vision
 
-EXPRESSIONS = ("red", "the second red square from the left", "a")  # prompts of unlike length: padding is in play
+# Prompts of unlike length: padding is in play
+EXPRESSIONS = ("red", "the second red square from the left", "a")
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +33,25 @@ def world(tmp_path_factory):
 
 def plain_inputs(world, row: int) -> dict:
     _, processor, _, pictures, texts, _ = world
-    return dict(processor(images=[open_image(pictures[row])], text=[texts[row]], return_tensors="pt"))
+    return dict(
+        processor(images=[open_image(pictures[row])], text=[texts[row]], return_tensors="pt")
+    )
 
 
 def plain_logps(world, row: int, completion: list[int]) -> torch.Tensor:
     """By transformers' own forward, one row at a time: nothing shared, nothing padded."""
     model, inputs = world[0], plain_inputs(world, row)
     ids = torch.cat([inputs["input_ids"], torch.tensor([completion])], dim=1)
-    kind = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, len(completion), dtype=torch.int)], dim=1)
+    kind = torch.cat(
+        [inputs["mm_token_type_ids"], torch.zeros(1, len(completion), dtype=torch.int)], dim=1
+    )
     logits = model(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=kind,
-        pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"],
-    ).logits[0]  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=kind,
+        pixel_values=inputs["pixel_values"],
+        image_grid_thw=inputs["image_grid_thw"],
+    ).logits[0]
     start = inputs["input_ids"].shape[1]
     return logits[start - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
@@ -68,7 +78,9 @@ def test_logps_and_gradients_equal_a_plain_forward(world, monkeypatch, small_log
     tokens = torch.tensor([c + [0] * (width - len(c)) for c in completions])
     mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
     parameter = model.model.language_model.layers[0].self_attn.k_proj.weight
-    got, entropy = suffix_logps(model, prompts, reader.features(pictures), group, tokens, mask, mask, entropy="value")
+    got, entropy = suffix_logps(
+        model, prompts, reader.features(pictures), group, tokens, mask, mask, entropy="value"
+    )
     (got_gradient,) = torch.autograd.grad(got.sum(), parameter)
     expected = [plain_logps(world, int(g), c) for g, c in zip(group, completions, strict=True)]
     (expected_gradient,) = torch.autograd.grad(sum(e.sum() for e in expected), parameter)
@@ -97,14 +109,19 @@ def test_greedy_equals_generate_and_sampler_logps_equal_the_trainer_s(world):
     tokens, logps = sample(model, prompts, reader.features(pictures), 2, options, [eos])
     for row, (ids, values) in enumerate(zip(tokens, logps, strict=True)):
         inputs = plain_inputs(world, row // 2)
-        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False, suppress_tokens=[image])
+        expected = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=[image]
+        )
         assert ids == expected[0, inputs["input_ids"].shape[1] :].tolist()
-        torch.testing.assert_close(torch.tensor(values), plain_logps(world, row // 2, ids).detach(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            torch.tensor(values), plain_logps(world, row // 2, ids).detach(), atol=1e-4, rtol=0
+        )
 
 
 def test_sampling_ends_rows_at_any_end_token_and_keeps_their_order(world):
     model, _, reader, pictures, _, prompts = world
-    ends = list(range(0, 256, 4))  # a quarter of the bytes end an answer: rows leave the batch at unlike times
+    # A quarter of the bytes end an answer: rows leave the batch at unlike times
+    ends = list(range(0, 256, 4))
     torch.manual_seed(0)
     tokens, logps = sample(model, prompts, reader.features(pictures), 16, SamplingOptions(10), ends)
     assert len(tokens) == 48 and {len(ids) for ids in tokens} >= {1, 2, 3}
@@ -120,7 +137,9 @@ def test_sampling_ends_rows_at_any_end_token_and_keeps_their_order(world):
 def test_the_loop_ends_with_the_longest_completion(world, monkeypatch):
     model, _, reader, pictures, _, prompts = world
     steps = []
-    monkeypatch.setattr(decode_loop, "_pick", lambda *args, pick=decode_loop._pick: steps.append(1) or pick(*args))
+    monkeypatch.setattr(
+        decode_loop, "_pick", lambda *args, pick=decode_loop._pick: steps.append(1) or pick(*args)
+    )
     torch.manual_seed(0)
     ends = list(range(0, 256, 20))  # rows end one by one, too few at a time to leave the batch
     tokens, _ = sample(model, prompts, reader.features(pictures), 8, SamplingOptions(120), ends)
@@ -132,9 +151,14 @@ def test_draws_follow_the_distribution_within_top_k_and_top_p():
     torch.manual_seed(0)
     token = decode_loop._pick(logits, SamplingOptions(1, temperature=0.5), None)
     expected = (logits[0] / 0.5).softmax(-1)
-    torch.testing.assert_close(token.bincount(minlength=5) / len(token), expected, atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        token.bincount(minlength=5) / len(token), expected, atol=0.015, rtol=0
+    )
     cut = {"top_k": {"top_k": 2}, "top_p": {"top_p": 0.7}}
-    seen = {name: set(decode_loop._pick(logits, SamplingOptions(1, **cut[name]), None).tolist()) for name in cut}
+    seen = {
+        name: set(decode_loop._pick(logits, SamplingOptions(1, **cut[name]), None).tolist())
+        for name in cut
+    }
     assert seen == {"top_k": {0, 1}, "top_p": {0, 1}}  # p = .64, .23, .09, .03, .01
     logits[:, [0, 4]] = -torch.inf
     assert set(decode_loop._pick(logits, SamplingOptions(1), None).tolist()) == {1, 2, 3}

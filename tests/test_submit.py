@@ -10,7 +10,13 @@ from egm_lib.profile import Run, load_profile
 def test_the_template_is_filled_in():
     text = submit.render(Run(load_profile("paper-qwen3vl-8b"), 42), hours=12)
     assert "{{" not in text
-    for words in ("--gpus-per-node=8", "--time=12:00:00", "--requeue", "--first 04 --last 06", "paper-qwen3vl-8b-42"):
+    for words in (
+        "--gpus-per-node=8",
+        "--time=12:00:00",
+        "--requeue",
+        "--first 04 --last 06",
+        "paper-qwen3vl-8b-42",
+    ):
         assert words in text
 
 

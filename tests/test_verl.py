@@ -25,8 +25,13 @@ def exported(tmp_path, monkeypatch):
     rows = make_samples(tmp_path / "pictures", pictures=2, per_picture=1)
     for row in rows:
         del row["reasoning"]
-        row |= {"image": str(tmp_path / "pictures" / row["image"]), "dataset": "refcoco", "split": "train",
-                "image_id": row["image"], "flipped": False}  # fmt: skip
+        row |= {
+            "image": str(tmp_path / "pictures" / row["image"]),
+            "dataset": "refcoco",
+            "split": "train",
+            "image_id": row["image"],
+            "flipped": False,
+        }
     write_samples(run.samples("rl_vanilla"), rows)
     return export(run, "vanilla"), rows
 
@@ -36,9 +41,17 @@ def test_parquet_has_verl_s_columns_and_one_placeholder_a_picture(exported):
     rows = pq.read_table(out / "train.parquet").to_pylist()
     assert len(rows) == len(samples)
     for row, sample in zip(rows, samples, strict=True):
-        assert {"data_source", "prompt", "images", "ability", "reward_model", "extra_info"} == row.keys()
+        assert {
+            "data_source",
+            "prompt",
+            "images",
+            "ability",
+            "reward_model",
+            "extra_info",
+        } == row.keys()
         assert row["prompt"][0]["content"].count("<image>") == len(row["images"]) == 1
-        assert row["images"] == [{"image": f"file://{sample['image']}", "max_pixels": 50_176}]  # the profile's
+        # The profile's
+        assert row["images"] == [{"image": f"file://{sample['image']}", "max_pixels": 50_176}]
         assert row["extra_info"]["sample_id"] == sample["sample_id"]
 
 
@@ -56,16 +69,27 @@ def test_overrides_are_table_6(exported):
     out, _ = exported
     lines = dict(line.split("=", 1) for line in (out / "overrides.txt").read_text().splitlines())
     expected = {
-        "data.train_batch_size": "256", "actor_rollout_ref.rollout.n": "16",
-        "actor_rollout_ref.actor.kl_loss_coef": "0.005", "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
-        "actor_rollout_ref.actor.clip_ratio": "0.2", "actor_rollout_ref.actor.optim.lr": "3e-06",
-        "actor_rollout_ref.actor.optim.lr_warmup_steps": "30", "actor_rollout_ref.actor.entropy_coeff": "0.0",
-        "data.max_response_length": "1024", "trainer.total_epochs": "5", "actor_rollout_ref.rollout.temperature": "0.7",
-        "actor_rollout_ref.rollout.top_p": "0.9", "actor_rollout_ref.rollout.top_k": "50",
-        "actor_rollout_ref.actor.use_kl_loss": "true", "custom_reward_function.name": "compute_score",
-    }  # fmt: skip
+        "data.train_batch_size": "256",
+        "actor_rollout_ref.rollout.n": "16",
+        "actor_rollout_ref.actor.kl_loss_coef": "0.005",
+        "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
+        "actor_rollout_ref.actor.clip_ratio": "0.2",
+        "actor_rollout_ref.actor.optim.lr": "3e-06",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": "30",
+        "actor_rollout_ref.actor.entropy_coeff": "0.0",
+        "data.max_response_length": "1024",
+        "trainer.total_epochs": "5",
+        "actor_rollout_ref.rollout.temperature": "0.7",
+        "actor_rollout_ref.rollout.top_p": "0.9",
+        "actor_rollout_ref.rollout.top_k": "50",
+        "actor_rollout_ref.actor.use_kl_loss": "true",
+        "custom_reward_function.name": "compute_score",
+    }
     assert expected.items() <= lines.items()
-    assert all(line in (out / "run.sh").read_text() for line in ("data.train_batch_size=256", "verl.trainer.main_ppo"))
+    assert all(
+        line in (out / "run.sh").read_text()
+        for line in ("data.train_batch_size=256", "verl.trainer.main_ppo")
+    )
 
 
 def test_the_released_preset_has_the_sequence_level_ratio(tmp_path):
@@ -82,13 +106,23 @@ def test_verl_s_own_configuration_takes_every_override(name, tmp_path):
     from omegaconf import OmegaConf
     from verl.utils.config import validate_config
 
-    overrides = verl_overrides(load_profile(name), 42, model=tmp_path, train=tmp_path / "t.parquet", out=tmp_path)
-    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
+    overrides = verl_overrides(
+        load_profile(name), 42, model=tmp_path, train=tmp_path / "t.parquet", out=tmp_path
+    )
+    with initialize_config_dir(
+        str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None
+    ):
         # An option that VeRL does not have, or no longer has, ends here.
-        config = compose("ppo_trainer", [f"{name}={_hydra(value)}" for name, value in overrides.items()])
+        config = compose(
+            "ppo_trainer", [f"{name}={_hydra(value)}" for name, value in overrides.items()]
+        )
     assert config.data.max_prompt_length + config.data.max_response_length <= 32_768
     assert {name: OmegaConf.select(config, name) for name in overrides} == overrides
-    validate_config(config, use_reference_policy=overrides["actor_rollout_ref.actor.use_kl_loss"], use_critic=False)
+    validate_config(
+        config,
+        use_reference_policy=overrides["actor_rollout_ref.actor.use_kl_loss"],
+        use_critic=False,
+    )
 
 
 def test_verl_s_own_reader_takes_every_row(exported):
@@ -96,9 +130,17 @@ def test_verl_s_own_reader_takes_every_row(exported):
     from verl.utils.dataset import RLHFDataset
 
     out, samples = exported
-    rows = RLHFDataset(str(out / "train.parquet"), None, {"filter_overlong_prompts": False}, processor=object())
+    rows = RLHFDataset(
+        str(out / "train.parquet"), None, {"filter_overlong_prompts": False}, processor=object()
+    )
     assert len(rows) == len(samples)
     for row, sample in zip(rows, samples, strict=True):
         picture, question = row["raw_prompt"][0]["content"]
-        assert picture == {"type": "image", "image": f"file://{sample['image']}", "max_pixels": 50_176}
-        assert question["text"].strip() == FAMILIES["qwen3-vl"].prompt(sample["expression"], "vanilla")
+        assert picture == {
+            "type": "image",
+            "image": f"file://{sample['image']}",
+            "max_pixels": 50_176,
+        }
+        assert question["text"].strip() == FAMILIES["qwen3-vl"].prompt(
+            sample["expression"], "vanilla"
+        )

@@ -1,4 +1,6 @@
-"""The viewer's Python side: joining, filtering, sorting, the still picture, and rows that are broken."""
+"""The viewer's Python side: joining, filtering, sorting, the still picture, and rows that are
+broken.
+"""
 
 import base64
 import io
@@ -12,7 +14,16 @@ import pytest
 import torch
 import traitlets
 from PIL import Image
-from trace_world import EGM, LARGE, SMALL, answer_row, draw_world, group_of, predictions_of, write_rows
+from trace_world import (
+    EGM,
+    LARGE,
+    SMALL,
+    answer_row,
+    draw_world,
+    group_of,
+    predictions_of,
+    write_rows,
+)
 
 import egm_lib.viewer
 from egm_lib.comparison import compare, tint
@@ -35,7 +46,9 @@ def viewer(world):
 
 def picture(viewer) -> np.ndarray:
     data, _ = viewer._repr_mimebundle_()
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")).astype(int)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    ).astype(int)
 
 
 def has_colour(pixels: np.ndarray, colour: str) -> bool:
@@ -54,7 +67,9 @@ def test_filter_finds_what_b_solves_and_a_misses(viewer, world):
     missed = [s["sample_id"] for s in samples if s["place"] != 0 or s["task"] == "amodal"]
     assert viewer.sample_ids == missed  # the small model always takes the first square
     assert viewer.count == len(missed) < viewer.total == len(samples)
-    assert viewer.sample["answers"][EGM]["success"] and not viewer.sample["answers"][SMALL]["success"]
+    assert (
+        viewer.sample["answers"][EGM]["success"] and not viewer.sample["answers"][SMALL]["success"]
+    )
 
 
 def test_each_show_partitions_as_its_words_say(viewer):
@@ -63,7 +78,9 @@ def test_each_show_partitions_as_its_words_say(viewer):
         return set(viewer.sample_ids)
 
     everything = left("all")
-    assert left("A misses") | left("A solves") == everything and not left("A misses") & left("A solves")
+    assert left("A misses") | left("A solves") == everything and not left("A misses") & left(
+        "A solves"
+    )
     assert left("both miss") == left("A misses") - left("B solves what A misses")
     viewer.filter = {"show": "B gives no box", "b": LARGE}
     assert set(viewer.sample_ids) == everything
@@ -74,7 +91,9 @@ def test_search_split_and_ids_narrow_together(viewer, world):
     word = samples[0]["expression"].split()[0]
     viewer.filter = {"search": word.upper(), "split": "refcoco_val"}
     assert viewer.sample_ids == [
-        s["sample_id"] for s in samples if word in s["expression"] and (s["dataset"], s["split"]) == ("refcoco", "val")
+        s["sample_id"]
+        for s in samples
+        if word in s["expression"] and (s["dataset"], s["split"]) == ("refcoco", "val")
     ]
     viewer.filter = {"sample_ids": ["s4", "s1"]}
     assert viewer.sample_ids == ["s1", "s4"]
@@ -125,7 +144,11 @@ def test_the_page_gets_the_boxes_of_the_row_in_pixels(viewer, world):
         viewer.index = place
         view = viewer.view
         assert (view["gt_box"], view["width"]) == (sample["gt_box"], sample["width"])
-        assert [m["box"] for m in view["models"]] == [sample["boxes_all"][0], sample["gt_box"], None]
+        assert [m["box"] for m in view["models"]] == [
+            sample["boxes_all"][0],
+            sample["gt_box"],
+            None,
+        ]
         assert view["picture"].startswith("data:image/png;base64,")
     json.dumps(viewer.view, allow_nan=False)
 
@@ -136,7 +159,8 @@ def test_the_mime_bundle_carries_a_png_with_every_shown_models_colour(viewer):
     assert "application/vnd.jupyter.widget-view+json" in data
     both = picture(viewer)
     assert has_colour(both, "#D55E00") and has_colour(both, "#0072B2")
-    assert has_colour(both, TINTS["place"]) and has_colour(both, TINTS["alike"])  # words of EGM's trace
+    # Words of EGM's trace
+    assert has_colour(both, TINTS["place"]) and has_colour(both, TINTS["alike"])
     viewer.hidden = [SMALL, LARGE]
     assert not has_colour(picture(viewer), "#D55E00")
 
@@ -151,7 +175,9 @@ def test_exports_what_is_seen(viewer, tmp_path, suffix, head):
 
 def test_the_page_can_ask_for_a_file(viewer, monkeypatch):
     sent = []
-    monkeypatch.setattr(viewer, "send", lambda message, buffers=None: sent.append((message, buffers)))
+    monkeypatch.setattr(
+        viewer, "send", lambda message, buffers=None: sent.append((message, buffers))
+    )
     viewer._answer_page(viewer, {"export": "svg"}, [])
     viewer._answer_page(viewer, {"export": "../etc"}, [])
     [(message, [content])] = sent
@@ -172,7 +198,9 @@ def test_an_error_in_one_row_shows_in_that_row(world):
         [model] = viewer.view["models"]
         said.append(model["error"] or viewer.view["error"])
         picture(viewer)  # the still picture, too
-    for text, words in zip(said, ("engine said no", "gt_box must be four", "none.png", "must be finite"), strict=True):
+    for text, words in zip(
+        said, ("engine said no", "gt_box must be four", "none.png", "must be finite"), strict=True
+    ):
         assert words in text
     viewer.index = 4
     assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
@@ -194,11 +222,14 @@ def test_a_field_of_a_wrong_kind_shows_in_its_row_alone(world, field):
     assert viewer.sample_ids == [samples[0]["sample_id"]]
 
 
-@pytest.mark.parametrize("broken, words", [
-    ({"completions": None}, "the group cannot be shown"),  # null in the file
-    ({"rewards": [1.0]}, "the group cannot be shown"),  # fewer rewards than completions
-    ({"gt_box": None}, "the group cannot be shown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        ({"completions": None}, "the group cannot be shown"),  # null in the file
+        ({"rewards": [1.0]}, "the group cannot be shown"),  # fewer rewards than completions
+        ({"gt_box": None}, "the group cannot be shown"),
+    ],
+)
 def test_an_error_in_one_group_shows_at_its_sample(world, broken, words):
     root, samples = world
     viewer = TraceViewer(groups=[group_of(samples[0]) | broken, group_of(samples[1])], root=root)
@@ -213,7 +244,10 @@ def test_reads_folders_and_frames_and_refuses_two_answers_to_one_sample(world, t
     root, samples = world
     rows = predictions_of(samples)
     for model in (SMALL, EGM):
-        write_rows(tmp_path / "predictions" / model / "all.jsonl", [row for row in rows if row["model"] == model])
+        write_rows(
+            tmp_path / "predictions" / model / "all.jsonl",
+            [row for row in rows if row["model"] == model],
+        )
     assert TraceViewer(tmp_path / "predictions", root=root).total == len(samples)
     assert TraceViewer(pd.DataFrame(rows), root=root).models == [SMALL, EGM, LARGE]
     with pytest.raises(ValueError, match="answers 's0' twice"):
@@ -237,14 +271,19 @@ def test_a_group_shows_rewards_and_standardised_advantages(world):
     rewards = np.array([c["reward"] for c in completions])
     advantages = np.array([c["advantage"] for c in completions])
     assert len(completions) == 16 and sum(c["success"] for c in completions) == 8
-    assert np.allclose(advantages, (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4), atol=1e-4)  # Eq. 7
+    # Eq. 7
+    assert np.allclose(
+        advantages, (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4), atol=1e-4
+    )
     given = group_of(samples[0]) | {"rewards": [1.0] * 16, "advantages": [0.0] * 16}
     shown = TraceViewer(groups=[given], root=root).view["group"]["completions"]
     assert {(c["reward"], c["advantage"]) for c in shown} == {(1.0, 0.0)}
 
 
 def test_groups_that_training_kept_are_shown(world, tmp_path):
-    """What GRPO's keeper writes, read back: without predictions, its sample's fields and its own numbers."""
+    """What GRPO's keeper writes, read back: without predictions, its sample's fields and its own
+    numbers.
+    """
     root, samples = world
     keeper = GroupKeeper(tmp_path / "groups" / "vanilla.jsonl", "<think>")
     sample = {name: samples[0][name] for name in SAMPLE_FIELDS}
@@ -256,7 +295,9 @@ def test_groups_that_training_kept_are_shown(world, tmp_path):
     shown = viewer.view["group"]["completions"]
     assert [each["reward"] for each in shown] == [1.0, 0.0, 1.0, 0.0]
     assert [each["success"] for each in shown] == [True, False, True, False]
-    assert shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
+    assert (
+        shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
+    )
     assert viewer.view["picture"] and viewer.view["error"] is None
     still = picture(viewer)
     assert has_colour(still, FAILED) and has_colour(still, SOLVED)  # where widgets do not run, too
@@ -272,10 +313,14 @@ def test_tint_marks_places_and_look_alikes_and_loses_no_letter():
 
 
 def test_hostile_text_stays_text(world):
-    """The page only ever makes text nodes: markup must reach it as it is, and never through innerHTML."""
+    """The page only ever makes text nodes: markup must reach it as it is, and never through
+    innerHTML.
+    """
     root, samples = world
     attack = "<img src=x onerror=alert(1)>"
-    viewer = TraceViewer([answer_row(samples[0] | {"expression": attack}, EGM, None, attack)], root=root)
+    viewer = TraceViewer(
+        [answer_row(samples[0] | {"expression": attack}, EGM, None, attack)], root=root
+    )
     assert viewer.view["expression"] == attack
     script = (Path(egm_lib.viewer.__file__).parent / "viewer.js").read_text()
     assert "innerHTML" not in script and "insertAdjacentHTML" not in script

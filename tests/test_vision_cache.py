@@ -1,4 +1,6 @@
-"""The cached tower says what the tower says; it looks once, keeps to its memory, and never mixes towers up."""
+"""The cached tower says what the tower says; it looks once, keeps to its memory, and never mixes
+towers up.
+"""
 
 import pytest
 import torch
@@ -43,10 +45,17 @@ def test_whole_model_gives_the_same_logits_and_the_same_parameter_names():
     pixels, grids = some_pictures(2)
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = torch.tensor([[5, image, image, image, image, 7, 8]] * 2)
-    inputs = dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, mm_token_type_ids=(ids == image).int())
+    inputs = dict(
+        input_ids=ids,
+        pixel_values=pixels,
+        image_grid_thw=grids,
+        mm_token_type_ids=(ids == image).int(),
+    )
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(cached(**inputs).logits, plain(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                cached(**inputs).logits, plain(**inputs).logits, atol=1e-5, rtol=0
+            )
     assert list(cached.state_dict()) == list(plain.state_dict())
     assert not any(p.requires_grad for p in cached.model.visual.parameters())
 
@@ -75,7 +84,9 @@ def test_towers_share_a_cache_without_mixing():
     freeze_vision(first, cache)
     freeze_vision(other, cache)
     first.model.visual(pixels, grid_thw=grids)
-    torch.testing.assert_close(other.model.visual(pixels, grid_thw=grids).pooler_output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        other.model.visual(pixels, grid_thw=grids).pooler_output, expected, atol=1e-5, rtol=0
+    )
     assert len(cache) == 2
 
 

@@ -1,4 +1,6 @@
-"""vLLM on a CPU (`make test-vllm`): answers are transformers', a bound form binds, GRPO samples what it trains."""
+"""vLLM on a CPU (`make test-vllm`): answers are transformers', a bound form binds, GRPO samples
+what it trains.
+"""
 
 import json
 
@@ -34,7 +36,10 @@ def requests(tmp_path_factory) -> list[Request]:
     (folder / "images").mkdir()
     write_split(folder, "validation.jsonl", 64)
     rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-    return [Request(open_image(folder / row["image"]), FAMILY.prompt(row["expression"], "vanilla")) for row in rows]
+    return [
+        Request(open_image(folder / row["image"]), FAMILY.prompt(row["expression"], "vanilla"))
+        for row in rows
+    ]
 
 
 def engines_of(max_pixels: int | None = None) -> tuple[VLLMEngine, TransformersEngine]:
@@ -51,11 +56,16 @@ def engines() -> tuple[VLLMEngine, TransformersEngine]:
 
 @pytest.mark.parametrize("reasoning", [True, False])
 def test_greedy_answers_are_those_of_transformers(requests, engines, reasoning):
-    ours, theirs = (list(engine.answer(requests, GREEDY, reasoning=reasoning)) for engine in engines)
+    ours, theirs = (
+        list(engine.answer(requests, GREEDY, reasoning=reasoning)) for engine in engines
+    )
     counts = ("raw_answer", "prompt_tokens", "reasoning_tokens", "answer_tokens", "finish_reason")
-    assert len(ours) == 64 and len({answer.raw_answer for answer in theirs}) > 20  # it looks at the pictures
+    # It looks at the pictures
+    assert len(ours) == 64 and len({answer.raw_answer for answer in theirs}) > 20
     for mine, reference in zip(ours, theirs, strict=True):
-        assert [getattr(mine, name) for name in counts] == [getattr(reference, name) for name in counts]
+        assert [getattr(mine, name) for name in counts] == [
+            getattr(reference, name) for name in counts
+        ]
         if not reasoning:
             answer = mine.raw_answer.rpartition("</think>\n\n")[2]
             assert regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], answer)
@@ -63,8 +73,10 @@ def test_greedy_answers_are_those_of_transformers(requests, engines, reasoning):
 
 def test_pictures_are_shrunk_as_the_profile_says(requests, engines):
     few = requests[:4]
-    whole, ours, theirs = ([answer.prompt_tokens for answer in engine.answer(few, GREEDY)]
-                           for engine in (engines[1], *engines_of(QUARTER)))  # fmt: skip
+    whole, ours, theirs = (
+        [answer.prompt_tokens for answer in engine.answer(few, GREEDY)]
+        for engine in (engines[1], *engines_of(QUARTER))
+    )
     assert ours == theirs == [count - 48 for count in whole]
 
 
@@ -84,27 +96,41 @@ def plain_gemm(layer, remove_weight: bool) -> None:
 
 @pytest.fixture
 def trainer(request, tmp_path, monkeypatch) -> Watched:
-    """Three steps at a rate that leaves no weight where it was; of the miniature, or of a tiny random InternVL-3."""
+    """Three steps at a rate that leaves no weight where it was; of the miniature, or of a tiny
+    random InternVL-3.
+    """
     family = getattr(request, "param", FAMILY)
     place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
     samples = make_samples(tmp_path / "pictures", pictures=4, per_picture=1)
-    # On a CPU vLLM packs weights and drops them as they were, so none could be put in their place; a GPU keeps them.
-    monkeypatch.setattr("vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm)
+    # On a CPU vLLM packs weights and drops them as they were, so none could be put in their place;
+    # a GPU keeps them.
+    monkeypatch.setattr(
+        "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm
+    )
     monkeypatch.setattr(grpo, "PlainGRPO", Watched)
     return make_trainer(
-        *stored(place, family.name), question_rows(samples, family, tmp_path / "pictures"), family,
-        grpo_options(rollout="vllm-colocate", learning_rate=1e-2, max_steps=3, max_completion_length=32),
-        work=work_folder(tmp_path / "egm"), log=tmp_path / "log.jsonl", groups=tmp_path / "groups.jsonl", seed=0,
-    )  # fmt: skip
+        *stored(place, family.name),
+        question_rows(samples, family, tmp_path / "pictures"),
+        family,
+        grpo_options(
+            rollout="vllm-colocate", learning_rate=1e-2, max_steps=3, max_completion_length=32
+        ),
+        work=work_folder(tmp_path / "egm"),
+        log=tmp_path / "log.jsonl",
+        groups=tmp_path / "groups.jsonl",
+        seed=0,
+    )
 
 
 @pytest.mark.parametrize("trainer", FAMILIES.values(), ids=list(FAMILIES), indirect=True)
 def test_grpo_samples_from_the_weights_that_it_trains(trainer, requests, tmp_path, request):
     out = train_to(trainer, trainer.processing_class, tmp_path / "egm")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    # Tokens of pictures are not sampled; a random model gives one 1 in 270, so that the others are as much likelier.
+    # Tokens of pictures are not sampled; a random model gives one 1 in 270, so that the others are
+    # as much likelier.
     assert max(line["sampling/sampling_logp_difference/mean"] for line in log[:3]) < 0.005
-    engine = VLLMEngine(str(out), request.node.callspec.id, "float32")  # what was trained is started as it was written
+    # What was trained is started as it was written
+    engine = VLLMEngine(str(out), request.node.callspec.id, "float32")
     assert len(list(engine.answer(requests[:2], GREEDY))) == 2
 
 

@@ -1,7 +1,8 @@
 """OpenAI's Batch API as a transport: half the price, answers within a day.
 
-Beside the ledger, `<ledger>.batches.jsonl` says which batches were prepared, submitted and collected, so that a killed
-run neither loses one nor submits it twice: a batch carries its name as metadata and is found again on the service.
+Beside the ledger, `<ledger>.batches.jsonl` says which batches were prepared, submitted and
+collected, so that a killed run neither loses one nor submits it twice: a batch carries its name as
+metadata and is found again on the service.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 
 @dataclass
 class Batch:
-    """requests: key -> (sample_id, estimated prompt tokens); batch_id: None until it is submitted."""
+    """requests: key -> (sample_id, estimated prompt tokens); batch_id: None until it is
+    submitted.
+    """
 
     name: str
     requests: dict[str, tuple[str, int]]
@@ -55,7 +58,9 @@ class BatchLog:
                     break  # torn by a kill before anything was sent in its name
                 event = json.loads(line)
                 if event["event"] == "prepared":
-                    batches[event["name"]] = Batch(event["name"], event["requests"], event["at_most_usd"])
+                    batches[event["name"]] = Batch(
+                        event["name"], event["requests"], event["at_most_usd"]
+                    )
                 elif event["event"] == "submitted":
                     batches[event["name"]].batch_id = event["batch_id"]
                 else:
@@ -80,7 +85,8 @@ async def run_batches(
     stop: threading.Event,
     bar: tqdm,
 ) -> None:
-    """Submit all pending samples in files within the limits, poll, collect; stopped, leave the batches on the service.
+    """Submit all pending samples in files within the limits, poll, collect; stopped, leave the
+    batches on the service.
 
     Raises Refused or CurationError.
     """
@@ -90,7 +96,9 @@ async def run_batches(
             await job.run()
     except openai.OpenAIError as error:
         message = receipts.redact(refuses_everything(error) or f"{type(error).__name__}: {error}")
-        raise (Refused if refuses_everything(error) else CurationError)(f"{message}; run again to go on") from None
+        raise (Refused if refuses_everything(error) else CurationError)(
+            f"{message}; run again to go on"
+        ) from None
 
 
 class _BatchJob:
@@ -124,11 +132,15 @@ class _BatchJob:
             open_batches = [batch for batch in open_batches if batch not in ended]
             if not ended and not await self._pause():
                 names = ", ".join(batch.batch_id for batch in open_batches)
-                self.receipts.report.stopped = f"left on the service: {names}; run again to collect them"
+                self.receipts.report.stopped = (
+                    f"left on the service: {names}; run again to collect them"
+                )
                 return
 
     async def _adopt(self, batches: list[Batch]) -> list[Batch]:
-        """Find the ids of batches whose submission a kill cut short; forget those that never reached the service."""
+        """Find the ids of batches whose submission a kill cut short; forget those that never
+        reached the service.
+        """
         lost = {batch.name: batch for batch in batches if batch.batch_id is None}
         if lost:
             async for theirs in self.client.batches.list(limit=100):
@@ -149,9 +161,13 @@ class _BatchJob:
             batch, more = await asyncio.to_thread(self._write, path, name, pending)
             if not batch.requests:
                 return None, more
-            self.log.append("prepared", name, requests=batch.requests, at_most_usd=batch.at_most_usd)
+            self.log.append(
+                "prepared", name, requests=batch.requests, at_most_usd=batch.at_most_usd
+            )
             with open(path, "rb") as file:
-                uploaded = await self.client.files.create(file=(f"{name}.jsonl", file), purpose="batch")
+                uploaded = await self.client.files.create(
+                    file=(f"{name}.jsonl", file), purpose="batch"
+                )
             created = await self.client.batches.create(
                 input_file_id=uploaded.id,
                 endpoint="/v1/chat/completions",
@@ -165,7 +181,9 @@ class _BatchJob:
         finally:
             path.unlink(missing_ok=True)
 
-    def _write(self, path: Path, name: str, pending: Iterator[Request | None]) -> tuple[Batch, bool]:
+    def _write(
+        self, path: Path, name: str, pending: Iterator[Request | None]
+    ) -> tuple[Batch, bool]:
         """Write one request file within the service's limits and the budget."""
         batch = Batch(name, {}, 0.0)
         with open(path, "wb") as file:
@@ -182,11 +200,20 @@ class _BatchJob:
                 if not self.budget.take(at_most_usd):
                     self.receipts.report.stopped = self.budget.used_up
                     return batch, False
-                line = {"custom_id": request.key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+                line = {
+                    "custom_id": request.key,
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": body,
+                }
                 file.write(json.dumps(line).encode() + b"\n")
                 batch.requests[request.key] = (request.sample_id, request.prompt_tokens)
                 batch.at_most_usd += at_most_usd
-                if len(batch.requests) >= MAX_REQUESTS or file.tell() >= MAX_BYTES or self.stop.is_set():
+                if (
+                    len(batch.requests) >= MAX_REQUESTS
+                    or file.tell() >= MAX_BYTES
+                    or self.stop.is_set()
+                ):
                     return batch, True
         return batch, False
 
@@ -198,7 +225,8 @@ class _BatchJob:
         for file_id in (theirs.output_file_id, theirs.error_file_id):
             if file_id:
                 content = await self.client.files.content(file_id)
-                for line in content.content.split(b"\n"):  # str.splitlines would cut at U+2028 within an answer too
+                # str.splitlines would cut at U+2028 within an answer too
+                for line in content.content.split(b"\n"):
                     if line.strip():
                         self._receive(batch, line)
         reasons = [error.message for error in (theirs.errors.data if theirs.errors else None) or []]
@@ -217,12 +245,15 @@ class _BatchJob:
             line = json.loads(text)
             key, response = line["custom_id"], line.get("response") or {}
         except (ValueError, KeyError, TypeError, AttributeError):
-            self.receipts.report.unreadable += 1  # one odd line must not keep the others from being collected
+            # One odd line must not keep the others from being collected
+            self.receipts.report.unreadable += 1
             return
         if key not in batch.requests or self.receipts.ledger.answer(key):
             return
         request = Request(key, *batch.requests[key])
-        if response.get("status_code") == 200 and self.receipts.receive(request, json.dumps(response["body"])):
+        if response.get("status_code") == 200 and self.receipts.receive(
+            request, json.dumps(response["body"])
+        ):
             return
         self.receipts.fail(request, json.dumps(line.get("error") or response.get("body"))[:500])
 

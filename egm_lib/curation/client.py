@@ -22,11 +22,19 @@ from egm_lib.curation.cost import Budget, Estimate, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
 from egm_lib.curation.plan import Plan, Receipts, Report, Request
 from egm_lib.curation.results import First, count_checked, write_output
-from egm_lib.curation.services import MINI, CurationError, Refused, api_key, connect, refuses_everything
+from egm_lib.curation.services import (
+    MINI,
+    CurationError,
+    Refused,
+    api_key,
+    connect,
+    refuses_everything,
+)
 from egm_lib.curation.tasks import TASKS, Task
 from egm_lib.profile import Teacher
 
-READ_TRIES = 3  # a reply that is no chat completion (half a JSON, an error page with status 200) is asked for again
+# A reply that is no chat completion (half a JSON, an error page with status 200) is asked for again
+READ_TRIES = 3
 SYNC_S = 5.0
 
 
@@ -48,25 +56,33 @@ def run_task(
 ) -> Report:
     """Ask a service about every sample that the ledger does not answer yet, filter, write `out`.
 
-    samples: iterated several times (a list, a Dataset, JsonlSamples); root: what their `image` is relative to.
-    out: a row a sample in their order, {sample_id, answer, status, filter, error, usage, raw, task, model, key}; status
-    "ok", "filtered" (filter says why) or "failed"; a sample not asked yet has none. limit: the first so many samples.
-    budget_usd: cap on all that this ledger has paid and will pay. The service's key comes from the environment variable
-    that the teacher names. Ctrl-C waits for the requests under way; the same call then goes on where it stopped. Runs
-    in notebooks too.
+    samples: iterated several times (a list, a Dataset, JsonlSamples); root: what their `image` is
+    relative to.
+    out: a row a sample in their order, {sample_id, answer, status, filter, error, usage, raw, task,
+    model, key}; status "ok", "filtered" (filter says why) or "failed"; a sample not asked yet has
+    none. limit: the first so many samples.
+    budget_usd: cap on all that this ledger has paid and will pay. The service's key comes from the
+    environment variable that the teacher names. Ctrl-C waits for the requests under way; the same
+    call then goes on where it stopped. Runs in notebooks too.
     Raises CurationError, LedgerError; what was answered until then stays in the ledger.
     """
     names = {name for some in TASKS.values() for name, _ in some.filters}
     if unknown := set(skip_filters) - names:
-        raise CurationError(f"there is no filter {min(unknown)!r}; known: {', '.join(sorted(names))}")
+        raise CurationError(
+            f"there is no filter {min(unknown)!r}; known: {', '.join(sorted(names))}"
+        )
     if budget_usd is not None and teacher.price_per_mtok is None:
-        raise CurationError(f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile")
+        raise CurationError(
+            f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile"
+        )
     if batch and teacher.base_url == MINI:
         raise CurationError("the miniature world's teacher has no batches; leave --batch out")
     if Path(out).is_dir():
         raise CurationError(f"cannot write the output to {out}: it is a folder")
     if Path(out).resolve() == Path(ledger).resolve():
-        raise CurationError(f"cannot write the output to {out}: it is the ledger; name another file")
+        raise CurationError(
+            f"cannot write the output to {out}: it is the ledger; name another file"
+        )
     key = api_key(teacher.base_url, teacher.api_key_env)
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     total = count_checked(task, plan.samples)
@@ -74,11 +90,14 @@ def run_task(
     with Ledger(ledger) as book, _progress(task.name, total, progress) as bar:
         receipts = Receipts(plan, book, report, key, batch=batch)
         stop = threading.Event()
-        client = connect(teacher.base_url, key, root=plan.root, timeout_s=timeout_s, max_retries=max_retries)
+        client = connect(
+            teacher.base_url, key, root=plan.root, timeout_s=timeout_s, max_retries=max_retries
+        )
         if batch:
             work = run_batches(client, plan, receipts, budget_usd, stop, bar)
         else:
-            deadline_s = (max_retries + 1) * (timeout_s + 60)  # of one sample, its retries and their pauses included
+            # Of one sample, its retries and their pauses included
+            deadline_s = (max_retries + 1) * (timeout_s + 60)
             work = _Asker(client, plan, receipts, budget_usd, stop, bar, deadline_s).run()
         try:
             _run_anywhere(work, stop)
@@ -109,7 +128,13 @@ class _Asker:
         bar: tqdm,
         deadline_s: float,
     ) -> None:
-        self.client, self.plan, self.receipts, self.stop, self.bar = client, plan, receipts, stop, bar
+        self.client, self.plan, self.receipts, self.stop, self.bar = (
+            client,
+            plan,
+            receipts,
+            stop,
+            bar,
+        )
         self.deadline_s = deadline_s
         self.budget = Budget(budget_usd, receipts.ledger)
         self.patience = max(100, 4 * plan.teacher.concurrency)  # failures in a row
@@ -118,11 +143,15 @@ class _Asker:
         self.error: Exception | None = None
 
     async def run(self) -> None:
-        """Ask about all pending samples; raises Refused or LedgerError when all requests under way have ended."""
+        """Ask about all pending samples; raises Refused or LedgerError when all requests under way
+        have ended.
+        """
         pending = self.plan.pending(self.receipts.ledger, self.under_way)
         async with self.client, asyncio.TaskGroup() as tasks:
             syncing = tasks.create_task(self._sync())
-            await asyncio.gather(*(self._work(pending) for _ in range(self.plan.teacher.concurrency)))
+            await asyncio.gather(
+                *(self._work(pending) for _ in range(self.plan.teacher.concurrency))
+            )
             syncing.cancel()
         if self.error:
             raise self.error
@@ -168,7 +197,9 @@ class _Asker:
             self.receipts.fail(request, f"{type(error).__name__}: {str(error)[:500]}")
             self.failures_in_a_row += 1
             if self.failures_in_a_row >= self.patience:
-                self._end(f"{self.patience} requests in a row failed; run again when the service is well")
+                self._end(
+                    f"{self.patience} requests in a row failed; run again when the service is well"
+                )
         finally:
             await self.budget.give_back(at_most_usd)
 
@@ -177,14 +208,21 @@ class _Asker:
         options = {"headers": {"X-EGM-Sample": name, "X-EGM-Task": self.plan.task.name}}
         for attempt in range(READ_TRIES):
             started = time.monotonic()
-            # The SDK's retries without its typed request and answer, which cost more than the connection does.
-            response = await self.client.post("/chat/completions", cast_to=httpx2.Response, body=body, options=options)
+            # The SDK's retries without its typed request and answer, which cost more than the
+            # connection does.
+            response = await self.client.post(
+                "/chat/completions", cast_to=httpx2.Response, body=body, options=options
+            )
             # Paid from here on: nothing may wait or fail before it is in the ledger.
-            if self.receipts.receive(request, response.text, latency_ms=round(1000 * (time.monotonic() - started), 1)):
+            if self.receipts.receive(
+                request, response.text, latency_ms=round(1000 * (time.monotonic() - started), 1)
+            ):
                 return
             await asyncio.sleep(2.0**attempt)
         last = response.text[:200]
-        self.receipts.fail(request, f"{READ_TRIES} replies that are no chat completions, the last {last!r}")
+        self.receipts.fail(
+            request, f"{READ_TRIES} replies that are no chat completions, the last {last!r}"
+        )
 
     def _end(self, reason: str) -> None:
         self.receipts.report.stopped = self.receipts.report.stopped or reason
@@ -197,7 +235,9 @@ class _Asker:
 
 
 def _run_anywhere(work: Coroutine, stop: threading.Event) -> None:
-    """asyncio.run, in its own thread where a loop runs already (notebooks). Ctrl-C sets `stop`, a second one raises."""
+    """asyncio.run, in its own thread where a loop runs already (notebooks). Ctrl-C sets `stop`, a
+    second one raises.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -227,7 +267,10 @@ def _stopping_gently(stop: threading.Event) -> Iterator[None]:
     def on_signal(*_: object) -> None:
         stop.set()
         restore()
-        print("\nstopping when the requests under way have ended; once more drops them", file=sys.stderr)
+        print(
+            "\nstopping when the requests under way have ended; once more drops them",
+            file=sys.stderr,
+        )
 
     for number in before:
         signal.signal(number, on_signal)

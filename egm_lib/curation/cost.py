@@ -27,13 +27,20 @@ class Estimate:
     price: Price | None
 
     def __str__(self) -> str:
-        tokens = f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
-        cost = f"about {self.cost_usd:,.2f} USD, at most {self.at_most_usd:,.2f} USD" if self.price else "price unknown"
+        tokens = (
+            f"about {self.prompt_tokens:,} prompt and {self.completion_tokens:,} completion tokens"
+        )
+        cost = (
+            f"about {self.cost_usd:,.2f} USD, at most {self.at_most_usd:,.2f} USD"
+            if self.price
+            else "price unknown"
+        )
         return f"{self.requests:,} requests, {tokens} ({self.basis}): {cost}"
 
 
 def picture_tokens(width: int, height: int) -> int:
-    """Prompt tokens of a picture by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile, shorter side 768.
+    """Prompt tokens of a picture by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile,
+    shorter side 768.
 
     Other services count otherwise; once there are answers, their usage is the estimate.
     """
@@ -46,15 +53,23 @@ def prompt_tokens(task: Task, sample: Mapping) -> int:
     return len(task.prompt(sample)) // 4 + picture_tokens(sample["width"], sample["height"])
 
 
-def cost_usd(prompt: float, completion: float, price: Price | None, *, batch: bool = False) -> float:
+def cost_usd(
+    prompt: float, completion: float, price: Price | None, *, batch: bool = False
+) -> float:
     """US dollars for so many prompt and completion tokens; 0 where no price is known."""
     if price is None:
         return 0.0
-    return (prompt * price.prompt + completion * price.completion) / 1e6 * (BATCH_DISCOUNT if batch else 1.0)
+    return (
+        (prompt * price.prompt + completion * price.completion)
+        / 1e6
+        * (BATCH_DISCOUNT if batch else 1.0)
+    )
 
 
 class Budget:
-    """A cap on a ledger's cost that holds with requests under way: each sets aside what it may cost at most."""
+    """A cap on a ledger's cost that holds with requests under way: each sets aside what it may cost
+    at most.
+    """
 
     def __init__(self, limit_usd: float | None, ledger: Ledger) -> None:
         self.limit_usd = float("inf") if limit_usd is None else limit_usd
@@ -71,7 +86,9 @@ class Budget:
         return True
 
     async def take_patiently(self, usd: float, stop: threading.Event) -> bool:
-        """Like `take`, but waits for requests under way to settle, as they may cost less than they set aside."""
+        """Like `take`, but waits for requests under way to settle, as they may cost less than they
+        set aside.
+        """
         async with self._settled:
             while not self.take(usd):
                 if self.under_way == 0 or stop.is_set():

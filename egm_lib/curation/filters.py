@@ -1,8 +1,10 @@
-"""Why an answer is dropped: pure, named functions of a reply and its sample, so that they can be re-run for nothing.
+"""Why an answer is dropped: pure, named functions of a reply and its sample, so that they can be
+re-run for nothing.
 
-True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a run may leave some out by
-name. (Deviation: the mini profile leaves out "coordinates" and "too-many-sentences". Its traces list places as bare
-0..1000 integers, one short sentence a step: a vocabulary of a thousand words has no finer way to say where things are.)
+True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a run may
+leave some out by name. (Deviation: the mini profile leaves out "coordinates" and
+"too-many-sentences". Its traces list places as bare 0..1000 integers, one short sentence a step: a
+vocabulary of a thousand words has no finer way to say where things are.)
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply of a service as the ledger keeps it; answer: what the task's reader found in its text."""
+    """One reply of a service as the ledger keeps it; answer: what the task's reader found in its
+    text.
+    """
 
     text: str
     finish_reason: str | None = "stop"
@@ -88,9 +92,13 @@ _BOUNDARY = _pattern(
     rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_PICTURE}",
 )
 
-_SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bNo)[.!?…]+[\"'”’)]*(?=\s+\S|$)")
+_SENTENCE_END = re.compile(
+    r"(?<!\b[A-Z])(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bNo)[.!?…]+[\"'”’)]*(?=\s+\S|$)"
+)
 
-_EXTENDS = re.compile(r"\b(?:extend|continu|reach|stretch|go|run)(?:s|es|ing|ed|e)?\b", re.IGNORECASE)
+_EXTENDS = re.compile(
+    r"\b(?:extend|continu|reach|stretch|go|run)(?:s|es|ing|ed|e)?\b", re.IGNORECASE
+)
 _WORD = re.compile(r"[\w-]+|[.;:]")
 _DIRECTION_WORDS = {
     **dict.fromkeys(("upward", "upwards", "up", "top"), "upward"),
@@ -98,16 +106,47 @@ _DIRECTION_WORDS = {
     **dict.fromkeys(("left", "leftward", "leftwards"), "to the left"),
     **dict.fromkeys(("right", "rightward", "rightwards"), "to the right"),
 }
-_BETWEEN = frozenset((  # what may stand between verb and direction
-    "further", "also", "out", "slightly", "a", "bit", "moderately", "considerably", "significantly", "and", "both",
-    "to", "toward", "towards", "the", "by", "about", "from", "its", "visible", "part", "object", "whole", "it",
-    "this", "of",
-))  # fmt: skip
+_BETWEEN = frozenset(
+    (  # what may stand between verb and direction
+        "further",
+        "also",
+        "out",
+        "slightly",
+        "a",
+        "bit",
+        "moderately",
+        "considerably",
+        "significantly",
+        "and",
+        "both",
+        "to",
+        "toward",
+        "towards",
+        "the",
+        "by",
+        "about",
+        "from",
+        "its",
+        "visible",
+        "part",
+        "object",
+        "whole",
+        "it",
+        "this",
+        "of",
+    )
+)
 
 
 def refusal(reply: Reply, sample: Mapping) -> bool:
-    """The service declined: its own field, its content filter, or an answer that opens with an apology."""
-    return bool(reply.refusal) or reply.finish_reason == "content_filter" or bool(_REFUSAL.match(reply.text))
+    """The service declined: its own field, its content filter, or an answer that opens with an
+    apology.
+    """
+    return (
+        bool(reply.refusal)
+        or reply.finish_reason == "content_filter"
+        or bool(_REFUSAL.match(reply.text))
+    )
 
 
 def truncated(reply: Reply, sample: Mapping) -> bool:
@@ -121,9 +160,14 @@ def empty(reply: Reply, sample: Mapping) -> bool:
 
 
 def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
-    """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is no mention."""
+    """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is
+    no mention.
+    """
     expression = sample["expression"].lower()
-    if any(match[0].lower() not in expression for match in _DRAWN.finditer(reply.text)) or "TARGET" in reply.text:
+    if (
+        any(match[0].lower() not in expression for match in _DRAWN.finditer(reply.text))
+        or "TARGET" in reply.text
+    ):
         return True
     return bool(_SOME_BOX.search(reply.text)) and not _IS_BOX.search(expression)
 
@@ -166,7 +210,8 @@ def rejected(reply: Reply, sample: Mapping) -> bool:
 
 
 def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
-    """An amodal trace that names a direction in which the object does not extend, or none of those in which it does.
+    """An amodal trace that names a direction in which the object does not extend, or none of those
+    in which it does.
 
     extensions: (direction, degree) pairs of `tasks.extensions`.
     """
@@ -177,10 +222,14 @@ def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
 def named_directions(text: str) -> set[str]:
     """Directions in which a trace says that the object extends.
 
-    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only behind a verb of
-    extending with nothing but filling words between, since they also say where things are.
+    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only
+    behind a verb of extending with nothing but filling words between, since they also say where
+    things are.
     """
-    named = {_DIRECTION_WORDS[word] for word in re.findall(r"\b(?:up|down|left|right)wards?\b", text.lower())}
+    named = {
+        _DIRECTION_WORDS[word]
+        for word in re.findall(r"\b(?:up|down|left|right)wards?\b", text.lower())
+    }
     for verb in _EXTENDS.finditer(text):
         for word in _WORD.findall(text[verb.end() :].lower()):
             if word in _DIRECTION_WORDS:

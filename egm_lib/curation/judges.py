@@ -1,4 +1,6 @@
-"""Failure causes named by several judges: one file of judgements, and how far the judges agree (Tables 1 and 12)."""
+"""Failure causes named by several judges: one file of judgements, and how far the judges agree
+(Tables 1 and 12).
+"""
 
 from __future__ import annotations
 
@@ -26,36 +28,57 @@ def write_judgements(path: Path, outs: Mapping[str, Path]) -> int:
         for judge, out in outs.items():
             for row in JsonlSamples(out):
                 if row["status"] == "ok":
-                    verdict = {"sample_id": row["sample_id"], "judge": judge, "cause": row["answer"]}
+                    verdict = {
+                        "sample_id": row["sample_id"],
+                        "judge": judge,
+                        "cause": row["answer"],
+                    }
                     file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
                     count += 1
     return count
 
 
-def agreement(judgements: pd.DataFrame, clusters: Mapping[str, str] | None = None, *, draws: int = 500) -> pd.DataFrame:
+def agreement(
+    judgements: pd.DataFrame, clusters: Mapping[str, str] | None = None, *, draws: int = 500
+) -> pd.DataFrame:
     """Agreement of judges on the failures that all of them judged: a row a pair, and one for all.
 
-    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, the unit that Fleiss' bootstrap draws.
-    Columns: percent (of equal verdicts; for all: unanimous ones), kappa (Cohen's; for all: Fleiss'), low, high (95 %;
-    Cohen's from its standard error, Fleiss' by bootstrap), n. A kappa is nan where every verdict is the same.
+    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, the unit that
+    Fleiss' bootstrap draws.
+    Columns: percent (of equal verdicts; for all: unanimous ones), kappa (Cohen's; for all:
+    Fleiss'), low, high (95 %; Cohen's from its standard error, Fleiss' by bootstrap), n. A kappa is
+    nan where every verdict is the same.
     """
     verdicts_N_J = judgements.pivot(index="sample_id", columns="judge", values="cause").dropna()
     judges = list(verdicts_N_J.columns)
-    codes_N_J = verdicts_N_J.apply(lambda column: column.map(CAUSES.index)).to_numpy(int).reshape(-1, len(judges))
+    codes_N_J = (
+        verdicts_N_J.apply(lambda column: column.map(CAUSES.index))
+        .to_numpy(int)
+        .reshape(-1, len(judges))
+    )
     rows = {}
     for a, b in combinations(range(len(judges)), 2):
         table_C_C = np.zeros((len(CAUSES), len(CAUSES)))
         np.add.at(table_C_C, (codes_N_J[:, a], codes_N_J[:, b]), 1)
-        with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 where every verdict is the same
+        # 0 / 0 where every verdict is the same
+        with np.errstate(invalid="ignore", divide="ignore"):
             cohen = cohens_kappa(table_C_C)
         percent = 100 * np.mean(codes_N_J[:, a] == codes_N_J[:, b])
-        rows[f"{judges[a]} - {judges[b]}"] = [percent, cohen.kappa, cohen.kappa_low, cohen.kappa_upp, len(codes_N_J)]
+        rows[f"{judges[a]} - {judges[b]}"] = [
+            percent,
+            cohen.kappa,
+            cohen.kappa_low,
+            cohen.kappa_upp,
+            len(codes_N_J),
+        ]
     if len(judges) > 1 and len(codes_N_J):
         unanimous = 100 * np.mean((codes_N_J == codes_N_J[:, :1]).all(axis=1))
         names = [clusters[name] if clusters else name for name in verdicts_N_J.index]
         low, high = _fleiss_interval(codes_N_J, pd.factorize(pd.Series(names))[0], draws)
         rows["all"] = [unanimous, _fleiss(codes_N_J), low, high, len(codes_N_J)]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["percent", "kappa", "low", "high", "n"])
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["percent", "kappa", "low", "high", "n"]
+    )
 
 
 def _fleiss(codes_N_J: np.ndarray) -> float:
@@ -63,10 +86,14 @@ def _fleiss(codes_N_J: np.ndarray) -> float:
         return float(fleiss_kappa(aggregate_raters(codes_N_J, n_cat=len(CAUSES))[0]))
 
 
-def _fleiss_interval(codes_N_J: np.ndarray, cluster_N: np.ndarray, draws: int) -> tuple[float, float]:
+def _fleiss_interval(
+    codes_N_J: np.ndarray, cluster_N: np.ndarray, draws: int
+) -> tuple[float, float]:
     rng = np.random.default_rng(0)
     members = [np.flatnonzero(cluster_N == cluster) for cluster in range(cluster_N.max() + 1)]
     drawn = (rng.integers(len(members), size=len(members)) for _ in range(draws))
     kappas_D = [_fleiss(codes_N_J[np.concatenate([members[i] for i in draw])]) for draw in drawn]
-    low, high = np.nanpercentile(kappas_D, [2.5, 97.5]) if np.isfinite(kappas_D).any() else (np.nan, np.nan)
+    low, high = (
+        np.nanpercentile(kappas_D, [2.5, 97.5]) if np.isfinite(kappas_D).any() else (np.nan, np.nan)
+    )
     return float(low), float(high)

@@ -1,4 +1,6 @@
-"""The append-only record of what a service was paid for: one JSON object a line, never rewritten."""
+"""The append-only record of what a service was paid for: one JSON object a line, never
+rewritten.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ class LedgerError(RuntimeError):
 
 
 class OffsetIndex:
-    """Map of 64-bit keys to file offsets in 16 bytes an entry, so that 575k of them stay under 10 MB.
+    """Map of 64-bit keys to file offsets in 16 bytes an entry, so that 575k of them stay under 10
+    MB.
 
-    A later entry replaces an earlier one. Collisions are the reader's business: it finds the full key at the offset.
+    A later entry replaces an earlier one. Collisions are the reader's business: it finds the full
+    key at the offset.
     """
 
     def __init__(self, recent_limit: int = 16_384) -> None:
@@ -37,25 +41,33 @@ class OffsetIndex:
         if (offset := self._recent.get(key)) is not None:
             return offset
         at = int(np.searchsorted(self._keys_N, np.uint64(key)))
-        return int(self._offsets_N[at]) if at < len(self._keys_N) and int(self._keys_N[at]) == key else None
+        return (
+            int(self._offsets_N[at])
+            if at < len(self._keys_N) and int(self._keys_N[at]) == key
+            else None
+        )
 
     def _merge(self) -> None:
         fresh_keys_R = np.fromiter(self._recent.keys(), np.uint64, len(self._recent))
         fresh_offsets_R = np.fromiter(self._recent.values(), np.uint64, len(self._recent))
         # np.unique keeps the first of equal keys: the fresh ones stand first
         keys_N, first_N = np.unique(np.concatenate([fresh_keys_R, self._keys_N]), return_index=True)
-        self._keys_N, self._offsets_N = keys_N, np.concatenate([fresh_offsets_R, self._offsets_N])[first_N]
+        self._keys_N, self._offsets_N = (
+            keys_N,
+            np.concatenate([fresh_offsets_R, self._offsets_N])[first_N],
+        )
         self._recent.clear()
 
 
 class Ledger:
     """Open for one process at a time; a context manager.
 
-    Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered" (paid, received
-    whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given up in that run, asked again by the
-    next).
-    A record has reached the operating system when `append` returns, so a killed process loses nothing it had appended;
-    `sync` is against power cuts. cost_usd: sum over all records. mean_usage(task, model): what an answer took so far.
+    Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered"
+    (paid, received whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given
+    up in that run, asked again by the next). A record has reached the operating system when
+    `append` returns, so a killed process loses nothing it had appended;
+    `sync` is against power cuts. cost_usd: sum over all records. mean_usage(task, model): what an
+    answer took so far.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,7 +103,9 @@ class Ledger:
         self._lock.release()
 
     def append(self, record: dict) -> None:
-        """Write one record in one call; raises LedgerError, leaving whole lines only, where the disk refuses."""
+        """Write one record in one call; raises LedgerError, leaving whole lines only, where the
+        disk refuses.
+        """
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -125,7 +139,9 @@ class Ledger:
         return (record for _, record in self._scan())
 
     def _refuse_other_files(self) -> None:
-        """Raise LedgerError, before anything is written or cut off, for a file whose first line is no record."""
+        """Raise LedgerError, before anything is written or cut off, for a file whose first line is
+        no record.
+        """
         if not self.path.exists():
             return
         try:
@@ -139,14 +155,22 @@ class Ledger:
             record = json.loads(first)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or not {"key", "status", "usage", "cost_usd"} <= set(record):
-            raise LedgerError(f"{self.path} is no ledger: its first line is no record of one; name another file")
+        if not isinstance(record, dict) or not {"key", "status", "usage", "cost_usd"} <= set(
+            record
+        ):
+            raise LedgerError(
+                f"{self.path} is no ledger: its first line is no record of one; name another file"
+            )
 
     def _repair(self) -> int:
-        """Cut off a last line that a killed process or a power cut left torn; returns the size in bytes."""
+        """Cut off a last line that a killed process or a power cut left torn; returns the size in
+        bytes.
+        """
         size = os.fstat(self._file.fileno()).st_size
         tail_at = size
-        while tail_at and (chunk := os.pread(self._file.fileno(), min(tail_at, 65_536), max(tail_at - 65_536, 0))):
+        while tail_at and (
+            chunk := os.pread(self._file.fileno(), min(tail_at, 65_536), max(tail_at - 65_536, 0))
+        ):
             newline = chunk.rfind(b"\n")
             tail_at = max(tail_at - 65_536, 0)
             if newline >= 0:
@@ -168,7 +192,9 @@ class Ledger:
         return size + 1
 
     def _scan(self) -> Iterator[tuple[int, dict]]:
-        """(offset, record) of every line; a damaged one is named and passed over, its sample is asked again."""
+        """(offset, record) of every line; a damaged one is named and passed over, its sample is
+        asked again.
+        """
         offset = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):

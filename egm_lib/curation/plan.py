@@ -1,4 +1,6 @@
-"""What a run asks, and how its replies get into the ledger: the same for single requests and for batches."""
+"""What a run asks, and how its replies get into the ledger: the same for single requests and for
+batches.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ MAX_LISTED = 20  # failures that a report shows; the output file has all
 
 
 class Request(NamedTuple):
-    """One sample to ask about. prompt_tokens: an estimate; sample and image: None once a batch has been sent."""
+    """One sample to ask about. prompt_tokens: an estimate; sample and image: None once a batch has
+    been sent.
+    """
 
     key: str
     sample_id: str
@@ -32,7 +36,9 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A task, the samples to ask about, and whom. root: what the samples' `image` is relative to."""
+    """A task, the samples to ask about, and whom. root: what the samples' `image` is relative
+    to.
+    """
 
     task: Task
     samples: Iterable[Mapping]
@@ -41,10 +47,14 @@ class Plan:
 
     @cached_property
     def sampling(self) -> dict:
-        return sampling_options(self.teacher.model, self.teacher.temperature, self.teacher.max_tokens)
+        return sampling_options(
+            self.teacher.model, self.teacher.temperature, self.teacher.max_tokens
+        )
 
     def request(self, sample: Mapping) -> Request:
-        """The request of a sample; raises OSError or ValueError where its picture cannot be found."""
+        """The request of a sample; raises OSError or ValueError where its picture cannot be
+        found.
+        """
         image = resolve_image(sample, self.root)
         key = request_key(self.task, sample, image, self.teacher.model, self.sampling)
         return Request(key, sample["sample_id"], prompt_tokens(self.task, sample), sample, image)
@@ -61,7 +71,8 @@ class Plan:
     def pending(self, ledger: Ledger, under_way: set[str]) -> Iterator[Request | None]:
         """A request for every sample without an answer; None for every sample that is not asked.
 
-        under_way: a key is added when its request is given out, and is not given out again while it is there.
+        under_way: a key is added when its request is given out, and is not given out again while it
+        is there.
         """
         for sample in self.samples:
             try:
@@ -77,14 +88,17 @@ class Plan:
 
     def at_most_usd(self, request: Request, *, batch: bool = False) -> float:
         """What a request costs when its answer is as long as allowed."""
-        return cost_usd(request.prompt_tokens, self.teacher.max_tokens, self.teacher.price_per_mtok, batch=batch)
+        return cost_usd(
+            request.prompt_tokens, self.teacher.max_tokens, self.teacher.price_per_mtok, batch=batch
+        )
 
 
 @dataclass
 class Report:
     """What a run did: its samples by fate, and what was asked and paid in this run.
 
-    dropped: by filter; waiting: not asked yet; stopped: why the run ended early; failures: the first MAX_LISTED.
+    dropped: by filter; waiting: not asked yet; stopped: why the run ended early; failures: the
+    first MAX_LISTED.
     """
 
     task: str
@@ -108,11 +122,16 @@ class Report:
             f"{self.task} by {self.model}: {total} samples; now {self.asked} asked, {self.prompt_tokens:,} + "
             f"{self.completion_tokens:,} tokens, {self.cost_usd:.4f} USD, {self.wall_s:.1f} s"
         ]
-        rows = [("kept", self.kept), *((f"dropped: {name}", count) for name, count in self.dropped.most_common())]
+        rows = [
+            ("kept", self.kept),
+            *((f"dropped: {name}", count) for name, count in self.dropped.most_common()),
+        ]
         rows += [("failed", self.failed), ("not asked yet", self.waiting)]
         lines += [f"  {name:<32} {count:>8}" for name, count in rows if count or name == "kept"]
         if self.unreadable:
-            lines.append(f"  {self.unreadable} replies could not be read; the budget counts them as charged in full")
+            lines.append(
+                f"  {self.unreadable} replies could not be read; the budget counts them as charged in full"
+            )
         lines += [f"  failed: {sample_id}: {error}" for sample_id, error in self.failures]
         if self.failed > len(self.failures):
             lines.append(f"  ... and {self.failed - len(self.failures)} more, in the output file")
@@ -121,7 +140,9 @@ class Report:
 
 @dataclass
 class Receipts:
-    """Puts replies into the ledger and counts them. secret: the service's key, which no record may hold."""
+    """Puts replies into the ledger and counts them. secret: the service's key, which no record may
+    hold.
+    """
 
     plan: Plan
     ledger: Ledger
@@ -131,7 +152,10 @@ class Receipts:
 
     def receive(self, request: Request, body: str, **extra: object) -> bool:
         """Record a reply; False for one that is no chat completion."""
-        usage = {"prompt_tokens": request.prompt_tokens, "completion_tokens": self.plan.teacher.max_tokens}
+        usage = {
+            "prompt_tokens": request.prompt_tokens,
+            "completion_tokens": self.plan.teacher.max_tokens,
+        }
         try:
             reply = read_completion(body)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
@@ -148,17 +172,37 @@ class Receipts:
 
     def record(self, request: Request, status: str, usage: dict, **extra: object) -> None:
         task, teacher, report = self.plan.task, self.plan.teacher, self.report
-        cost = cost_usd(usage["prompt_tokens"], usage["completion_tokens"], teacher.price_per_mtok, batch=self.batch)
-        record = {"key": request.key, "task": task.name, "prompt_version": task.prompt_version, "model": teacher.model}
-        record |= {"sample_id": request.sample_id, "status": status, "usage": usage, "cost_usd": cost}
+        cost = cost_usd(
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            teacher.price_per_mtok,
+            batch=self.batch,
+        )
+        record = {
+            "key": request.key,
+            "task": task.name,
+            "prompt_version": task.prompt_version,
+            "model": teacher.model,
+        }
+        record |= {
+            "sample_id": request.sample_id,
+            "status": status,
+            "usage": usage,
+            "cost_usd": cost,
+        }
         record |= {"time": round(time.time(), 1), "batch": self.batch}
-        record |= {name: self.redact(value) if isinstance(value, str) else value for name, value in extra.items()}
+        record |= {
+            name: self.redact(value) if isinstance(value, str) else value
+            for name, value in extra.items()
+        }
         self.ledger.append(record)
         report.prompt_tokens += usage["prompt_tokens"]
         report.completion_tokens += usage["completion_tokens"]
         report.cost_usd += cost
 
     def redact(self, text: str) -> str:
-        """A text from outside without the key, should the service echo it, and without what UTF-8 cannot hold."""
+        """A text from outside without the key, should the service echo it, and without what UTF-8
+        cannot hold.
+        """
         text = text.encode("utf-8", "replace").decode()
         return text.replace(self.secret, "[key removed]") if len(self.secret) > 4 else text

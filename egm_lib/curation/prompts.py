@@ -1,6 +1,7 @@
 """The five curation prompts. Content and constraints follow Fig. 8-11 and 13; the wording is ours.
 
-Every template is filled with `str.format`; boxes are integers 0..999 unless the template says pixels.
+Every template is filled with `str.format`; boxes are integers 0..999 unless the template says
+pixels.
 """
 
 TRACE = """\

@@ -51,18 +51,25 @@ class First:
 
 
 def count_checked(task: Task, samples: Iterable[Mapping]) -> int:
-    """Number of samples; raises CurationError for the first that the task cannot use, before anything is paid."""
+    """Number of samples; raises CurationError for the first that the task cannot use, before
+    anything is paid.
+    """
     number = 0
     for number, sample in enumerate(samples, 1):
         where = f"sample {number} ({sample.get('sample_id')!r})"
         for name in task.needs:
             value = sample.get(name)
-            if value is None and not (name == "box" and "box" in sample):  # a prediction without a box has null
-                hint = "; give prediction rows, whose `box` is the prediction" if name == "box" else ""
+            # A prediction without a box has null
+            if value is None and not (name == "box" and "box" in sample):
+                hint = (
+                    "; give prediction rows, whose `box` is the prediction" if name == "box" else ""
+                )
                 raise CurationError(f"{where} has no {name!r}, which {task.name} needs{hint}")
             if name.endswith("box"):
                 if value is not None and not _is_box(value):
-                    raise CurationError(f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)")
+                    raise CurationError(
+                        f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)"
+                    )
             elif not isinstance(value, kind := int if name in ("width", "height") else str):
                 raise CurationError(f"{where}: {name} = {value!r} is no {kind.__name__}")
     return number
@@ -76,7 +83,9 @@ def _is_box(value: object) -> bool:
         return False
 
 
-def write_output(plan: Plan, ledger: Ledger, out: Path, skip_filters: frozenset[str], report: Report) -> None:
+def write_output(
+    plan: Plan, ledger: Ledger, out: Path, skip_filters: frozenset[str], report: Report
+) -> None:
     """The output file from the ledger, whole or not at all; counts into the report."""
     with atomic_open(Path(out)) as file:
         for sample in plan.samples:
@@ -95,10 +104,24 @@ def write_output(plan: Plan, ledger: Ledger, out: Path, skip_filters: frozenset[
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _output_row(plan: Plan, ledger: Ledger, sample: Mapping, skip_filters: frozenset[str]) -> dict | None:
+def _output_row(
+    plan: Plan, ledger: Ledger, sample: Mapping, skip_filters: frozenset[str]
+) -> dict | None:
     """None for a sample that was not asked about yet."""
-    row = {"sample_id": sample["sample_id"], "answer": None, "status": "failed", "filter": None, "error": None}
-    row |= {"usage": None, "raw": None, "task": plan.task.name, "model": plan.teacher.model, "key": None}
+    row = {
+        "sample_id": sample["sample_id"],
+        "answer": None,
+        "status": "failed",
+        "filter": None,
+        "error": None,
+    }
+    row |= {
+        "usage": None,
+        "raw": None,
+        "task": plan.task.name,
+        "model": plan.teacher.model,
+        "key": None,
+    }
     try:
         row["key"] = key = plan.request(sample).key
     except (OSError, ValueError) as error:
@@ -113,13 +136,19 @@ def _output_row(plan: Plan, ledger: Ledger, sample: Mapping, skip_filters: froze
     return row | {"status": "filtered" if dropped else "ok", "filter": dropped}
 
 
-def dropped_by(task: Task, reply: Reply, sample: Mapping, skip_filters: Iterable[str] = ()) -> str | None:
+def dropped_by(
+    task: Task, reply: Reply, sample: Mapping, skip_filters: Iterable[str] = ()
+) -> str | None:
     """Name of the first filter that drops a reply, None where it is kept."""
-    return next((name for name, drops in task.filters if name not in skip_filters and drops(reply, sample)), None)
+    return next(
+        (name for name, drops in task.filters if name not in skip_filters and drops(reply, sample)),
+        None,
+    )
 
 
 def kept(samples: Iterable[Mapping], out: Path, name: str) -> Iterator[dict]:
-    """Samples whose answer was kept, the answer as field `name` ("reasoning", "expression"): the next stage's input.
+    """Samples whose answer was kept, the answer as field `name` ("reasoning", "expression"): the
+    next stage's input.
 
     samples: those that `out` was made from, in the same order.
     """
@@ -132,11 +161,15 @@ def kept(samples: Iterable[Mapping], out: Path, name: str) -> Iterator[dict]:
             yield {**sample, name: row["answer"]}
         row = next(rows, None)
     if row is not None:
-        raise CurationError(f"{out} was made from other samples: {row['sample_id']!r} is not among these in its place")
+        raise CurationError(
+            f"{out} was made from other samples: {row['sample_id']!r} is not among these in its place"
+        )
 
 
 def kept_and_dropped(*outs: Path) -> pd.DataFrame:
-    """A row a reason ("kept", a filter's name, "failed"), a column a task and model: number of samples."""
+    """A row a reason ("kept", a filter's name, "failed"), a column a task and model: number of
+    samples.
+    """
     counts = {}
     for out in outs:
         for row in JsonlSamples(out):
@@ -153,23 +186,43 @@ def examples(out: Path, count: int = 2) -> pd.DataFrame:
         reason = "kept" if row["status"] == "ok" else row["filter"] or row["status"]
         shown = found.setdefault(reason, [])
         if len(shown) < count:
-            shown.append({"reason": reason, "sample_id": row["sample_id"], "raw": row["raw"] or row["error"]})
-    return pd.DataFrame([row for rows in found.values() for row in rows], columns=["reason", "sample_id", "raw"])
+            shown.append(
+                {"reason": reason, "sample_id": row["sample_id"], "raw": row["raw"] or row["error"]}
+            )
+    return pd.DataFrame(
+        [row for rows in found.values() for row in rows], columns=["reason", "sample_id", "raw"]
+    )
 
 
 def filter_quality(out: Path, planted: Mapping[str, str | None]) -> pd.DataFrame:
     """Precision and recall of an output's filters against errors known to be planted.
 
-    planted: sample_id -> name of the filter that should drop it, None for a sound answer. A row an error, and "any".
-    precision: dropped by that filter and planted so, over all dropped by it; recall: over all planted so. None for 0/0.
+    planted: sample_id -> name of the filter that should drop it, None for a sound answer. A row an
+    error, and "any".
+    precision: dropped by that filter and planted so, over all dropped by it; recall: over all
+    planted so. None for 0/0.
     """
-    pairs = [(planted[row["sample_id"]], row["filter"]) for row in JsonlSamples(out) if row["status"] != "failed"]
+    pairs = [
+        (planted[row["sample_id"]], row["filter"])
+        for row in JsonlSamples(out)
+        if row["status"] != "failed"
+    ]
     names = sorted({name for pair in pairs for name in pair if name})
     rows = {name: _quality([(was == name, got == name) for was, got in pairs]) for name in names}
     rows["any"] = _quality([(was is not None, got is not None) for was, got in pairs])
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["planted", "dropped", "both", "precision", "recall"])
+    return pd.DataFrame.from_dict(
+        rows, orient="index", columns=["planted", "dropped", "both", "precision", "recall"]
+    )
 
 
 def _quality(pairs: list[tuple[bool, bool]]) -> list:
-    planted, dropped, both = (sum(values) for values in zip(*((w, g, w and g) for w, g in pairs), strict=True))
-    return [planted, dropped, both, both / dropped if dropped else None, both / planted if planted else None]
+    planted, dropped, both = (
+        sum(values) for values in zip(*((w, g, w and g) for w, g in pairs), strict=True)
+    )
+    return [
+        planted,
+        dropped,
+        both,
+        both / dropped if dropped else None,
+        both / planted if planted else None,
+    ]

@@ -19,13 +19,17 @@ class CurationError(RuntimeError):
 
 
 class Refused(CurationError):
-    """The service refuses everything (wrong key, wrong model, no credit): going on would fail every sample."""
+    """The service refuses everything (wrong key, wrong model, no credit): going on would fail every
+    sample.
+    """
 
 
 def api_key(base_url: str, variable: str) -> str:
     """The key of a service, from the environment only; local and in-process services need none."""
     if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
-        raise CurationError("api_key_env is the name of an environment variable, and what was given is no such name")
+        raise CurationError(
+            "api_key_env is the name of an environment variable, and what was given is no such name"
+        )
     key = os.environ.get(variable, "")
     if not key and not is_local(base_url):
         raise CurationError(f"no key for {base_url}: set the environment variable {variable}")
@@ -37,8 +41,12 @@ def is_local(base_url: str) -> bool:
     return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
-def connect(base_url: str, key: str, *, root: Path, timeout_s: float, max_retries: int) -> openai.AsyncOpenAI:
-    """The openai client of a service. base_url "mini" is answered in process from `root/teacher.jsonl`."""
+def connect(
+    base_url: str, key: str, *, root: Path, timeout_s: float, max_retries: int
+) -> openai.AsyncOpenAI:
+    """The openai client of a service. base_url "mini" is answered in process from
+    `root/teacher.jsonl`.
+    """
     if base_url == MINI:
         from egm_lib.mini.teacher import TeacherTransport
 
@@ -54,24 +62,33 @@ def connect(base_url: str, key: str, *, root: Path, timeout_s: float, max_retrie
             f"{base_url!r} is no base URL: give one like https://api.openai.com/v1 or http://localhost:8000/v1"
         )
     if address.password or address.query:
-        raise CurationError("the base URL holds a password or a query; keys belong in the environment only")
+        raise CurationError(
+            "the base URL holds a password or a query; keys belong in the environment only"
+        )
     # a proxy set for the outside world is not asked for this machine
     http_client = openai.DefaultAsyncHttpxClient(trust_env=not is_local(base_url))
     timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, 15.0))
     return openai.AsyncOpenAI(
-        base_url=base_url, api_key=key, timeout=timeout, max_retries=max_retries, http_client=http_client
+        base_url=base_url,
+        api_key=key,
+        timeout=timeout,
+        max_retries=max_retries,
+        http_client=http_client,
     )
 
 
 def sampling_options(model: str, temperature: float, max_tokens: int) -> dict:
-    """Sampling as the service wants it: OpenAI's reasoning models take no temperature and call the limit otherwise."""
+    """Sampling as the service wants it: OpenAI's reasoning models take no temperature and call the
+    limit otherwise.
+    """
     if re.match(r"(.*/)?(o\d|gpt-5)", model):
         return {"max_completion_tokens": max_tokens}
     return {"temperature": temperature, "max_tokens": max_tokens}
 
 
 def read_completion(body: str) -> dict:
-    """What the ledger keeps of a chat completion; raises ValueError, KeyError, TypeError, ... where the body is none.
+    """What the ledger keeps of a chat completion; raises ValueError, KeyError, TypeError, ... where
+    the body is none.
 
     usage: None where the service does not say.
     """
@@ -93,7 +110,9 @@ def read_completion(body: str) -> dict:
 
 def refuses_everything(error: Exception) -> str | None:
     """A reason that would fail every other sample too, None where this one is alone."""
-    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError):
+    if isinstance(
+        error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
+    ):
         return f"the service refuses: {error}"
     if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
         return f"the account has no credit: {error}"

@@ -1,4 +1,6 @@
-"""The five curation tasks as data: prompt, marks drawn on the picture, reading of the answer, filters, sampling."""
+"""The five curation tasks as data: prompt, marks drawn on the picture, reading of the answer,
+filters, sampling.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,13 @@ from egm_lib.data import open_image
 CAUSES = ("COMPLEX-PROMPT", "AMBIGUOUS-IMAGE", "SMALL-OBJECT", "GT-ERROR", "OTHER")  # Table 1
 
 LINE_WIDTH_PX = 5  # Fig. 8 [C]
-MAX_SIDE_PX = 2048  # larger pictures are sent smaller: services scale them down anyway, and charge for the bytes
+# Larger pictures are sent smaller: services scale them down anyway, and charge for the bytes
+MAX_SIDE_PX = 2048
 JPEG_QUALITY = 90
 
-# How far the whole object reaches beyond its visible part, as a share of the visible part's side. The thresholds are
-# ours (the paper gives the words only) and those of the miniature world's language.
+# How far the whole object reaches beyond its visible part, as a share of the visible part's side.
+# The thresholds are ours (the paper gives the words only) and those of the miniature world's
+# language.
 NEGLIGIBLE = 0.04
 DEGREES = (
     (0.15, "slightly"),
@@ -48,8 +52,10 @@ class Mark(NamedTuple):
 class Task:
     """What is asked of a service, and what counts as an answer.
 
-    fill: values for the template; marks: boxes drawn; read: the answer in a reply's text, None where there is none.
-    filters: (name, drop) pairs in order, the first that drops names the reason. needs: fields a sample must have.
+    fill: values for the template; marks: boxes drawn; read: the answer in a reply's text, None
+    where there is none.
+    filters: (name, drop) pairs in order, the first that drops names the reason. needs: fields a
+    sample must have.
     reply_tokens: a typical reply's length, for estimates before there are any answers.
     """
 
@@ -74,14 +80,24 @@ class Task:
 
 
 def request_key(task: Task, sample: Mapping, image: Path, model: str, sampling: Mapping) -> str:
-    """What an answer in the ledger belongs to: 128 bits over everything that the service sees and is told.
+    """What an answer in the ledger belongs to: 128 bits over everything that the service sees and
+    is told.
 
-    The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key; the picture as its
-    bytes and the marks drawn on it. Raises OSError where the picture cannot be read.
+    The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key;
+    the picture as its bytes and the marks drawn on it. Raises OSError where the picture cannot be
+    read.
     """
     stat = image.stat()
     picture = [file_digest(str(image), stat.st_size, stat.st_mtime_ns), task.marks(sample)]
-    asked = [task.name, task.prompt_version, task.prompt(sample), picture, sample["sample_id"], model, sampling]
+    asked = [
+        task.name,
+        task.prompt_version,
+        task.prompt(sample),
+        picture,
+        sample["sample_id"],
+        model,
+        sampling,
+    ]
     return _digest(asked)[:32]
 
 
@@ -99,13 +115,19 @@ def _digest(value: object) -> str:
 def messages(task: Task, sample: Mapping, image: Path) -> list[dict]:
     """Chat messages of one request: the marked picture as a data URL, then the prompt.
 
-    Raises FileNotFoundError or egm_lib.data.pictures.PictureError, ValueError where the picture has another size than
-    the sample says.
+    Raises FileNotFoundError or egm_lib.data.pictures.PictureError, ValueError where the picture has
+    another size than the sample says.
     """
     stat = image.stat()
     picture = _opened(str(image), stat.st_size, stat.st_mtime_ns)
-    url = "data:image/jpeg;base64," + base64.b64encode(marked_jpeg(picture, task.marks(sample), sample)).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": task.prompt(sample)}]
+    url = (
+        "data:image/jpeg;base64,"
+        + base64.b64encode(marked_jpeg(picture, task.marks(sample), sample)).decode()
+    )
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": task.prompt(sample)},
+    ]
     return [{"role": "user", "content": content}]
 
 
@@ -117,8 +139,13 @@ def _opened(path: str, size: int, mtime_ns: int) -> Image.Image:
 def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
     """The picture with boxes drawn and labelled, as JPEG, its longer side at most MAX_SIDE_PX."""
     if picture.size != (sample["width"], sample["height"]):
-        said, seen = f"{sample['width']} x {sample['height']}", f"{picture.width} x {picture.height}"
-        raise ValueError(f"the record says {said} px, the picture has {seen}: boxes would be drawn in the wrong place")
+        said, seen = (
+            f"{sample['width']} x {sample['height']}",
+            f"{picture.width} x {picture.height}",
+        )
+        raise ValueError(
+            f"the record says {said} px, the picture has {seen}: boxes would be drawn in the wrong place"
+        )
     scale = min(1.0, MAX_SIDE_PX / max(picture.size))
     size = (round(picture.width * scale), round(picture.height * scale))
     picture = picture.resize(size) if scale < 1 else picture.copy()
@@ -144,11 +171,14 @@ def _tag(label: str, colour: str) -> Image.Image:
     return tag
 
 
-def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> list[tuple[str, str]]:
-    """(direction, degree word) for every side on which the whole object reaches beyond its visible part.
+def extensions(
+    modal_box: tuple[float, ...], amodal_box: tuple[float, ...]
+) -> list[tuple[str, str]]:
+    """(direction, degree word) for every side on which the whole object reaches beyond its visible
+    part.
 
-    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at DEGREES; up to
-    NEGLIGIBLE a side counts as complete.
+    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at
+    DEGREES; up to NEGLIGIBLE a side counts as complete.
     """
     width, height = modal_box[2] - modal_box[0], modal_box[3] - modal_box[1]
     shares = (
@@ -165,8 +195,13 @@ def extensions(modal_box: tuple[float, ...], amodal_box: tuple[float, ...]) -> l
 
 
 def directions(sample: Mapping) -> str:
-    """`{directions}` of the amodal trace prompt, e.g. "downward considerably, to the left a bit"."""
-    found = [f"{direction} {degree}" for direction, degree in extensions(sample["modal_box"], sample["gt_box"])]
+    """`{directions}` of the amodal trace prompt, e.g. "downward considerably, to the left a
+    bit".
+    """
+    found = [
+        f"{direction} {degree}"
+        for direction, degree in extensions(sample["modal_box"], sample["gt_box"])
+    ]
     return ", ".join(found) or "in no direction, it is entirely visible"
 
 
@@ -176,7 +211,11 @@ def _box_999(box: tuple[float, ...], sample: Mapping) -> str:
 
 
 def _box_px(box: tuple[float, ...] | None) -> str:
-    return "none: the answer held no box" if box is None else "[" + ", ".join(f"{value:g}" for value in box) + "]"
+    return (
+        "none: the answer held no box"
+        if box is None
+        else "[" + ", ".join(f"{value:g}" for value in box) + "]"
+    )
 
 
 def _text(reply: str) -> str | None:
@@ -194,13 +233,22 @@ def _yes_or_no(reply: str) -> str | None:
 
 def _cause(reply: str) -> str | None:
     """The one category that a reply names; None where it names none or several."""
-    named = {cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", reply.upper())}
+    named = {
+        cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", reply.upper())
+    }
     return named.pop() if len(named) == 1 else None
 
 
 _SAMPLE = ("sample_id", "image", "width", "height", "expression", "gt_box")
-_DEFECTS = (("refusal", filters.refusal), ("truncated", filters.truncated), ("empty", filters.empty))
-_MARKS_SEEN = (("mentions-drawn-box", filters.mentions_drawn_box), ("names-ground-truth", filters.names_ground_truth))
+_DEFECTS = (
+    ("refusal", filters.refusal),
+    ("truncated", filters.truncated),
+    ("empty", filters.empty),
+)
+_MARKS_SEEN = (
+    ("mentions-drawn-box", filters.mentions_drawn_box),
+    ("names-ground-truth", filters.names_ground_truth),
+)
 
 TASKS = {
     task.name: task
@@ -246,7 +294,11 @@ TASKS = {
             fill=lambda s: {"expression": s["expression"]},
             marks=lambda s: [Mark(s["gt_box"], "green", "TARGET")],
             read=_yes_or_no,
-            filters=(*_DEFECTS, ("unreadable-verdict", filters.no_answer), ("rejected", filters.rejected)),
+            filters=(
+                *_DEFECTS,
+                ("unreadable-verdict", filters.no_answer),
+                ("rejected", filters.rejected),
+            ),
             temperature=0.0,
             max_tokens=1024,
             reply_tokens=2,  # room for models that think before their one word
@@ -261,7 +313,10 @@ TASKS = {
                 "modal_box": _box_999(s["modal_box"], s),
                 "directions": directions(s),
             },
-            marks=lambda s: [Mark(s["gt_box"], "green", "Complete"), Mark(s["modal_box"], "blue", "Visible")],
+            marks=lambda s: [
+                Mark(s["gt_box"], "green", "Complete"),
+                Mark(s["modal_box"], "blue", "Visible"),
+            ],
             read=_text,
             filters=(
                 *_DEFECTS,
@@ -269,7 +324,12 @@ TASKS = {
                 ("coordinates", filters.coordinates),
                 ("image-boundary", filters.image_boundary),
                 ("too-many-sentences", filters.more_sentences_than(5)),
-                ("wrong-direction", lambda r, s: filters.wrong_direction(r, extensions(s["modal_box"], s["gt_box"]))),
+                (
+                    "wrong-direction",
+                    lambda r, s: filters.wrong_direction(
+                        r, extensions(s["modal_box"], s["gt_box"])
+                    ),
+                ),
             ),
             temperature=0.7,
             max_tokens=800,
@@ -283,7 +343,9 @@ TASKS = {
                 **{name: s[name] for name in ("expression", "width", "height")},
                 "gt_box_px": _box_px(s["gt_box"]),
                 "pred_box_px": _box_px(s["box"]),
-                "prediction_drawn": ', the model\'s in red, labelled "Prediction"' if s["box"] else "",
+                "prediction_drawn": ', the model\'s in red, labelled "Prediction"'
+                if s["box"]
+                else "",
             },
             marks=lambda s: [
                 Mark(s["gt_box"], "green", "Ground Truth"),

@@ -4,7 +4,8 @@ A data root is a folder with pictures and, in GroundingSample JSONL files, what 
 
     train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl  eval/<dataset>_<split>.jsonl
 
-The miniature world writes one; `python -m egm_lib.data prepare` makes one from RefCOCO, COCO-Amodal and TAO-Amodal.
+The miniature world writes one; `python -m egm_lib.data prepare` makes one from RefCOCO, COCO-Amodal
+and TAO-Amodal.
 """
 
 from pathlib import Path
@@ -62,9 +63,15 @@ def read_eval(root: str | Path, dataset: str, split: str, limit: int | None = No
     return _head(read_samples(Path(root) / "eval" / f"{split_id(dataset, split)}.jsonl"), limit)
 
 
-def read_train(root: str | Path, task: Task, stage: str = "train", limit: int | None = None) -> Dataset:
-    """The samples a stage ("train" for SFT, "selection" for GRPO) of a task draws from, or the first `limit`."""
-    return _head(read_samples(Path(root) / f"{stage}{'_amodal' if task == 'amodal' else ''}.jsonl"), limit)
+def read_train(
+    root: str | Path, task: Task, stage: str = "train", limit: int | None = None
+) -> Dataset:
+    """The samples a stage ("train" for SFT, "selection" for GRPO) of a task draws from, or the
+    first `limit`.
+    """
+    return _head(
+        read_samples(Path(root) / f"{stage}{'_amodal' if task == 'amodal' else ''}.jsonl"), limit
+    )
 
 
 def _head(samples: Dataset, limit: int | None) -> Dataset:

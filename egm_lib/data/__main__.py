@@ -1,4 +1,6 @@
-"""python -m egm_lib.data fetch | prepare | check | stats: get real data, make a data root of it, look at it."""
+"""python -m egm_lib.data fetch | prepare | check | stats: get real data, make a data root of it,
+look at it.
+"""
 
 import argparse
 import json
@@ -15,19 +17,31 @@ SHOWN_FAULTS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 fine, 1 something is wrong with the data, 2 wrong usage, 130 interrupted."""
+    """Returns the exit status: 0 fine, 1 something is wrong with the data, 2 wrong usage, 130
+    interrupted.
+    """
     parser = argparse.ArgumentParser(prog="python -m egm_lib.data", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    get = verbs.add_parser("fetch", help="download and unpack (all by default); says what a person has to do")
+    get = verbs.add_parser(
+        "fetch", help="download and unpack (all by default); says what a person has to do"
+    )
     get.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SOURCES))
-    make = verbs.add_parser("prepare", help="write train, selection and evaluation files; prints the counts")
-    make.add_argument("--task", choices=("vanilla", "amodal"), action="append", help="default: both")
+    make = verbs.add_parser(
+        "prepare", help="write train, selection and evaluation files; prints the counts"
+    )
+    make.add_argument(
+        "--task", choices=("vanilla", "amodal"), action="append", help="default: both"
+    )
     make.add_argument("--no-flips", action="store_true", help="without mirrored twins")
-    make.add_argument("--keep-leaks", action="store_true", help="keep training pictures of evaluation splits")
+    make.add_argument(
+        "--keep-leaks", action="store_true", help="keep training pictures of evaluation splits"
+    )
     verbs.add_parser("check", help="does every picture exist, with the stated size?")
     verbs.add_parser("stats", help="Table 3: ours beside the paper's")
     for verb in verbs.choices.values():
-        verb.add_argument("--root", type=Path, default=Path("data/raw/real"), help="data root (%(default)s)")
+        verb.add_argument(
+            "--root", type=Path, default=Path("data/raw/real"), help="data root (%(default)s)"
+        )
     given = parser.parse_args(arguments)
     try:
         return _VERBS[given.verb](given)
@@ -58,10 +72,18 @@ def _prepare(given: argparse.Namespace) -> int:
     for task in given.task or ("vanilla", "amodal"):
         if (before := report_path(given.root, task)).exists():
             print(f"{task}: prepared before; delete {before} to do it again")
-        report = prepare(given.root, tasks=[task], flips=not given.no_flips, keep_leaks=given.keep_leaks)[task]
+        report = prepare(
+            given.root, tasks=[task], flips=not given.no_flips, keep_leaks=given.keep_leaks
+        )[task]
         print(json.dumps(report, indent=1))
-        verdict = "as in the paper" if report["images"] == report["paper_images"] else "not the paper's number"
-        print(f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: {verdict}")
+        verdict = (
+            "as in the paper"
+            if report["images"] == report["paper_images"]
+            else "not the paper's number"
+        )
+        print(
+            f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: {verdict}"
+        )
     return 0
 
 
@@ -79,14 +101,24 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _stats(given: argparse.Namespace) -> int:
-    print(table3({str(path.relative_to(given.root)): describe(read_samples(path)) for path in _files(given.root)}))
+    print(
+        table3(
+            {
+                str(path.relative_to(given.root)): describe(read_samples(path))
+                for path in _files(given.root)
+            }
+        )
+    )
     return 0
 
 
 def _files(root: Path) -> list[Path]:
     """Every sample file of a data root, training first."""
-    files = [path
-             for pattern in ("train*.jsonl", "selection*.jsonl", "eval/*.jsonl") for path in sorted(root.glob(pattern))]
+    files = [
+        path
+        for pattern in ("train*.jsonl", "selection*.jsonl", "eval/*.jsonl")
+        for path in sorted(root.glob(pattern))
+    ]
     if not files:
         raise FileNotFoundError(f"no train*.jsonl or eval/*.jsonl in {root}; `prepare` makes them")
     return files

@@ -1,6 +1,7 @@
 """COCO-Amodal and TAO-Amodal: objects with the box they would have if nothing hid them.
 
-Expressions are the annotators' object names here; those of Sec. 4.1 (Fig. 9) are written by the curation.
+Expressions are the annotators' object names here; those of Sec. 4.1 (Fig. 9) are written by the
+curation.
 """
 
 from collections import Counter
@@ -12,16 +13,33 @@ from datasets import Dataset
 from pycocotools import mask as coco_mask
 
 from egm_lib.boxes import iou
-from egm_lib.data.records import SampleError, join_image, read_json, report_left_out, rows_to_dataset, xywh_to_xyxy
+from egm_lib.data.records import (
+    SampleError,
+    join_image,
+    read_json,
+    report_left_out,
+    rows_to_dataset,
+    xywh_to_xyxy,
+)
 
 
-def load_coco_amodal(annotation_json: str | Path, *, split: str, image_root: str | Path | None = None,
-                     min_occlusion: float = 0.0, stuff: bool = True, counts: Counter | None = None) -> Dataset:
-    """One sample per annotated region of COCO-Amodal (Zhu et al. 2017): gt_box amodal, modal_box of what is visible.
+def load_coco_amodal(
+    annotation_json: str | Path,
+    *,
+    split: str,
+    image_root: str | Path | None = None,
+    min_occlusion: float = 0.0,
+    stuff: bool = True,
+    counts: Counter | None = None,
+) -> Dataset:
+    """One sample per annotated region of COCO-Amodal (Zhu et al. 2017): gt_box amodal, modal_box of
+    what is visible.
 
-    min_occlusion: least `occlude_rate` (share of the region that is hidden, 0..1); stuff: keep sky, grass and the like.
-    image_root: put before every picture's name. counts: if given, receives how many regions were left out and why.
-    modal_box is null where nothing of the region is visible. The amodal box may leave the picture (`fit_to_picture`).
+    min_occlusion: least `occlude_rate` (share of the region that is hidden, 0..1); stuff: keep sky,
+    grass and the like.
+    image_root: put before every picture's name. counts: if given, receives how many regions were
+    left out and why. modal_box is null where nothing of the region is visible. The amodal box may
+    leave the picture (`fit_to_picture`).
     Raises FileNotFoundError, or SampleError naming file, region and reason.
     """
     source, left_out = str(annotation_json), Counter()
@@ -31,22 +49,39 @@ def load_coco_amodal(annotation_json: str | Path, *, split: str, image_root: str
     return samples
 
 
-def load_tao_amodal(annotation_json: str | Path, *, split: str, image_root: str | Path | None = None,
-                    min_occlusion: float = 0.0, uncertain: bool = True, counts: Counter | None = None) -> Dataset:
-    """One sample per annotated box of TAO-Amodal (Hsieh et al. 2023): gt_box amodal, modal_box of what is visible.
+def load_tao_amodal(
+    annotation_json: str | Path,
+    *,
+    split: str,
+    image_root: str | Path | None = None,
+    min_occlusion: float = 0.0,
+    uncertain: bool = True,
+    counts: Counter | None = None,
+) -> Dataset:
+    """One sample per annotated box of TAO-Amodal (Hsieh et al. 2023): gt_box amodal, modal_box of
+    what is visible.
 
-    min_occlusion: least 1 - `visibility`, 0..1; uncertain: keep boxes that the annotators were not sure of.
-    The rest is as in `load_coco_amodal`; many of these boxes leave the picture.
+    min_occlusion: least 1 - `visibility`, 0..1; uncertain: keep boxes that the annotators were not
+    sure of. The rest is as in `load_coco_amodal`; many of these boxes leave the picture.
     """
     source, left_out = str(annotation_json), Counter()
-    rows = _tao_rows(read_json(source), source, split, image_root, min_occlusion, uncertain, left_out)
+    rows = _tao_rows(
+        read_json(source), source, split, image_root, min_occlusion, uncertain, left_out
+    )
     samples = rows_to_dataset(rows, source)
     report_left_out(source, left_out, counts)
     return samples
 
 
-def _coco_rows(document: Any, source: str, split: str, image_root: str | Path | None, min_occlusion: float,
-               stuff: bool, counts: Counter) -> Iterator[dict[str, Any]]:
+def _coco_rows(
+    document: Any,
+    source: str,
+    split: str,
+    image_root: str | Path | None,
+    min_occlusion: float,
+    stuff: bool,
+    counts: Counter,
+) -> Iterator[dict[str, Any]]:
     images, annotations = _index(document, source)
     for annotation in annotations:
         where = f"{source}, annotation {annotation.get('id')}"
@@ -64,7 +99,11 @@ def _coco_rows(document: Any, source: str, split: str, image_root: str | Path | 
                     continue
                 gt_box = mask_box(region["segmentation"], image_wh, at)
                 visible = region.get("visible_mask")
-                modal_box = _inside(gt_box, image_wh) if visible is None else mask_box(visible, image_wh, at)
+                modal_box = (
+                    _inside(gt_box, image_wh)
+                    if visible is None
+                    else mask_box(visible, image_wh, at)
+                )
                 if gt_box is None or not region["name"].strip():
                     counts["no area" if gt_box is None else "no name"] += 1
                     continue
@@ -72,15 +111,32 @@ def _coco_rows(document: Any, source: str, split: str, image_root: str | Path | 
                 raise SampleError(f"{at}: not a region of COCO-Amodal ({error!r})") from error
             region_id = f"{annotation.get('id', annotation['image_id'])}_{number}"
             yield dict(
-                sample_id=f"coco_amodal-{split}-{region_id}", dataset="coco_amodal", split=split, task="amodal",
-                image=join_image(image_root, image["file_name"]), width=image_wh[0], height=image_wh[1],
-                expression=region["name"].strip(), gt_box=gt_box, modal_box=modal_box, image_id=str(image["id"]),
-                ann_id=region_id, flipped=False, num_lookalikes=names[region["name"]] - 1,
+                sample_id=f"coco_amodal-{split}-{region_id}",
+                dataset="coco_amodal",
+                split=split,
+                task="amodal",
+                image=join_image(image_root, image["file_name"]),
+                width=image_wh[0],
+                height=image_wh[1],
+                expression=region["name"].strip(),
+                gt_box=gt_box,
+                modal_box=modal_box,
+                image_id=str(image["id"]),
+                ann_id=region_id,
+                flipped=False,
+                num_lookalikes=names[region["name"]] - 1,
             )
 
 
-def _tao_rows(document: Any, source: str, split: str, image_root: str | Path | None, min_occlusion: float,
-              uncertain: bool, counts: Counter) -> Iterator[dict[str, Any]]:
+def _tao_rows(
+    document: Any,
+    source: str,
+    split: str,
+    image_root: str | Path | None,
+    min_occlusion: float,
+    uncertain: bool,
+    counts: Counter,
+) -> Iterator[dict[str, Any]]:
     images, annotations = _index(document, source)
     names = {category["id"]: category["name"] for category in document.get("categories", ())}
     kinds = Counter((each.get("image_id"), each.get("category_id")) for each in annotations)
@@ -100,11 +156,19 @@ def _tao_rows(document: Any, source: str, split: str, image_root: str | Path | N
                 continue
             hidden = annotation.get("visibility", 1) == 0 or not annotation.get("bbox")
             yield dict(
-                sample_id=f"tao_amodal-{split}-{annotation['id']}", dataset="tao_amodal", split=split, task="amodal",
-                image=join_image(image_root, image["file_name"]), width=image["width"], height=image["height"],
-                expression=names[annotation["category_id"]].replace("_", " ").strip(), gt_box=gt_box,
+                sample_id=f"tao_amodal-{split}-{annotation['id']}",
+                dataset="tao_amodal",
+                split=split,
+                task="amodal",
+                image=join_image(image_root, image["file_name"]),
+                width=image["width"],
+                height=image["height"],
+                expression=names[annotation["category_id"]].replace("_", " ").strip(),
+                gt_box=gt_box,
                 modal_box=None if hidden else _with_area(xywh_to_xyxy(annotation["bbox"])),
-                image_id=f"tao-{image['id']}", ann_id=str(annotation["id"]), flipped=False,
+                image_id=f"tao-{image['id']}",
+                ann_id=str(annotation["id"]),
+                flipped=False,
                 num_lookalikes=kinds[annotation["image_id"], annotation["category_id"]] - 1,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -118,20 +182,25 @@ def _index(document: Any, source: str) -> tuple[dict, list]:
         if not all(isinstance(annotation, dict) for annotation in annotations):
             raise TypeError("an annotation is no object")
     except (KeyError, TypeError) as error:
-        raise SampleError(f"{source}: not an annotation file with images and annotations ({error!r})") from error
+        raise SampleError(
+            f"{source}: not an annotation file with images and annotations ({error!r})"
+        ) from error
     return images, annotations
 
 
 def _image_of(annotation: dict, images: dict, where: str) -> dict:
     image = images.get(annotation.get("image_id"))
     if image is None or not {"file_name", "width", "height"} <= set(image):
-        raise SampleError(f"{where}: picture {annotation.get('image_id')} is not among the file's images, or has no "
-                          "file_name, width and height")
+        raise SampleError(
+            f"{where}: picture {annotation.get('image_id')} is not among the file's images, or has no "
+            "file_name, width and height"
+        )
     return image
 
 
 def mask_box(mask: Any, image_wh: tuple[int, int], where: str) -> list[float] | None:
-    """xyxy px of a COCO mask: a polygon, a list of polygons, or RLE (compressed or not). None where it has no area.
+    """xyxy px of a COCO mask: a polygon, a list of polygons, or RLE (compressed or not). None where
+    it has no area.
 
     A polygon's box is that of its corners: unlike a raster it may leave the picture.
     Raises SampleError, saying where, for anything else.
@@ -149,10 +218,15 @@ def mask_box(mask: Any, image_wh: tuple[int, int], where: str) -> list[float] | 
 def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | None:
     width, height = image_wh
     if list(rle.get("size", ())) != [height, width]:
-        raise SampleError(f"{where}: a mask of size {rle.get('size')} for a picture of height {height}, width {width}")
+        raise SampleError(
+            f"{where}: a mask of size {rle.get('size')} for a picture of height {height}, width {width}"
+        )
     counts = rle.get("counts")
     if isinstance(counts, list):
-        if not all(isinstance(run, int) and run >= 0 for run in counts) or sum(counts) != width * height:
+        if (
+            not all(isinstance(run, int) and run >= 0 for run in counts)
+            or sum(counts) != width * height
+        ):
             raise SampleError(f"{where}: the runs of a mask do not add up to the picture")
         rle = coco_mask.frPyObjects(rle, height, width)
     else:
@@ -177,11 +251,13 @@ def _inside(box: Sequence[float] | None, image_wh: tuple[int, int]) -> list[floa
 
 
 def fit_to_picture(samples: Dataset, counts: Counter | None = None) -> Dataset:
-    """The samples with every box cut to its picture, as an answer in 0..1000 can state it; those outside are dropped.
+    """The samples with every box cut to its picture, as an answer in 0..1000 can state it; those
+    outside are dropped.
 
-    This is where the project decides what an amodal box outside the picture means: data roots are written through it,
-    so that target, reward and metric see the same box.
-    counts: if given, receives "cut at the border", "of these, IoU with the whole box < 0.5" and "wholly outside".
+    This is where the project decides what an amodal box outside the picture means: data roots are
+    written through it, so that target, reward and metric see the same box.
+    counts: if given, receives "cut at the border", "of these, IoU with the whole box < 0.5" and
+    "wholly outside".
     """
     counts = Counter() if counts is None else counts
     return rows_to_dataset(_fitted(samples, counts), "samples cut to the picture")

@@ -24,7 +24,8 @@ from egm_lib.data.records import atomic_open
 
 CHUNK_BYTES = 1 << 20
 RESERVE_BYTES = 1 << 30  # left free on the disk
-MAX_EXPANSION = 200  # unpacked bytes per archived byte; annotations reach about 10, a bomb a thousand
+# Unpacked bytes per archived byte; annotations reach about 10, a bomb a thousand
+MAX_EXPANSION = 200
 
 
 class FetchError(RuntimeError):
@@ -52,42 +53,91 @@ _COCO_LICENCE = "annotations CC BY 4.0; pictures: Flickr's terms of use, each it
 
 
 def _coco(split: str, md5: str) -> Source:
-    return Source(f"coco_{split}", _COCO_LICENCE, (f"http://images.cocodataset.org/zips/{split}.zip",),
-                  f"downloads/{split}.zip", "images", ("md5", md5))
+    return Source(
+        f"coco_{split}",
+        _COCO_LICENCE,
+        (f"http://images.cocodataset.org/zips/{split}.zip",),
+        f"downloads/{split}.zip",
+        "images",
+        ("md5", md5),
+    )
 
 
 def _refer(name: str, archived: str, sha256: str) -> Source:
     mirror = f"https://web.archive.org/web/{archived}id_/{_REFER}/{name}.zip"
-    return Source(name, "annotations: no licence stated by refer (its code is Apache-2.0); pictures as COCO",
-                  (mirror, f"{_REFER}/{name}.zip"), f"downloads/{name}.zip", ".", ("sha256", sha256))
+    return Source(
+        name,
+        "annotations: no licence stated by refer (its code is Apache-2.0); pictures as COCO",
+        (mirror, f"{_REFER}/{name}.zip"),
+        f"downloads/{name}.zip",
+        ".",
+        ("sha256", sha256),
+    )
 
 
-SOURCES = {source.name: source for source in (
-    _coco("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
-    _coco("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3"),
-    _refer("refcoco", "20220413011718", "7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0"),
-    _refer("refcoco+", "20220413011656", "5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45"),
-    _refer("refcocog", "20220413012904", "3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211"),
-    Source("coco_amodal", "annotations: none stated by amodalAPI; pictures as COCO",
-           ("https://www.dropbox.com/s/4znu1sbf67c8c96/annotations.tar.gz?dl=1",),
-           "downloads/coco_amodal.tar.gz", "coco_amodal"),
-    *(Source(f"tao_amodal_{split}", "MIT (annotations)",
-             (f"{_HUB}/chengyenhsieh/TAO-Amodal/resolve/main/amodal_annotations/{split}.json",),
-             f"tao_amodal/{split}.json") for split in ("train", "validation")),
-    Source("tao_frames", "each video source its own; AVA and HACS by request", manual=(
-        "TAO's frames may not be fetched without a request: AVA and HACS videos are given out by a form. Follow "
-        f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the file "
-        "<root>/images/tao/train/YFCC100M/... exists.")),
-    Source("egm_datasets", "as stated on its hub page", hub="JamesZGQ/EGM_Datasets",
-           hub_patterns=("metadata/eval/*.jsonl", "processed_rl_data/*.parquet"), file="egm_datasets"),
-)}
+SOURCES = {
+    source.name: source
+    for source in (
+        _coco("train2014", "0da8c0bd3d6becc4dcb32757491aca88"),
+        _coco("val2014", "a3d79f5ed8d289b7a7554ce06a5782b3"),
+        _refer(
+            "refcoco",
+            "20220413011718",
+            "7f924bb7ed8dc4568058e4ff626281918d56e5206f4c868c5a80f088f38c8bf0",
+        ),
+        _refer(
+            "refcoco+",
+            "20220413011656",
+            "5f1238112d63199e68da54a28f201471909b21ded7ed79a57d51b4c1443c6b45",
+        ),
+        _refer(
+            "refcocog",
+            "20220413012904",
+            "3d1f7e5b2ff2205940bf59de55f861f5f2cc1403fb980669933a7f9af1aa8211",
+        ),
+        Source(
+            "coco_amodal",
+            "annotations: none stated by amodalAPI; pictures as COCO",
+            ("https://www.dropbox.com/s/4znu1sbf67c8c96/annotations.tar.gz?dl=1",),
+            "downloads/coco_amodal.tar.gz",
+            "coco_amodal",
+        ),
+        *(
+            Source(
+                f"tao_amodal_{split}",
+                "MIT (annotations)",
+                (f"{_HUB}/chengyenhsieh/TAO-Amodal/resolve/main/amodal_annotations/{split}.json",),
+                f"tao_amodal/{split}.json",
+            )
+            for split in ("train", "validation")
+        ),
+        Source(
+            "tao_frames",
+            "each video source its own; AVA and HACS by request",
+            manual=(
+                "TAO's frames may not be fetched without a request: AVA and HACS videos are given out by a form. Follow "
+                f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the file "
+                "<root>/images/tao/train/YFCC100M/... exists."
+            ),
+        ),
+        Source(
+            "egm_datasets",
+            "as stated on its hub page",
+            hub="JamesZGQ/EGM_Datasets",
+            hub_patterns=("metadata/eval/*.jsonl", "processed_rl_data/*.parquet"),
+            file="egm_datasets",
+        ),
+    )
+}
 
 
 def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
-    """Fetch one source into a data root; what is there already is not fetched again, what is half there is continued.
+    """Fetch one source into a data root; what is there already is not fetched again, what is half
+    there is continued.
 
     wait_s: pause after the first fruitless try, then twice, three times as long.
-    Returns where it lies, or None where a person has to act (the instruction is printed). Raises FetchError.
+    Returns where it lies, or None where a person has to act (the instruction is printed). Raises
+    FetchError.
     """
     root = Path(root)
     if source.manual:
@@ -110,8 +160,11 @@ def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
             except FetchError as error:
                 failures.append(str(error))
         else:
-            raise FetchError("\n".join(failures) + f"\n{source.name}: if this goes on, get the file by hand, put it at "
-                             f"{target} and start again")
+            raise FetchError(
+                "\n".join(failures)
+                + f"\n{source.name}: if this goes on, get the file by hand, put it at "
+                f"{target} and start again"
+            )
     if source.unpack_to is None:
         return target
     unpack(target, root / source.unpack_to)
@@ -126,19 +179,35 @@ def _from_hub(source: Source, root: Path) -> Path:
 
     target = root / source.file
     try:
-        snapshot_download(source.hub, repo_type="dataset", allow_patterns=list(source.hub_patterns), local_dir=target)
+        snapshot_download(
+            source.hub,
+            repo_type="dataset",
+            allow_patterns=list(source.hub_patterns),
+            local_dir=target,
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FetchError(f"{source.name}: the hub did not give {source.hub} ({error}). By hand: `hf download "
-                         f"{source.hub} --repo-type dataset --local-dir {target}`") from error
+        raise FetchError(
+            f"{source.name}: the hub did not give {source.hub} ({error}). By hand: `hf download "
+            f"{source.hub} --repo-type dataset --local-dir {target}`"
+        ) from error
     return target
 
 
-def download(url: str, target: Path, *, checksum: tuple[str, str] | None = None, attempts: int = 5,
-             timeout_s: float = 60.0, wait_s: float = 2.0) -> None:
-    """Get url as target, whole and verified or not at all; what a broken connection left is continued from.
+def download(
+    url: str,
+    target: Path,
+    *,
+    checksum: tuple[str, str] | None = None,
+    attempts: int = 5,
+    timeout_s: float = 60.0,
+    wait_s: float = 2.0,
+) -> None:
+    """Get url as target, whole and verified or not at all; what a broken connection left is
+    continued from.
 
     checksum: (algorithm, hex digest). attempts: tries without progress before giving up.
-    Raises FetchError: unreachable, fewer or more bytes than promised, wrong checksum, no room on the disk.
+    Raises FetchError: unreachable, fewer or more bytes than promised, wrong checksum, no room on
+    the disk.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -159,12 +228,16 @@ def download(url: str, target: Path, *, checksum: tuple[str, str] | None = None,
             after = part.stat().st_size if part.exists() else 0
             fruitless = 0 if after > before else fruitless + 1
             if fruitless >= attempts:
-                raise FetchError(f"{url}: gave up after {attempts} tries without progress ({error}); "
-                                 f"{after} bytes are kept, start again to continue") from error
+                raise FetchError(
+                    f"{url}: gave up after {attempts} tries without progress ({error}); "
+                    f"{after} bytes are kept, start again to continue"
+                ) from error
             time.sleep(wait_s * fruitless)
     if checksum and (found := _digest(part, checksum[0])) != checksum[1]:
         _forget(part)
-        raise FetchError(f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown away")
+        raise FetchError(
+            f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown away"
+        )
     part.replace(target)
     _forget(part)
 
@@ -178,13 +251,20 @@ def _continue(url: str, part: Path, timeout_s: float) -> None:
     have = part.stat().st_size if part.exists() else 0
     version = _version_file(part).read_text() if have and _version_file(part).exists() else ""
     headers = {"User-Agent": "egm_lib", "Accept-Encoding": "identity"}
-    if have and version:  # without a version to ask for, a changed file would be glued to the old one
+    # Without a version to ask for, a changed file would be glued to the old one
+    if have and version:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
-    with closing(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)) as answer:
-        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    with closing(
+        urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+    ) as answer:
+        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
         if answer.status != 200 and not resumed:
             _forget(part)
-            raise _Incomplete(f"an answer of status {answer.status} that is not the rest of the file")
+            raise _Incomplete(
+                f"an answer of status {answer.status} that is not the rest of the file"
+            )
         have = have if resumed else 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length is not None else None
@@ -192,8 +272,12 @@ def _continue(url: str, part: Path, timeout_s: float) -> None:
             _forget(part)
             raise _Incomplete("a rest whose length contradicts the whole")
         _need_room(part.parent, (total or 0) - have, url)
-        _version_file(part).write_text(answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "")
-        bar = tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, mininterval=5)
+        _version_file(part).write_text(
+            answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
+        )
+        bar = tqdm(
+            desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, mininterval=5
+        )
         with open(part, "ab" if resumed else "wb") as file, bar:
             while chunk := answer.read(CHUNK_BYTES):
                 file.write(chunk)
@@ -222,8 +306,10 @@ def _digest(path: Path, algorithm: str) -> str:
 def _need_room(folder: Path, wanted_bytes: int, what: str | Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted_bytes + RESERVE_BYTES:
-        raise FetchError(f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
-                         f"{folder} has {free / 1e9:.1f} GB; make room and start again")
+        raise FetchError(
+            f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
+            f"{folder} has {free / 1e9:.1f} GB; make room and start again"
+        )
 
 
 @dataclass(frozen=True)
@@ -236,10 +322,12 @@ class _Member:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar (plain, gz, xz) below folder. It can be continued: files of the right size are kept.
+    """Unpack a zip or tar (plain, gz, xz) below folder. It can be continued: files of the right
+    size are kept.
 
-    Every member is looked at before the first is written. Raises FetchError for an absolute path, "..", a link or
-    device, a size beyond the disk or beyond MAX_EXPANSION times the archive, or a broken archive.
+    Every member is looked at before the first is written. Raises FetchError for an absolute path,
+    "..", a link or device, a size beyond the disk or beyond MAX_EXPANSION times the archive, or a
+    broken archive.
     """
     try:
         if zipfile.is_zipfile(archive):
@@ -251,38 +339,70 @@ def unpack(archive: Path, folder: Path) -> None:
                 while opened.fileobj.read(CHUNK_BYTES):
                     pass  # to the end, which tarfile does not look at: gzip's checksum stands there
                 _unpack_members(members, archive, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")  # tarfile adds a line for every format it tried
-        raise FetchError(f"{archive}: a broken archive ({reason}); delete it and fetch it again") from error
+    except (
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        lzma.LZMAError,
+        EOFError,
+        zlib.error,
+    ) as error:
+        # Tarfile adds a line for every format it tried
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise FetchError(
+            f"{archive}: a broken archive ({reason}); delete it and fetch it again"
+        ) from error
 
 
 def _zip_members(opened: zipfile.ZipFile) -> Iterator[_Member]:
     for info in opened.infolist():
         if info.flag_bits & 1:
-            raise FetchError(f"{opened.filename}: member {info.filename!r} is encrypted; nothing was unpacked")
+            raise FetchError(
+                f"{opened.filename}: member {info.filename!r} is encrypted; nothing was unpacked"
+            )
         kind = stat.S_IFMT(info.external_attr >> 16)
         is_file = not info.is_dir() and kind in (0, stat.S_IFREG)
-        yield _Member(info.filename, info.file_size, info.is_dir(), is_file, lambda info=info: opened.open(info))
+        yield _Member(
+            info.filename,
+            info.file_size,
+            info.is_dir(),
+            is_file,
+            lambda info=info: opened.open(info),
+        )
 
 
 def _tar_members(opened: tarfile.TarFile) -> Iterator[_Member]:
     for info in opened:
-        yield _Member(info.name, info.size, info.isdir(), info.isreg(), lambda info=info: opened.extractfile(info))
+        yield _Member(
+            info.name,
+            info.size,
+            info.isdir(),
+            info.isreg(),
+            lambda info=info: opened.extractfile(info),
+        )
 
 
 def _unpack_members(members: list[_Member], archive: Path, folder: Path) -> None:
     for member in members:
         path = PurePosixPath(member.name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in member.name:
-            raise FetchError(f"{archive}: member {member.name!r} would land outside {folder}; nothing was unpacked")
+            raise FetchError(
+                f"{archive}: member {member.name!r} would land outside {folder}; nothing was unpacked"
+            )
         if not (member.is_folder or member.is_file):
-            raise FetchError(f"{archive}: member {member.name!r} is a link or a device; nothing was unpacked")
+            raise FetchError(
+                f"{archive}: member {member.name!r} is a link or a device; nothing was unpacked"
+            )
     size = sum(member.bytes for member in members)
     if size > MAX_EXPANSION * archive.stat().st_size:
-        raise FetchError(f"{archive}: {size} bytes unpacked from {archive.stat().st_size}; that is no data set")
+        raise FetchError(
+            f"{archive}: {size} bytes unpacked from {archive.stat().st_size}; that is no data set"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _need_room(folder, size, archive)
-    for member in tqdm(members, desc=f"unpack {archive.name}", mininterval=5, disable=len(members) < 100):
+    for member in tqdm(
+        members, desc=f"unpack {archive.name}", mininterval=5, disable=len(members) < 100
+    ):
         target = folder / member.name.replace("\\", "/")
         if member.is_file and not (target.is_file() and target.stat().st_size == member.bytes):
             with member.opened() as source, atomic_open(target, "wb") as file:

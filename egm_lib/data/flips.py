@@ -1,4 +1,6 @@
-"""Horizontal flips, as in the authors' training file: picture and box mirrored, left and right swapped in the words."""
+"""Horizontal flips, as in the authors' training file: picture and box mirrored, left and right
+swapped in the words.
+"""
 
 import re
 from collections import Counter
@@ -11,18 +13,22 @@ from egm_lib.data.records import GroundingSample, rows_to_dataset
 
 _SWAP = {"left": "right", "right": "left"}
 
-# Words that contain left or right and say where something is: leftmost, left-hand, upper-left, righty, ...
+# Words that contain left or right and say where something is: leftmost, left-hand, upper-left,
+# righty, ...
 _PLACE_WORD = re.compile(
     r"(?:(?:far|upper|lower|top|bottom|front|back|rear|mid|middle|center|centre)-?)?"
     r"(?P<side>left|right)"
     r"(?:-?(?:most|hand|handed|hander|side|ish|ward|wards|er|est)|y|ie|ies|s)?(?:'s)?"
 )
 # Words that contain them and say nothing about the side.
-_OTHER_WORD = re.compile(r"(?:up|out|down|forth|b|f|w|play|ship)rights?(?:ly|er|est|ness|en|ened|ening)?|"
-                         r"(?:bright|fright|wright)\w*|copyright\w*|leftovers?|cleft")
+_OTHER_WORD = re.compile(
+    r"(?:up|out|down|forth|b|f|w|play|ship)rights?(?:ly|er|est|ness|en|ened|ening)?|"
+    r"(?:bright|fright|wright)\w*|copyright\w*|leftovers?|cleft"
+)
 _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 
-# With these before it a side is a side, whatever follows: "on the far right in blue", "bottom left on the table".
+# With these before it a side is a side, whatever follows: "on the far right in blue", "bottom left
+# on the table".
 _CERTAIN = re.compile(
     r"\b(?:(?:on|to|at|from|in|of|toward|towards|facing|looking|pointing)(?: (?:the|her|his|its|their|your|my|our|far|"
     r"very|extreme|most|upper|lower|top|bottom|front|back))*|far|farthest|furthest|upper|lower|top|bottom|front|back)"
@@ -43,9 +49,12 @@ _RIGHT_ADVERB = re.compile(
     r"down|against|around|between|across|through|where|here|there|now|away|outside|inside|off|out|along|past|about|"
     r"angle|angled|angles|triangle|way|answer|amount|side up)\b|\ball right\b"
 )
-# What mirroring makes untrue, or abbreviations that may mean left or right: nobody can swap these safely.
-_UNSURE = re.compile(r"\b(?:clock|clockwise|counter-?clockwise|anti-?clockwise|o'?clock|mirrored|"
-                     r"l|r|lt|rt|lft|rgt|rght|lhs|rhs|lef|leff|rigt|rigth|rihgt|rite)\b")
+# What mirroring makes untrue, or abbreviations that may mean left or right: nobody can swap these
+# safely.
+_UNSURE = re.compile(
+    r"\b(?:clock|clockwise|counter-?clockwise|anti-?clockwise|o'?clock|mirrored|"
+    r"l|r|lt|rt|lft|rgt|rght|lhs|rhs|lef|leff|rigt|rigth|rihgt|rite)\b"
+)
 
 
 class _Doubt(Exception):
@@ -53,11 +62,12 @@ class _Doubt(Exception):
 
 
 def mirror_expression(expression: str) -> str | None:
-    """The expression that means the same object in the mirrored picture; None where that cannot be told from the words.
+    """The expression that means the same object in the mirrored picture; None where that cannot be
+    told from the words.
 
-    left and right change places in every word that says where something is, letter case kept. None where "left" may be
-    a verb ("the man who left", "slice left on the plate"), "right" may not be a side ("right behind"), or for
-    abbreviations and directions of rotation.
+    left and right change places in every word that says where something is, letter case kept. None
+    where "left" may be a verb ("the man who left", "slice left on the plate"), "right" may not be a
+    side ("right behind"), or for abbreviations and directions of rotation.
     """
     try:
         return _mirrored(expression)
@@ -76,8 +86,11 @@ def _mirrored(expression: str) -> str:
 def _swapped(expression: str) -> str:
     lower = re.sub(r"\s+", " ", expression.lower().replace("’", "'"))
     lower = _CERTAIN.sub("somewhere", lower)
-    for pattern, reason in ((_UNSURE, "abbreviation or rotation"), (_LEFT_VERB, "left as a verb"),
-                            (_RIGHT_ADVERB, "right that is no side")):
+    for pattern, reason in (
+        (_UNSURE, "abbreviation or rotation"),
+        (_LEFT_VERB, "left as a verb"),
+        (_RIGHT_ADVERB, "right that is no side"),
+    ):
         if pattern.search(lower):
             raise _Doubt(reason)
     return _WORD.sub(_swap_word, expression)
@@ -101,22 +114,26 @@ def _like(old: str, new: str) -> str:
 
 
 def flip(sample: Mapping) -> GroundingSample | None:
-    """The sample mirrored: picture (its twin in the sibling folder `..._flip`), boxes and words. None where the words
-    cannot be (`mirror_expression`). Flipping twice gives the sample back. Makes no picture: `write_mirrored` does.
+    """The sample mirrored: picture (its twin in the sibling folder `..._flip`), boxes and words.
+    None where the words cannot be (`mirror_expression`). Flipping twice gives the sample back.
+    Makes no picture: `write_mirrored` does.
     """
     expression = mirror_expression(sample["expression"])
     if expression is None:
         return None
     width, sample_id = sample["width"], sample["sample_id"]
     flipped = not sample["flipped"]
-    return GroundingSample(**sample | dict(
-        sample_id=f"{sample_id}-flip" if flipped else sample_id.removesuffix("-flip"),
-        image=mirrored_name(sample["image"]),
-        expression=expression,
-        gt_box=_mirror_box(sample["gt_box"], width),
-        modal_box=sample.get("modal_box") and _mirror_box(sample["modal_box"], width),
-        flipped=flipped,
-    ))
+    return GroundingSample(
+        **sample
+        | dict(
+            sample_id=f"{sample_id}-flip" if flipped else sample_id.removesuffix("-flip"),
+            image=mirrored_name(sample["image"]),
+            expression=expression,
+            gt_box=_mirror_box(sample["gt_box"], width),
+            modal_box=sample.get("modal_box") and _mirror_box(sample["modal_box"], width),
+            flipped=flipped,
+        )
+    )
 
 
 def _mirror_box(box: list[float], width: int) -> list[float]:
@@ -125,8 +142,12 @@ def _mirror_box(box: list[float], width: int) -> list[float]:
 
 
 def flip_all(samples: Dataset, counts: Counter | None = None) -> Dataset:
-    """The mirrored twins of the samples that have one. counts: if given, receives why the others have none."""
-    return rows_to_dataset(_flipped(samples, Counter() if counts is None else counts), "flipped samples")
+    """The mirrored twins of the samples that have one. counts: if given, receives why the others
+    have none.
+    """
+    return rows_to_dataset(
+        _flipped(samples, Counter() if counts is None else counts), "flipped samples"
+    )
 
 
 def _flipped(samples: Dataset, counts: Counter) -> Iterator[GroundingSample]:

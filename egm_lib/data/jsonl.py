@@ -25,24 +25,42 @@ from egm_lib.data.records import (
     table_to_dataset,
 )
 
-# What we read of a line; other fields are left alone. The second name of a field is that of RefCOCOs-like test sets.
+# What we read of a line; other fields are left alone. The second name of a field is that of
+# RefCOCOs-like test sets.
 _BOX = pa.list_(pa.float64())
-_SCHEMA = pa.schema({
-    "image": pa.string(), "width": pa.int64(), "height": pa.int64(), "sent": pa.string(), "normal_caption": pa.string(),
-    "bbox": _BOX, "solution": _BOX, "categories": pa.struct({"empty_case": pa.bool_()}),
-})
+_SCHEMA = pa.schema(
+    {
+        "image": pa.string(),
+        "width": pa.int64(),
+        "height": pa.int64(),
+        "sent": pa.string(),
+        "normal_caption": pa.string(),
+        "bbox": _BOX,
+        "solution": _BOX,
+        "categories": pa.struct({"empty_case": pa.bool_()}),
+    }
+)
 _QUESTIONS = (
     re.compile(r"<ref>(?P<expression>.*?)</ref>", re.DOTALL),
     re.compile(r"Locate (?P<expression>.*?)(?: amodally)?, output its bbox", re.DOTALL),
 )
 
 
-def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vanilla",
-               image_root: str | Path | None = None, counts: Counter | None = None) -> Dataset:
-    """Samples of a jsonl file (or a JSON list) with fields image, sent, bbox (xyxy px), width, height.
+def load_jsonl(
+    path: str | Path,
+    *,
+    dataset: str,
+    split: str,
+    task: Task = "vanilla",
+    image_root: str | Path | None = None,
+    counts: Counter | None = None,
+) -> Dataset:
+    """Samples of a jsonl file (or a JSON list) with fields image, sent, bbox (xyxy px), width,
+    height.
 
-    image_root: put before every picture's name. Rows that say that no object fits ("empty_case") are left out and
-    counted in `counts`. image_id is the COCO number in the picture's name, else the name.
+    image_root: put before every picture's name. Rows that say that no object fits ("empty_case")
+    are left out and counted in `counts`. image_id is the COCO number in the picture's name, else
+    the name.
     Raises FileNotFoundError, or SampleError naming file, row and reason.
     """
     path = Path(path)
@@ -54,7 +72,9 @@ def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vani
     prefix = "" if image_root is None else f"{Path(image_root)}/"
     numbers = pc.utf8_lpad(pc.cast(pa.array(row_numbers_N), pa.string()), 6, "0")
     absolute = pc.starts_with(table["image"], "/")
-    image = pc.if_else(absolute, table["image"], pc.binary_join_element_wise(prefix, table["image"], ""))
+    image = pc.if_else(
+        absolute, table["image"], pc.binary_join_element_wise(prefix, table["image"], "")
+    )
     columns = {
         "sample_id": pc.binary_join_element_wise(f"{dataset}-{split}", numbers, "-"),
         "dataset": pa.repeat(dataset, len(table)),
@@ -64,7 +84,9 @@ def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vani
         "width": table["width"],
         "height": table["height"],
         "expression": pc.utf8_trim_whitespace(pc.coalesce(table["sent"], table["normal_caption"])),
-        "gt_box": table["bbox"] if table["solution"].null_count == len(table) else table["solution"],
+        "gt_box": table["bbox"]
+        if table["solution"].null_count == len(table)
+        else table["solution"],
         "image_id": image_ids(table["image"]),
         "flipped": pc.fill_null(pc.match_substring_regex(table["image"], _MIRRORED_FOLDER), False),
     }
@@ -72,8 +94,12 @@ def load_jsonl(path: str | Path, *, dataset: str, split: str, task: Task = "vani
 
 
 def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The COCO number in a picture's file name (12 digits before the suffix), without leading zeros; else its path."""
-    found = pc.struct_field(pc.extract_regex(images, r"(?:^|[/_])(?P<number>\d{12})\.\w+$"), "number")
+    """The COCO number in a picture's file name (12 digits before the suffix), without leading
+    zeros; else its path.
+    """
+    found = pc.struct_field(
+        pc.extract_regex(images, r"(?:^|[/_])(?P<number>\d{12})\.\w+$"), "number"
+    )
     number = pc.utf8_ltrim(found, "0")
     return pc.coalesce(pc.if_else(pc.equal(number, ""), "0", number), images)
 
@@ -83,14 +109,18 @@ _MIRRORED_FOLDER = r"(^|/)\w*_flip/"  # the authors' coco_flip/, our train2014_f
 
 def _read_rows(path: Path) -> pa.Table:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+        raise FileNotFoundError(
+            f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to"
+        )
     with open(path, "rb") as file:
         first = file.read(1)
     if first in (b"", b"["):
         rows = read_json(path) if first else []
     else:
         try:
-            options = pa.json.ParseOptions(explicit_schema=_SCHEMA, unexpected_field_behavior="ignore")
+            options = pa.json.ParseOptions(
+                explicit_schema=_SCHEMA, unexpected_field_behavior="ignore"
+            )
             table = pa.json.read_json(path, parse_options=options)
             table.validate(full=True)  # strings are UTF-8
             return table
@@ -99,7 +129,9 @@ def _read_rows(path: Path) -> pa.Table:
     tables = [_SCHEMA.empty_table()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise SampleError(f"{path}, row {number}: not an object with fields but {type(row).__name__}")
+            raise SampleError(
+                f"{path}, row {number}: not an object with fields but {type(row).__name__}"
+            )
         try:
             tables.append(pa.Table.from_pylist([row], schema=_SCHEMA))
         except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -108,16 +140,22 @@ def _read_rows(path: Path) -> pa.Table:
     return pa.concat_tables(tables).combine_chunks()
 
 
-def load_rl_parquet(path: str | Path, *, dataset: str, split: str, image_root: str | Path | None = None) -> Dataset:
-    """The authors' RL set (`processed_rl_data/*.parquet` of JamesZGQ/EGM_Datasets), boxes back in pixels.
+def load_rl_parquet(
+    path: str | Path, *, dataset: str, split: str, image_root: str | Path | None = None
+) -> Dataset:
+    """The authors' RL set (`processed_rl_data/*.parquet` of JamesZGQ/EGM_Datasets), boxes back in
+    pixels.
 
-    VeRL's columns: images [path], prompt [{role, content}], reward_model {ground_truth: xyxy in 0..1000},
-    extra_info {width, height}. Their paths are absolute on the authors' machine: the part from coco/ or coco_flip/
-    on is kept and put below image_root. Raises FileNotFoundError, or SampleError naming file, row and reason.
+    VeRL's columns: images [path], prompt [{role, content}], reward_model {ground_truth: xyxy in
+    0..1000}, extra_info {width, height}. Their paths are absolute on the authors' machine: the part
+    from coco/ or coco_flip/ on is kept and put below image_root. Raises FileNotFoundError, or
+    SampleError naming file, row and reason.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+        raise FileNotFoundError(
+            f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to"
+        )
     try:
         parquet = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
@@ -125,17 +163,24 @@ def load_rl_parquet(path: str | Path, *, dataset: str, split: str, image_root: s
     return rows_to_dataset(_rl_rows(parquet, path, dataset, split, image_root), str(path))
 
 
-def _rl_rows(parquet: pq.ParquetFile, path: Path, dataset: str, split: str,
-             image_root: str | Path | None) -> Iterator[dict]:
+def _rl_rows(
+    parquet: pq.ParquetFile, path: Path, dataset: str, split: str, image_root: str | Path | None
+) -> Iterator[dict]:
     number = 0
-    for batch in parquet.iter_batches(batch_size=4096, columns=["images", "prompt", "reward_model", "extra_info"]):
+    for batch in parquet.iter_batches(
+        batch_size=4096, columns=["images", "prompt", "reward_model", "extra_info"]
+    ):
         for row in batch.to_pylist():
             number += 1
             try:
                 sample = _rl_sample(row, image_root)
             except (KeyError, TypeError, IndexError, ValueError) as error:
-                raise SampleError(f"{path}, row {number}: not a row of the authors' RL set ({error!r})") from error
-            yield sample | dict(sample_id=f"{dataset}-{split}-{number:06d}", dataset=dataset, split=split)
+                raise SampleError(
+                    f"{path}, row {number}: not a row of the authors' RL set ({error!r})"
+                ) from error
+            yield sample | dict(
+                sample_id=f"{dataset}-{split}-{number:06d}", dataset=dataset, split=split
+            )
 
 
 def _rl_sample(row: dict, image_root: str | Path | None) -> dict:
@@ -147,10 +192,16 @@ def _rl_sample(row: dict, image_root: str | Path | None) -> dict:
     image = image if isinstance(image, str) else image["path"]
     image = re.sub(r"^.*?(?=(?:^|/)coco(?:_flip)?/)/?", "", image)
     width, height = row["extra_info"]["width"], row["extra_info"]["height"]
-    box = convert(row["reward_model"]["ground_truth"], BoxFrame.NORM_1000, BoxFrame.PIXEL, (width, height))
+    box = convert(
+        row["reward_model"]["ground_truth"], BoxFrame.NORM_1000, BoxFrame.PIXEL, (width, height)
+    )
     return dict(
         task="amodal" if "amodal" in question.replace(found["expression"], "") else "vanilla",
-        image=join_image(image_root, image), width=width, height=height, expression=found["expression"].strip(),
-        gt_box=list(box), image_id=image_ids(pa.chunked_array([[image]]))[0].as_py(),
+        image=join_image(image_root, image),
+        width=width,
+        height=height,
+        expression=found["expression"].strip(),
+        gt_box=list(box),
+        image_id=image_ids(pa.chunked_array([[image]]))[0].as_py(),
         flipped=re.search(_MIRRORED_FOLDER, image) is not None,
     )

@@ -1,4 +1,6 @@
-"""Pictures both trained on and tested on: RefCOCO, RefCOCO+ and RefCOCOg split the same pictures differently."""
+"""Pictures both trained on and tested on: RefCOCO, RefCOCO+ and RefCOCOg split the same pictures
+differently.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,29 +24,39 @@ class Leakage:
     leaked_images: int
 
 
-def remove_leakage(train: Sequence[Dataset], evaluation: Sequence[Dataset]) -> tuple[list[Dataset], list[Leakage]]:
+def remove_leakage(
+    train: Sequence[Dataset], evaluation: Sequence[Dataset]
+) -> tuple[list[Dataset], list[Leakage]]:
     """The training sets without the pictures of any evaluation split, and per set what was removed.
 
     Pictures are compared by image_id (COCO's number), so mirrored twins leave with their originals.
     """
-    tested = pa.chunked_array([chunk for samples in evaluation for chunk in _column(samples, "image_id").chunks],
-                              type=pa.string()).unique()
+    tested = pa.chunked_array(
+        [chunk for samples in evaluation for chunk in _column(samples, "image_id").chunks],
+        type=pa.string(),
+    ).unique()
     kept, found = [], []
     for samples in train:
         image_ids = _column(samples, "image_id")
         leaked = pc.is_in(image_ids, tested)
         kept.append(samples.select(np.flatnonzero(~leaked.to_numpy())))
-        found.append(Leakage(
-            dataset=samples[0]["dataset"] if len(samples) else "(empty)",
-            samples=len(samples), images=len(image_ids.unique()),
-            leaked_samples=pc.sum(leaked).as_py() or 0, leaked_images=len(image_ids.filter(leaked).unique()),
-        ))
+        found.append(
+            Leakage(
+                dataset=samples[0]["dataset"] if len(samples) else "(empty)",
+                samples=len(samples),
+                images=len(image_ids.unique()),
+                leaked_samples=pc.sum(leaked).as_py() or 0,
+                leaked_images=len(image_ids.filter(leaked).unique()),
+            )
+        )
     return kept, found
 
 
 def count_images(datasets: Sequence[Dataset]) -> int:
     """Number of different pictures in some sets together."""
-    return len(set().union(*(_column(samples, "image_id").unique().to_pylist() for samples in datasets)))
+    return len(
+        set().union(*(_column(samples, "image_id").unique().to_pylist() for samples in datasets))
+    )
 
 
 def _column(samples: Dataset, name: str) -> pa.ChunkedArray:

@@ -9,7 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from egm_lib.data.records import atomic_open
 
-MAX_PIXELS = 64_000_000  # 64 megapixels: no picture of COCO or TAO comes near, a decompression bomb does
+# 64 megapixels: no picture of COCO or TAO comes near, a decompression bomb does
+MAX_PIXELS = 64_000_000
 
 
 class PictureError(ValueError):
@@ -17,7 +18,8 @@ class PictureError(ValueError):
 
 
 def resolve_image(sample: Mapping, root: str | Path) -> Path:
-    """Where the picture of a sample lies; root: the data root its `image` is relative to. Does not look at the disk.
+    """Where the picture of a sample lies; root: the data root its `image` is relative to. Does not
+    look at the disk.
 
     Raises ValueError for a relative path that climbs out of the root.
     """
@@ -25,7 +27,9 @@ def resolve_image(sample: Mapping, root: str | Path) -> Path:
     if image.is_absolute():
         return image
     if os.path.normpath(image).split(os.sep)[0] == "..":
-        raise ValueError(f"sample {sample.get('sample_id')!r}: image {str(image)!r} leaves the data root {root}")
+        raise ValueError(
+            f"sample {sample.get('sample_id')!r}: image {str(image)!r} leaves the data root {root}"
+        )
     return Path(root) / image
 
 
@@ -33,18 +37,23 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture as RGB, upright (EXIF orientation applied), fully read.
 
     Grey, 16-bit grey, palette, CMYK and transparent pictures become RGB.
-    Raises FileNotFoundError, or PictureError for a file that is no picture, is broken or has over max_pixels.
+    Raises FileNotFoundError, or PictureError for a file that is no picture, is broken or has over
+    max_pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
-                    raise PictureError(f"{path}: {image.width} x {image.height} px, over the limit of {max_pixels} px")
+                    raise PictureError(
+                        f"{path}: {image.width} x {image.height} px, over the limit of {max_pixels} px"
+                    )
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no picture {path}; is the data root right? `python -m egm_lib.data check` lists "
-                                "every missing one") from None
+        raise FileNotFoundError(
+            f"no picture {path}; is the data root right? `python -m egm_lib.data check` lists "
+            "every missing one"
+        ) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise PictureError(f"{path}: not a readable picture ({error}); fetch it again") from error
 
@@ -56,7 +65,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mirrored_name(image: str) -> str:
-    """Path of the mirrored twin of a picture, in a sibling folder: `train2014/a.jpg` <-> `train2014_flip/a.jpg`."""
+    """Path of the mirrored twin of a picture, in a sibling folder: `train2014/a.jpg` <->
+    `train2014_flip/a.jpg`.
+    """
     path = PurePosixPath(image)
     folder = path.parent.name
     twin = folder.removesuffix("_flip") if folder.endswith("_flip") else folder + "_flip"
@@ -64,8 +75,14 @@ def mirrored_name(image: str) -> str:
 
 
 def write_mirrored(source: Path, target: Path) -> None:
-    """Write the mirror image of `source` to `target` (same format by suffix), whole or not at all."""
+    """Write the mirror image of `source` to `target` (same format by suffix), whole or not at
+    all.
+    """
     mirrored = ImageOps.mirror(open_image(source))
     lossy = target.suffix.lower() in (".jpg", ".jpeg")
     with atomic_open(target, "wb") as file:
-        mirrored.save(file, format="JPEG" if lossy else "PNG", **({"quality": 95, "subsampling": 0} if lossy else {}))
+        mirrored.save(
+            file,
+            format="JPEG" if lossy else "PNG",
+            **({"quality": 95, "subsampling": 0} if lossy else {}),
+        )

@@ -1,4 +1,6 @@
-"""Unpickling what strangers pickled: plain containers, strings and numbers, and nothing that can act."""
+"""Unpickling what strangers pickled: plain containers, strings and numbers, and nothing that can
+act.
+"""
 
 import io
 import pickle
@@ -8,43 +10,98 @@ from typing import Any
 
 MAX_BYTES = 512 * 2**20  # the largest refs(*).p has about 40 MB
 
-# Opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo that shares their parts.
-# Left out, and so refused: everything that imports (GLOBAL, STACK_GLOBAL, INST), calls (REDUCE, OBJ, NEWOBJ, BUILD),
-# or looks something up outside the file (PERSID, EXT*).
+# Opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo that
+# shares their parts. Left out, and so refused: everything that imports (GLOBAL, STACK_GLOBAL,
+# INST), calls (REDUCE, OBJ, NEWOBJ, BUILD), or looks something up outside the file (PERSID, EXT*).
 _ADMITTED = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE,
-    pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG,
-    pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING,
-    pickle.SHORT_BINSTRING, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8, pickle.BYTEARRAY8,
-    pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.LIST,
-    pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1,
-    pickle.TUPLE2, pickle.TUPLE3, pickle.DICT, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS,
-    pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.GET, pickle.BINGET, pickle.LONG_BINGET,
-    pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE,
+    pickle.PROTO,
+    pickle.FRAME,
+    pickle.STOP,
+    pickle.MARK,
+    pickle.POP,
+    pickle.POP_MARK,
+    pickle.DUP,
+    pickle.NONE,
+    pickle.NEWTRUE,
+    pickle.NEWFALSE,
+    pickle.INT,
+    pickle.BININT,
+    pickle.BININT1,
+    pickle.BININT2,
+    pickle.LONG,
+    pickle.LONG1,
+    pickle.LONG4,
+    pickle.FLOAT,
+    pickle.BINFLOAT,
+    pickle.STRING,
+    pickle.BINSTRING,
+    pickle.SHORT_BINSTRING,
+    pickle.BINBYTES,
+    pickle.SHORT_BINBYTES,
+    pickle.BINBYTES8,
+    pickle.BYTEARRAY8,
+    pickle.UNICODE,
+    pickle.BINUNICODE,
+    pickle.SHORT_BINUNICODE,
+    pickle.BINUNICODE8,
+    pickle.LIST,
+    pickle.EMPTY_LIST,
+    pickle.APPEND,
+    pickle.APPENDS,
+    pickle.TUPLE,
+    pickle.EMPTY_TUPLE,
+    pickle.TUPLE1,
+    pickle.TUPLE2,
+    pickle.TUPLE3,
+    pickle.DICT,
+    pickle.EMPTY_DICT,
+    pickle.SETITEM,
+    pickle.SETITEMS,
+    pickle.EMPTY_SET,
+    pickle.ADDITEMS,
+    pickle.FROZENSET,
+    pickle.GET,
+    pickle.BINGET,
+    pickle.LONG_BINGET,
+    pickle.PUT,
+    pickle.BINPUT,
+    pickle.LONG_BINPUT,
+    pickle.MEMOIZE,
 )
 _OPCODE_NAMES = {opcode.code.encode("latin-1")[0]: opcode.name for opcode in pickletools.opcodes}
 
 
 class UnsafePickleError(ValueError):
-    """A pickle that is broken or wants more than plain data; the message says which file and what it wanted."""
+    """A pickle that is broken or wants more than plain data; the message says which file and what
+    it wanted.
+    """
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the Python one: its opcodes are a table, its memo cannot be blown up
+# The Python one: its opcodes are a table, its memo cannot be blown up
+class _PlainUnpickler(pickle._Unpickler):
     dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _ADMITTED}
 
 
 def load_plain_pickle(path: str | Path) -> Any:
-    """The object in a pickle that holds plain containers, strings and numbers only (Python 2 strings read as UTF-8).
+    """The object in a pickle that holds plain containers, strings and numbers only (Python 2
+    strings read as UTF-8).
 
-    Raises FileNotFoundError, or UnsafePickleError for anything else than that, without having acted on it.
+    Raises FileNotFoundError, or UnsafePickleError for anything else than that, without having acted
+    on it.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+        raise FileNotFoundError(
+            f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to"
+        )
     if path.stat().st_size > MAX_BYTES:
-        raise UnsafePickleError(f"{path}: {path.stat().st_size} bytes, over the limit of {MAX_BYTES}")
+        raise UnsafePickleError(
+            f"{path}: {path.stat().st_size} bytes, over the limit of {MAX_BYTES}"
+        )
     try:
-        return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
+        return _PlainUnpickler(
+            io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace"
+        ).load()
     except KeyError as error:
         byte = error.args[0]
         if byte not in _OPCODE_NAMES:
@@ -54,7 +111,16 @@ def load_plain_pickle(path: str | Path) -> Any:
             f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings and numbers are read. "
             "If you trust the file, convert it to JSON yourself"
         ) from error
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, OverflowError,
-            MemoryError) as error:
-        raise UnsafePickleError(f"{path}: a broken pickle ({error!r}); delete it and fetch it again") from error
-
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise UnsafePickleError(
+            f"{path}: a broken pickle ({error!r}); delete it and fetch it again"
+        ) from error

@@ -26,16 +26,19 @@ log = logging.getLogger(__name__)
 
 
 class GroundingSample(TypedDict):
-    """One referring expression and the box it means: a row of every Dataset, a line of every *.jsonl.
+    """One referring expression and the box it means: a row of every Dataset, a line of every
+    *.jsonl.
 
-    Boxes are [x1, y1, x2, y2] in pixels of the picture as it is seen (EXIF orientation applied), origin top left.
+    Boxes are [x1, y1, x2, y2] in pixels of the picture as it is seen (EXIF orientation applied),
+    origin top left.
     """
 
     sample_id: str  # unique within a file
     dataset: str  # refcoco, refcoco+, refcocog, coco_amodal, tao_amodal, ...
     split: str  # train, val, test, testA, testB, ...
     task: Task
-    image: str  # path relative to the data root, or absolute; the file shows what gt_box means, mirrored or not
+    # Path relative to the data root, or absolute; the file shows what gt_box means, mirrored or not
+    image: str
     width: int  # px
     height: int  # px
     expression: str
@@ -46,7 +49,8 @@ class GroundingSample(TypedDict):
     ref_id: str | None
     flipped: bool  # True: made by `flip`
     prompt_kind: str | None  # description of the expression, where the source tells
-    num_lookalikes: int | None  # other objects of the same kind in the picture, where the source tells
+    # Other objects of the same kind in the picture, where the source tells
+    num_lookalikes: int | None
 
 
 # The eight test splits of Table 4, and the amodal benchmark of Table 5, as (dataset, split).
@@ -77,9 +81,16 @@ def _without_none(hint: object) -> tuple[object, bool]:
     return hint, False
 
 
-_COLUMN = {str: Value("string"), int: Value("int64"), bool: Value("bool"), Task: Value("string"),
-           list[float]: List(Value("float64"))}
-_TYPES = {name: _without_none(hint) for name, hint in typing.get_type_hints(GroundingSample).items()}
+_COLUMN = {
+    str: Value("string"),
+    int: Value("int64"),
+    bool: Value("bool"),
+    Task: Value("string"),
+    list[float]: List(Value("float64")),
+}
+_TYPES = {
+    name: _without_none(hint) for name, hint in typing.get_type_hints(GroundingSample).items()
+}
 FEATURES = Features({name: _COLUMN[kind] for name, (kind, _) in _TYPES.items()})
 REQUIRED = tuple(name for name, (_, nullable) in _TYPES.items() if not nullable)
 
@@ -91,8 +102,10 @@ def read_samples(path: str | Path) -> Dataset:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no sample file {path}; make it with `python -m egm_lib.data prepare` "
-                                "(real data) or by running notebook 00 (miniature world)")
+        raise FileNotFoundError(
+            f"no sample file {path}; make it with `python -m egm_lib.data prepare` "
+            "(real data) or by running notebook 00 (miniature world)"
+        )
     stat = path.stat()
     table = _read_quickly(path) if stat.st_size else FEATURES.arrow_schema.empty_table()
     if table is None:
@@ -104,7 +117,8 @@ def read_samples(path: str | Path) -> Dataset:
 def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
     """Write validated rows as JSONL, whole or not at all; returns their number.
 
-    Optional fields that a row lacks are written as null. Raises SampleError naming the row and the reason.
+    Optional fields that a row lacks are written as null. Raises SampleError naming the row and the
+    reason.
     """
     path, count, seen = Path(path), 0, set()
     with atomic_open(path) as file:
@@ -112,7 +126,9 @@ def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
             check_table(table, str(path), first_row=count + 1)
             ids = set(table["sample_id"].to_pylist())
             if repeated := seen & ids:
-                raise SampleError(f"{path}: sample_id {min(repeated)!r} occurs twice; give every row its own")
+                raise SampleError(
+                    f"{path}: sample_id {min(repeated)!r} occurs twice; give every row its own"
+                )
             seen |= ids
             count += len(table)
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
@@ -120,14 +136,17 @@ def write_samples(path: str | Path, rows: Iterable[Mapping] | Dataset) -> int:
 
 
 def rows_to_dataset(rows: Iterable[Mapping], source: str) -> Dataset:
-    """Validated Dataset of an iterable of rows, never more than BATCH_ROWS of them as Python objects.
+    """Validated Dataset of an iterable of rows, never more than BATCH_ROWS of them as Python
+    objects.
 
     source: what to call the rows in an error, e.g. the file they come from.
     """
     return table_to_dataset(rows_to_table(rows, source), source)
 
 
-def table_to_dataset(table: pa.Table, source: str, row_numbers_N: np.ndarray | None = None) -> Dataset:
+def table_to_dataset(
+    table: pa.Table, source: str, row_numbers_N: np.ndarray | None = None
+) -> Dataset:
     """Validated Dataset over an Arrow table; columns that are missing are null.
 
     row_numbers_N: where each row stands in the source, for errors; 1, 2, ... when None.
@@ -161,10 +180,14 @@ def _tables(rows: Iterator[Mapping], source: str) -> Iterator[pa.Table]:
     while batch := list(islice(rows, BATCH_ROWS)):
         for number, row in enumerate(batch, first_row):
             if not isinstance(row, Mapping):
-                raise SampleError(f"{source}, row {number}: not an object with fields but {type(row).__name__}")
+                raise SampleError(
+                    f"{source}, row {number}: not an object with fields but {type(row).__name__}"
+                )
             if unknown := set(row) - set(FEATURES):
-                raise SampleError(f"{source}, row {number}: unknown field {min(unknown, key=str)!r}; "
-                                  f"a sample has {', '.join(FEATURES)}")
+                raise SampleError(
+                    f"{source}, row {number}: unknown field {min(unknown, key=str)!r}; "
+                    f"a sample has {', '.join(FEATURES)}"
+                )
         try:
             yield pa.Table.from_pylist(batch, schema=FEATURES.arrow_schema)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -181,12 +204,18 @@ def blame_type(batch: Iterable[Mapping], schema: pa.Schema, source: str, first_r
                 pa.array([row.get(field.name)], field.type)
             except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                 value = str(row[field.name])[:80]
-                raise SampleError(f"{source}, row {number}: {field.name} = {value!r} is not {field.type}") from error
+                raise SampleError(
+                    f"{source}, row {number}: {field.name} = {value!r} is not {field.type}"
+                ) from error
 
 
 def _read_quickly(path: Path) -> pa.Table | None:
-    """The whole file through Arrow's own JSON reader; None where a row must be looked at one by one."""
-    options = pa.json.ParseOptions(explicit_schema=FEATURES.arrow_schema, unexpected_field_behavior="error")
+    """The whole file through Arrow's own JSON reader; None where a row must be looked at one by
+    one.
+    """
+    options = pa.json.ParseOptions(
+        explicit_schema=FEATURES.arrow_schema, unexpected_field_behavior="error"
+    )
     try:
         table = pa.json.read_json(path, parse_options=options)
         table.validate(full=True)  # strings are UTF-8, which the reader does not look at
@@ -205,22 +234,30 @@ def json_lines(path: Path) -> Iterator[Mapping]:
                 raise SampleError(f"{path}, row {number}: not JSON ({error})") from error
 
 
-def check_table(table: pa.Table, source: str, first_row: int = 1, row_numbers_N: np.ndarray | None = None) -> None:
+def check_table(
+    table: pa.Table, source: str, first_row: int = 1, row_numbers_N: np.ndarray | None = None
+) -> None:
     """Raise SampleError for the first row whose values contradict the record."""
     start = 0
     for batch in table.to_batches(max_chunksize=200_000):
-        faults = [(int(np.argmax(bad_N)), reason) for bad_N, reason in _faults(batch) if bad_N.any()]
+        faults = [
+            (int(np.argmax(bad_N)), reason) for bad_N, reason in _faults(batch) if bad_N.any()
+        ]
         if faults:
             row, reason = min(faults, key=lambda fault: fault[0])
             shown = {name: batch[name][row].as_py() for name in ("sample_id", "gt_box")}
-            number = first_row + start + row if row_numbers_N is None else row_numbers_N[start + row]
+            number = (
+                first_row + start + row if row_numbers_N is None else row_numbers_N[start + row]
+            )
             raise SampleError(f"{source}, row {number}: {reason} ({shown})")
         start += len(batch)
     if (unique := pc.count_distinct(table["sample_id"]).as_py()) != len(table):
         counts = table["sample_id"].value_counts()
         repeated = counts.filter(pc.greater(counts.field(1), 1))[0]["values"].as_py()
-        raise SampleError(f"{source}: only {unique} of {len(table)} sample_id are different; "
-                          f"{repeated!r} occurs more than once, give every row its own")
+        raise SampleError(
+            f"{source}: only {unique} of {len(table)} sample_id are different; "
+            f"{repeated!r} occurs more than once, give every row its own"
+        )
 
 
 def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
@@ -229,7 +266,10 @@ def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
         yield _bools(pc.is_null(batch[name])), f"{name} is missing"
     for name in ("sample_id", "dataset", "split", "image", "expression", "image_id"):
         yield _bools(pc.equal(pc.utf8_trim_whitespace(batch[name]), "")), f"{name} is blank"
-    vanilla_N, amodal_N = _bools(pc.equal(batch["task"], "vanilla")), _bools(pc.equal(batch["task"], "amodal"))
+    vanilla_N, amodal_N = (
+        _bools(pc.equal(batch["task"], "vanilla")),
+        _bools(pc.equal(batch["task"], "amodal")),
+    )
     yield ~(vanilla_N | amodal_N), "task is neither 'vanilla' nor 'amodal'"
     for side in ("width", "height"):
         yield _bools(pc.less_equal(batch[side], 0)), f"{side} is not positive"
@@ -240,11 +280,19 @@ def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
         boxes_N_4 = _boxes(batch[name], absent_N | not_four_N)
         yield ~np.isfinite(boxes_N_4).all(axis=1), f"{name} is not finite"
         x1_N, y1_N, x2_N, y2_N = boxes_N_4.T
-        yield (x2_N <= x1_N) | (y2_N <= y1_N), f"{name} is empty or its corners are swapped (x1 < x2 and y1 < y2)"
-        width_N, height_N = (pc.fill_null(batch[side], 0).to_numpy() for side in ("width", "height"))
+        yield (
+            (x2_N <= x1_N) | (y2_N <= y1_N),
+            f"{name} is empty or its corners are swapped (x1 < x2 and y1 < y2)",
+        )
+        width_N, height_N = (
+            pc.fill_null(batch[side], 0).to_numpy() for side in ("width", "height")
+        )
         overshoot_N = np.max([-x1_N, -y1_N, x2_N - width_N, y2_N - height_N], axis=0)
         known_N = vanilla_N & ~absent_N & ~not_four_N
-        yield known_N & (overshoot_N > EDGE_TOLERANCE_PX), f"{name} leaves the picture, which only amodal boxes may"
+        yield (
+            known_N & (overshoot_N > EDGE_TOLERANCE_PX),
+            f"{name} leaves the picture, which only amodal boxes may",
+        )
     yield vanilla_N & ~absent_N, "modal_box belongs to amodal samples only"
 
 
@@ -254,7 +302,9 @@ def _bools(array: pa.Array) -> np.ndarray:
 
 
 def _boxes(column: pa.ListArray, unusable_N: np.ndarray) -> np.ndarray:
-    """boxes_N_4 of a list column; unusable rows become the unit box, so that no later rule fires on them."""
+    """boxes_N_4 of a list column; unusable rows become the unit box, so that no later rule fires on
+    them.
+    """
     boxes_N_4 = np.tile([0.0, 0.0, 1.0, 1.0], (len(column), 1))
     usable = column.filter(pa.array(~unusable_N))
     boxes_N_4[~unusable_N] = pc.list_flatten(usable).to_numpy(zero_copy_only=False).reshape(-1, 4)
@@ -273,7 +323,9 @@ def read_json(path: str | Path, object_hook=None) -> typing.Any:
     """A JSON file of a stranger. Raises FileNotFoundError, or SampleError where it is no JSON."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to")
+        raise FileNotFoundError(
+            f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to"
+        )
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file, object_hook=object_hook)
@@ -288,17 +340,24 @@ def xywh_to_xyxy(box: typing.Sequence[float]) -> list[float]:
 
 
 def join_image(image_root: str | Path | None, name: str) -> str:
-    """`image` of a sample: the file name below image_root (itself absolute, or relative to the data root)."""
+    """`image` of a sample: the file name below image_root (itself absolute, or relative to the data
+    root).
+    """
     return name if image_root is None else str(Path(image_root) / name)
 
 
 @contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """A file that replaces `path` when the block ends well, and leaves no trace when it does not."""
+    """A file that replaces `path` when the block ends well, and leaves no trace when it does
+    not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # of the usual rights, unlike tempfile's
+    # Of the usual rights, unlike tempfile's
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with open(unfinished, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
+        with open(
+            unfinished, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
+        ) as file:
             yield file
         os.replace(unfinished, path)
     except BaseException:

@@ -9,25 +9,43 @@ from typing import Any
 from datasets import Dataset
 
 from egm_lib.data.plain_pickle import load_plain_pickle
-from egm_lib.data.records import SampleError, join_image, read_json, report_left_out, rows_to_dataset, xywh_to_xyxy
+from egm_lib.data.records import (
+    SampleError,
+    join_image,
+    read_json,
+    report_left_out,
+    rows_to_dataset,
+    xywh_to_xyxy,
+)
 
 SPLITS = {
     ("refcoco", "unc"): ("train", "val", "testA", "testB"),
     ("refcoco", "google"): ("train", "val", "test"),
     ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
     ("refcocog", "umd"): ("train", "val", "test"),
-    ("refcocog", "google"): ("train", "val"),  # its val shares pictures with its train: umd is the default
+    # Its val shares pictures with its train: umd is the default
+    ("refcocog", "google"): ("train", "val"),
 }
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 
 
-def load_refcoco(root: str | Path, *, dataset: str, split: str, split_by: str | None = None,
-                 image_root: str | Path | None = None, counts: Counter | None = None) -> Dataset:
+def load_refcoco(
+    root: str | Path,
+    *,
+    dataset: str,
+    split: str,
+    split_by: str | None = None,
+    image_root: str | Path | None = None,
+    counts: Counter | None = None,
+) -> Dataset:
     """One sample per sentence of a split, in the file's order.
 
-    root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json; split_by: "unc", "umd" or "google".
-    image_root: put before every picture's name. counts: if given, receives how many sentences were left out and why.
-    Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError, SampleError.
+    root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json; split_by: "unc",
+    "umd" or "google".
+    image_root: put before every picture's name. counts: if given, receives how many sentences were
+    left out and why.
+    Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError,
+    SampleError.
     """
     split_by = split_by or DEFAULT_SPLIT_BY.get(dataset, "")
     splits = SPLITS.get((dataset, split_by))
@@ -38,29 +56,53 @@ def load_refcoco(root: str | Path, *, dataset: str, split: str, split_by: str | 
     refs_path, left_out = folder / f"refs({split_by}).p", Counter()
     refs = _cached(load_plain_pickle, refs_path)
     if not isinstance(refs, list):
-        raise SampleError(f"{refs_path}: a list of references is expected, not {type(refs).__name__}")
+        raise SampleError(
+            f"{refs_path}: a list of references is expected, not {type(refs).__name__}"
+        )
     images, annotations, kinds = _cached(_read_instances, folder / "instances.json")
-    rows = _rows(refs, images, annotations, kinds, dataset, split, image_root, str(refs_path), left_out)
+    rows = _rows(
+        refs, images, annotations, kinds, dataset, split, image_root, str(refs_path), left_out
+    )
     samples = rows_to_dataset(rows, f"{refs_path} [{split}]")
     report_left_out(f"{refs_path} [{split}]", left_out, counts)
     return samples
 
 
-def _rows(refs: list, images: dict, annotations: dict, kinds: Counter, dataset: str, split: str,
-          image_root: str | Path | None, source: str, counts: Counter) -> Iterator[dict[str, Any]]:
+def _rows(
+    refs: list,
+    images: dict,
+    annotations: dict,
+    kinds: Counter,
+    dataset: str,
+    split: str,
+    image_root: str | Path | None,
+    source: str,
+    counts: Counter,
+) -> Iterator[dict[str, Any]]:
     for number, ref in enumerate(refs, 1):
         try:
             if ref["split"] != split:
                 continue
-            # A ref's file_name carries the annotation's number (..._16.jpg): the picture's name is in instances.json.
+            # A ref's file_name carries the annotation's number (..._16.jpg): the picture's name is
+            # in instances.json.
             image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
             if annotation["image_id"] != ref["image_id"]:
-                raise SampleError(f"{source}, row {number}: annotation {ref['ann_id']} is of picture "
-                                  f"{annotation['image_id']}, not of {ref['image_id']}")
+                raise SampleError(
+                    f"{source}, row {number}: annotation {ref['ann_id']} is of picture "
+                    f"{annotation['image_id']}, not of {ref['image_id']}"
+                )
             common = dict(
-                dataset=dataset, split=split, task="vanilla", image=join_image(image_root, image["file_name"]),
-                width=image["width"], height=image["height"], gt_box=xywh_to_xyxy(annotation["bbox"]),
-                image_id=str(image["id"]), ann_id=str(annotation["id"]), ref_id=str(ref["ref_id"]), flipped=False,
+                dataset=dataset,
+                split=split,
+                task="vanilla",
+                image=join_image(image_root, image["file_name"]),
+                width=image["width"],
+                height=image["height"],
+                gt_box=xywh_to_xyxy(annotation["bbox"]),
+                image_id=str(image["id"]),
+                ann_id=str(annotation["id"]),
+                ref_id=str(ref["ref_id"]),
+                flipped=False,
                 num_lookalikes=kinds[image["id"], annotation["category_id"]] - 1,
             )
             for sentence in ref["sentences"]:
@@ -70,10 +112,14 @@ def _rows(refs: list, images: dict, annotations: dict, kinds: Counter, dataset: 
                 sample_id = f"{dataset}-{split}-{ref['ref_id']}-{sentence['sent_id']}"
                 yield common | dict(sample_id=sample_id, expression=sentence["sent"].strip())
         except KeyError as error:
-            raise SampleError(f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference nor an "
-                              "id in instances.json") from error
+            raise SampleError(
+                f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference nor an "
+                "id in instances.json"
+            ) from error
         except (TypeError, AttributeError) as error:
-            raise SampleError(f"{source}, row {number}: not a reference as refer writes it ({error})") from error
+            raise SampleError(
+                f"{source}, row {number}: not a reference as refer writes it ({error})"
+            ) from error
 
 
 def _read_instances(path: Path) -> tuple[dict, dict, Counter]:

@@ -1,4 +1,6 @@
-"""What a data root holds: Table 3's numbers, and whether every picture is there and as large as stated."""
+"""What a data root holds: Table 3's numbers, and whether every picture is there and as large as
+stated.
+"""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,9 @@ PAPER_STATS = {
 
 
 def describe(samples: Dataset) -> dict[str, float]:
-    """Table 3's row of some samples: samples, images, distinct boxes per image file, mean width and height (px)."""
+    """Table 3's row of some samples: samples, images, distinct boxes per image file, mean width and
+    height (px).
+    """
     columns = ["image_id", "image", "gt_box", "width", "height"]
     table = samples.with_format("arrow").select_columns(columns)[:]
     boxes = pc.list_flatten(table["gt_box"]).combine_chunks()
@@ -41,12 +45,20 @@ def describe(samples: Dataset) -> dict[str, float]:
 
 
 def table3(described: Mapping[str, Mapping[str, float]]) -> str:
-    """Table 3 in markdown: ours, row by row, then the paper's; "not run" and "lost" where there is no number."""
+    """Table 3 in markdown: ours, row by row, then the paper's; "not run" and "lost" where there is
+    no number.
+    """
     names = ("samples", "images", "boxes_per_image", "width_px", "height_px")
-    lines = ["| set | samples | images | boxes per image | width, px | height, px |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| set | samples | images | boxes per image | width, px | height, px |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in described.items():
-        lines.append(f"| {name} | {row['samples']:,} | {row['images']:,} | "
-                     + " | ".join(f"{row[key]:.1f}" for key in names[2:]) + " |")
+        lines.append(
+            f"| {name} | {row['samples']:,} | {row['images']:,} | "
+            + " | ".join(f"{row[key]:.1f}" for key in names[2:])
+            + " |"
+        )
     for name, row in PAPER_STATS.items():
         cells = " | ".join(f"{row[key]:,}" if key in row else "lost" for key in names)
         lines.append(f"| *paper, {name}* | {cells} |")
@@ -54,7 +66,9 @@ def table3(described: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
-    """A sentence for every picture of the samples that is missing, unreadable or of another size than stated."""
+    """A sentence for every picture of the samples that is missing, unreadable or of another size
+    than stated.
+    """
     columns = ["image", "width", "height", "sample_id"]
     table = samples.with_format("arrow").select_columns(columns)[:]
     images = table.group_by(["image", "width", "height"]).aggregate([("sample_id", "min")])
@@ -64,10 +78,18 @@ def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
         if row["image"] in repeated:
             yield f"{where}: the samples state different sizes, one of them {row['width']} x {row['height']}"
         try:
-            size = picture_size(resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root))
+            size = picture_size(
+                resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root)
+            )
         except FileNotFoundError:
             yield f"{where}: no such file below {root}"
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        except (
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            SyntaxError,
+            ValueError,
+        ) as error:
             yield f"{where}: not a readable picture ({error})"
         else:
             if size != (row["width"], row["height"]):
@@ -78,4 +100,6 @@ def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture as it is seen, from its header where the format allows it."""
     with Image.open(path) as image:
         width, height = image.size
-        return (height, width) if image.getexif().get(ORIENTATION_TAG) in TURNED else (width, height)
+        return (
+            (height, width) if image.getexif().get(ORIENTATION_TAG) in TURNED else (width, height)
+        )

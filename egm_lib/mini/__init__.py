@@ -1,1 +1,3 @@
-"""The miniature world: drawn scenes, referring expressions, a teacher that sees the scene graph, tiny checkpoints."""
+"""The miniature world: drawn scenes, referring expressions, a teacher that sees the scene graph,
+tiny checkpoints.
+"""

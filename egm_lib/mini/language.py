@@ -1,8 +1,10 @@
-"""Referring expressions of the miniature world, what they refer to, and the reasoning that finds it.
+"""Referring expressions of the miniature world, what they refer to, and the reasoning that finds
+it.
 
-A Query is a small tree: which kind of thing, picked how, relative to which other queries. Each query can say itself in
-words (with paraphrases), find its thing (or None when it fits none or several, or by too small a margin), and write the
-steps that lead there. Places are visible centres on the 0..1000 grid of egm_lib.mini.vision.
+A Query is a small tree: which kind of thing, picked how, relative to which other queries. Each
+query can say itself in words (with paraphrases), find its thing (or None when it fits none or
+several, or by too small a margin), and write the steps that lead there. Places are visible centres
+on the 0..1000 grid of egm_lib.mini.vision.
 """
 
 from __future__ import annotations
@@ -26,20 +28,36 @@ SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "belo
 EDGE = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
 PARAPHRASES = {
     "edge": ("{edge} {kind}", "{kind} furthest to the {axis}", "{kind} at the far {axis}"),
-    "ordinal": ("{ordinal} {kind} from the {axis}", "{kind} that is {ordinal} from the {axis}",
-                "from the {axis} the {ordinal} {kind}"),
+    "ordinal": (
+        "{ordinal} {kind} from the {axis}",
+        "{kind} that is {ordinal} from the {axis}",
+        "from the {axis} the {ordinal} {kind}",
+    ),
     "extreme": ("{axis} {kind}", "{kind} that is the {axis} one"),
     "size": ("{ordinal} {axis} {kind}", "{kind} that is {ordinal} {axis}"),
-    "side": ("{kind} {side} the {anchor}", "{kind} that is {side} the {anchor}", "the {kind} {side} the {anchor}"),
+    "side": (
+        "{kind} {side} the {anchor}",
+        "{kind} that is {side} the {anchor}",
+        "the {kind} {side} the {anchor}",
+    ),
     "near": (
-        "{kind} nearest to the {anchor}", "{kind} closest to the {anchor}", "the {anchor} has this {kind} closest",
+        "{kind} nearest to the {anchor}",
+        "{kind} closest to the {anchor}",
+        "the {anchor} has this {kind} closest",
     ),
     "far": ("{kind} farthest from the {anchor}", "{kind} most distant from the {anchor}"),
-    "between": ("{kind} between the {anchor} and the {other}", "{kind} in the middle of the {anchor} and the {other}"),
-    "side_rank": ("{ordinal} {kind} {side} the {anchor}", "{side} the {anchor} the {ordinal} {kind}"),
+    "between": (
+        "{kind} between the {anchor} and the {other}",
+        "{kind} in the middle of the {anchor} and the {other}",
+    ),
+    "side_rank": (
+        "{ordinal} {kind} {side} the {anchor}",
+        "{side} the {anchor} the {ordinal} {kind}",
+    ),
 }
 MAX_CANDIDATES = 7  # keeps traces short enough for a tiny model
-TOWARDS = {"upward": "up", "downward": "down", "to the left": "left", "to the right": "right"}  # one token each
+# One token each
+TOWARDS = {"upward": "up", "downward": "down", "to the left": "left", "to the right": "right"}
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,20 @@ def grid_length(length_px: float) -> int:
 def sort_value(thing: Thing, axis: str) -> float:
     """What things are sorted by, ascending, when they are counted from an end of AXES."""
     x, y = thing.centre_px
-    return {"left": x, "right": -x, "top": y, "bottom": -y, "largest": -thing.side_px, "smallest": thing.side_px}[axis]
+    return {
+        "left": x,
+        "right": -x,
+        "top": y,
+        "bottom": -y,
+        "largest": -thing.side_px,
+        "smallest": thing.side_px,
+    }[axis]
 
 
 def clear_order(values: list[float], axis: str, upto: int) -> bool:
-    """Whether the first `upto` of the sorted values are told apart from each other and from the next."""
+    """Whether the first `upto` of the sorted values are told apart from each other and from the
+    next.
+    """
     for a, b in zip(values[:upto], values[1 : upto + 1], strict=False):
         if axis in ("largest", "smallest"):
             if max(abs(a), abs(b)) / max(min(abs(a), abs(b)), 1e-6) < SIZE_RATIO:
@@ -124,9 +151,12 @@ class Query:
         if self.how == "rank":
             size = self.axis in ("largest", "smallest")
             return ("size-" if size else "") + ("superlative" if self.number == 1 else "ordinal")
-        return {"side": "relational", "far": "nearest", "near": "nearest", "side_rank": "relational-ordinal"}.get(
-            self.how, self.how
-        )
+        return {
+            "side": "relational",
+            "far": "nearest",
+            "near": "nearest",
+            "side_rank": "relational-ordinal",
+        }.get(self.how, self.how)
 
     @property
     def uses_location(self) -> bool:
@@ -136,8 +166,13 @@ class Query:
 
     def words(self, rng: Random, nested: bool = False) -> str:
         """The expression, one of its paraphrases; nested: said as part of another expression."""
-        fill = {"kind": self.kind.name(), "axis": self.axis, "ordinal": ORDINALS[self.number - 1],
-                "side": SIDES.get(self.axis), "edge": EDGE.get(self.axis)}
+        fill = {
+            "kind": self.kind.name(),
+            "axis": self.axis,
+            "ordinal": ORDINALS[self.number - 1],
+            "side": SIDES.get(self.axis),
+            "edge": EDGE.get(self.axis),
+        }
         for name, anchor in zip(("anchor", "other"), self.anchors, strict=False):
             fill[name] = anchor.words(rng, nested=True)
         how = self.how
@@ -145,10 +180,18 @@ class Query:
             return self.kind.name()
         if how == "rank":
             size = self.axis in ("largest", "smallest")
-            how = ("extreme" if size else "edge") if self.number == 1 else ("size" if size else "ordinal")
+            how = (
+                ("extreme" if size else "edge")
+                if self.number == 1
+                else ("size" if size else "ordinal")
+            )
         forms = PARAPHRASES[how]
         if nested or any(a.how != "plain" for a in self.anchors):
-            forms = [f for f in forms if f.startswith("{") and "{side}" not in f[:6] and "{anchor}" not in f[:8]]
+            forms = [
+                f
+                for f in forms
+                if f.startswith("{") and "{side}" not in f[:6] and "{anchor}" not in f[:8]
+            ]
         return rng.choice(forms).format(**fill)
 
     def _anchor_things(self, scene: Scene) -> list[Thing] | None:
@@ -160,7 +203,9 @@ class Query:
         return sum(p[0] for p in points) / len(points), sum(p[1] for p in points) / len(points)
 
     def _candidates(self, scene: Scene, anchors: list[Thing]) -> list[int]:
-        return [i for i in self.kind.members(scene) if not any(scene.things[i] is a for a in anchors)]
+        return [
+            i for i in self.kind.members(scene) if not any(scene.things[i] is a for a in anchors)
+        ]
 
     def find(self, scene: Scene) -> int | None:
         """Index of the one thing meant, or None when there is none, or none by a clear margin."""
@@ -189,18 +234,28 @@ class Query:
             return ordered[self.number - 1]
         if self.how == "side":
             beside = [_is_beside(things[i], anchors[0], self.axis) for i in members]
-            return members[beside.index(True)] if None not in beside and beside.count(True) == 1 else None
+            return (
+                members[beside.index(True)]
+                if None not in beside and beside.count(True) == 1
+                else None
+            )
         point = self._reference_point(anchors)
-        ordered = sorted(members, key=lambda i: _distance(things[i], point), reverse=self.how == "far")
+        ordered = sorted(
+            members, key=lambda i: _distance(things[i], point), reverse=self.how == "far"
+        )
         best, next_best = (_distance(things[i], point) for i in ordered[:2])
         if abs(next_best - best) < DISTANCE_MARGIN_PX:
             return None
-        if self.how == "between" and best > 0.35 * math.dist(anchors[0].centre_px, anchors[1].centre_px):
+        if self.how == "between" and best > 0.35 * math.dist(
+            anchors[0].centre_px, anchors[1].centre_px
+        ):
             return None
         return ordered[0]
 
     def steps(self, scene: Scene) -> str:
-        """The reasoning that finds the thing, sentence by sentence; the last place named is the answer's."""
+        """The reasoning that finds the thing, sentence by sentence; the last place named is the
+        answer's.
+        """
         found = self.find(scene)
         if found is None:
             raise ValueError(f"no trace for {self}: it has no unique thing in this scene")
@@ -220,12 +275,17 @@ class Query:
             ordered = sorted(members, key=lambda i: sort_value(things[i], axis))[: self.number]
             size = axis in ("largest", "smallest")
             listed = ", ".join(
-                f"{ORDINALS[n]} {place(things[i])}" + (f" size {grid_length(things[i].side_px)}" if size else "")
+                f"{ORDINALS[n]} {place(things[i])}"
+                + (f" size {grid_length(things[i].side_px)}" if size else "")
                 for n, i in enumerate(ordered)
             )
             return f"{before} {heading} {listed}.".strip()
-        where = {"side": f"{SIDES.get(self.axis)} it", "near": "nearest to it", "far": "farthest from it",
-                 "between": "nearest to the middle"}[self.how]
+        where = {
+            "side": f"{SIDES.get(self.axis)} it",
+            "near": "nearest to it",
+            "far": "farthest from it",
+            "between": "nearest to the middle",
+        }[self.how]
         if self.how == "between":
             x, y = self._reference_point(anchors)
             before += f" the middle is at {level(x) * GRID_1000} {level(y) * GRID_1000}."
@@ -233,8 +293,13 @@ class Query:
 
 
 def extension(thing: Thing) -> list[tuple[str, str]]:
-    """(direction, degree) by which the full box reaches beyond the visible one, in the miniature's words."""
-    return [(TOWARDS[way], degree) for way, degree in extensions(thing.visible_box_px, thing.full_box_px)]
+    """(direction, degree) by which the full box reaches beyond the visible one, in the miniature's
+    words.
+    """
+    return [
+        (TOWARDS[way], degree)
+        for way, degree in extensions(thing.visible_box_px, thing.full_box_px)
+    ]
 
 
 def hidden_by(scene: Scene, index: int) -> Thing | None:
@@ -252,7 +317,9 @@ def hidden_by(scene: Scene, index: int) -> Thing | None:
 
 
 def amodal_steps(query: Query, scene: Scene, index: int) -> str:
-    """Reasoning to the full box: find the thing, name what hides it, say where and how much it goes on."""
+    """Reasoning to the full box: find the thing, name what hides it, say where and how much it goes
+    on.
+    """
     thing = scene.things[index]
     cover = hidden_by(scene, index)
     v = [level(c) * GRID_1000 for c in thing.visible_box_px]
@@ -268,14 +335,17 @@ def _pick_kind(rng: Random, scene: Scene, sizes: range) -> Kind | None:
     """A kind with that many members: mostly colour and shape, sometimes only one of the two."""
     wanted = rng.choices(("both", "shape", "colour"), (0.72, 0.16, 0.12))[0]
     fits = [
-        key for key, found in scene.members.items() if len(found) in sizes
+        key
+        for key, found in scene.members.items()
+        if len(found) in sizes
         and wanted == ("shape" if key[0] is None else "colour" if key[1] is None else "both")
     ]
     return Kind(*rng.choice(fits)) if fits else None
 
 
 def propose(rng: Random, scene: Scene, hops: int, how: str | None = None) -> Query | None:
-    """A random query with that many selections; it need not fit. None where the scene has nothing for it.
+    """A random query with that many selections; it need not fit. None where the scene has nothing
+    for it.
 
     how: as Query.how, for one selection; deeper queries draw their own.
     """
@@ -286,25 +356,47 @@ def propose(rng: Random, scene: Scene, hops: int, how: str | None = None) -> Que
     if kind is None:
         return None
     if how is None:
-        weights = (0.25, 0.1, 0.2, 0.05, 0.15, 0.25) if hops == 1 else (0, 0.14, 0.3, 0.06, 0.12, 0.38)
+        weights = (
+            (0.25, 0.1, 0.2, 0.05, 0.15, 0.25) if hops == 1 else (0, 0.14, 0.3, 0.06, 0.12, 0.38)
+        )
         how = rng.choices(("rank", "side", "near", "far", "between", "side_rank"), weights)[0]
     if how == "rank":
-        return Query(kind, "rank", rng.choice(AXES), rng.randint(1, min(len(kind.members(scene)), 5)))
+        return Query(
+            kind, "rank", rng.choice(AXES), rng.randint(1, min(len(kind.members(scene)), 5))
+        )
     anchor = propose(rng, scene, hops - 1, "rank" if hops == 2 and rng.random() < 0.6 else None)
     other = propose(rng, scene, 0) if how == "between" else None
     if anchor is None or how == "between" and other is None:
         return None
     beside = how in ("side", "side_rank")
     number = rng.randint(1, min(len(kind.members(scene)), 4)) if how == "side_rank" else 1
-    return Query(kind, how, rng.choice(list(SIDES)) if beside else "", number, (anchor, other) if other else (anchor,))
+    return Query(
+        kind,
+        how,
+        rng.choice(list(SIDES)) if beside else "",
+        number,
+        (anchor, other) if other else (anchor,),
+    )
 
 
-def sample_query(rng: Random, scene: Scene, hops: int, *, location: bool = True, how: str | None = None,
-                 tries: int = 40) -> tuple[Query, int] | None:
-    """A query with that many selections that fits exactly one thing of the scene, and that thing's index."""
+def sample_query(
+    rng: Random,
+    scene: Scene,
+    hops: int,
+    *,
+    location: bool = True,
+    how: str | None = None,
+    tries: int = 40,
+) -> tuple[Query, int] | None:
+    """A query with that many selections that fits exactly one thing of the scene, and that thing's
+    index.
+    """
     for attempt in range(tries):
-        if how is None and hops == 1 and attempt % 10 == 0:  # ways that seldom fit get as many tries as the others
-            wanted = rng.choices(("rank", "side", "near", "far", "between", "side_rank"), (4, 1, 3, 1, 2, 3))[0]
+        # Ways that seldom fit get as many tries as the others
+        if how is None and hops == 1 and attempt % 10 == 0:
+            wanted = rng.choices(
+                ("rank", "side", "near", "far", "between", "side_rank"), (4, 1, 3, 1, 2, 3)
+            )[0]
         query = propose(rng, scene, hops, how or (wanted if hops == 1 else None))
         if query is None or query.uses_location and not location:
             continue
@@ -320,12 +412,27 @@ def num_lookalikes(query: Query, scene: Scene, index: int) -> int:
 
 
 WORDS = sorted(
-    set(" ".join(
-        [*COLOURS, *SHAPES, *(s + ("es" if s == "cross" else "s") for s in SHAPES), "thing things", *ORDINALS, *AXES,
-         *SIDES.values(), *EDGE.values(), *(f for forms in PARAPHRASES.values() for f in forms),
-         *(word for _, word in DEGREES), "above below left right up down",
-         "the is at from so size distance middle it seen to hides nothing extend",
-         "Locate Detect List Describe What all in picture amodally"]
-    ).replace("{", " ").replace("}", " ").split())
+    set(
+        " ".join(
+            [
+                *COLOURS,
+                *SHAPES,
+                *(s + ("es" if s == "cross" else "s") for s in SHAPES),
+                "thing things",
+                *ORDINALS,
+                *AXES,
+                *SIDES.values(),
+                *EDGE.values(),
+                *(f for forms in PARAPHRASES.values() for f in forms),
+                *(word for _, word in DEGREES),
+                "above below left right up down",
+                "the is at from so size distance middle it seen to hides nothing extend",
+                "Locate Detect List Describe What all in picture amodally",
+            ]
+        )
+        .replace("{", " ")
+        .replace("}", " ")
+        .split()
+    )
     - {"kind", "axis", "ordinal", "edge", "side", "anchor", "other"}
 )

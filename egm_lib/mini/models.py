@@ -1,6 +1,8 @@
-"""Tiny Qwen3-VL configurations: one vision tower, a shallow `small` and a deep `large` language model.
+"""Tiny Qwen3-VL configurations: one vision tower, a shallow `small` and a deep `large` language
+model.
 
-Widths are equal, so that tower, mergers and embeddings are the very same tensors in both; what differs is depth.
+Widths are equal, so that tower, mergers and embeddings are the very same tensors in both; what
+differs is depth.
 """
 
 from __future__ import annotations
@@ -27,26 +29,49 @@ def config(size: str, tokenizer) -> Qwen3VLConfig:
     ids = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
         vision_config={
-            "depth": 4, "hidden_size": WIDTH, "num_heads": 4, "intermediate_size": 384, "patch_size": PATCH_PX,
-            "spatial_merge_size": MERGE, "temporal_patch_size": 2, "out_hidden_size": WIDTH,
-            "num_position_embeddings": (SIZE_PX // PATCH_PX) ** 2, "deepstack_visual_indexes": [1, 2],
+            "depth": 4,
+            "hidden_size": WIDTH,
+            "num_heads": 4,
+            "intermediate_size": 384,
+            "patch_size": PATCH_PX,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": WIDTH,
+            "num_position_embeddings": (SIZE_PX // PATCH_PX) ** 2,
+            "deepstack_visual_indexes": [1, 2],
             "initializer_range": 0.04,
         },
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": WIDTH, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.04, "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5],
-                                "mrope_interleaved": True},
-            "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, **LANGUAGE[size],
+            "vocab_size": len(tokenizer),
+            "hidden_size": WIDTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.04,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **LANGUAGE[size],
         },
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
 
 
 def build(size: str, tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised model of the size; deepstack starts silent (its last layer is zero)."""
+    """A randomly initialised model of the size; deepstack starts silent (its last layer is
+    zero).
+    """
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config(size, tokenizer))
     for merger in model.model.visual.deepstack_merger_list:
@@ -56,19 +81,24 @@ def build(size: str, tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
 
 
 def patchify(pictures_B_H_W_3: np.ndarray) -> Tensor:
-    """uint8 pictures -> pixel_values_B_P_D as Qwen's image processor lays them out (merge-block-major; C, T, h, w)."""
+    """uint8 pictures -> pixel_values_B_P_D as Qwen's image processor lays them out
+    (merge-block-major; C, T, h, w).
+    """
     batch, side = len(pictures_B_H_W_3), SIZE_PX // PATCH_PX // MERGE
     x = torch.from_numpy(pictures_B_H_W_3).float().div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
     x = x.reshape(batch, 3, side, MERGE, PATCH_PX, side, MERGE, PATCH_PX)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, h, w
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)  # the two temporal copies of a still picture
+    # The two temporal copies of a still picture
+    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
     return x.reshape(batch, side * side * MERGE * MERGE, -1)
 
 
 def encode_pictures(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The tower on a batch of equal-sized pictures: merged_B_64_W and the deepstack features of the same shape.
+    """The tower on a batch of equal-sized pictures: merged_B_64_W and the deepstack features of the
+    same shape.
 
-    The same sums as `visual(...)`, whose attention loops over pictures; here they are one batch (about 3x faster).
+    The same sums as `visual(...)`, whose attention loops over pictures; here they are one batch
+    (about 3x faster).
     """
     batch, patches, _ = pixel_values_B_P_D.shape
     side = SIZE_PX // PATCH_PX
@@ -76,17 +106,24 @@ def encode_pictures(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Te
     from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
 
     index, weight = hf.get_vision_interpolation_indices_and_weights(
-        grid, num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
-        align_corners=visual.interpolation_align_corners, spatial_merge_size=MERGE, kwargs={},
+        grid,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=MERGE,
+        kwargs={},
     )
-    embed = visual.patch_embed.proj  # kernel = stride: the convolution is a linear map of each patch
+    # Kernel = stride: the convolution is a linear map of each patch
+    embed = visual.patch_embed.proj
     x = torch.nn.functional.linear(pixel_values_B_P_D, embed.weight.flatten(1), embed.bias)
     x = x + (visual.pos_embed(index) * weight[:, :, None]).sum(1).to(x.dtype)
     cos, sin = visual.rotary_pos_emb(x, hf.get_vision_position_ids(grid, MERGE, kwargs={}))
     deepstack = []
     for number, block in enumerate(visual.blocks):
         attention = block.attn
-        q, k, v = attention.qkv(block.norm1(x)).view(batch, patches, 3, attention.num_heads, -1).unbind(2)
+        q, k, v = (
+            attention.qkv(block.norm1(x)).view(batch, patches, 3, attention.num_heads, -1).unbind(2)
+        )
         q, k = hf.apply_rotary_pos_emb_vision(q, k, cos, sin)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=attention.scaling
@@ -107,14 +144,20 @@ def processor(tokenizer):
 
     area = SIZE_PX * SIZE_PX
     pictures = Qwen2VLImageProcessorPil(
-        patch_size=PATCH_PX, merge_size=MERGE, temporal_patch_size=2,
-        size={"shortest_edge": area, "longest_edge": area}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+        patch_size=PATCH_PX,
+        merge_size=MERGE,
+        temporal_patch_size=2,
+        size={"shortest_edge": area, "longest_edge": area},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     )
     return Qwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def save(model, folder) -> None:
-    """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers needs to load it."""
+    """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers
+    needs to load it.
+    """
     from egm_lib.mini.tokens import build_tokenizer
     from egm_lib.models import save_processor
 
@@ -123,5 +166,9 @@ def save(model, folder) -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
-    videos = {"video_processor_type": "Qwen3VLVideoProcessor", "patch_size": PATCH_PX, "merge_size": MERGE}
+    videos = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "patch_size": PATCH_PX,
+        "merge_size": MERGE,
+    }
     save_processor(processor(tokenizer), Path(folder), videos | {"temporal_patch_size": 2})

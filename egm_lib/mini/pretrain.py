@@ -1,10 +1,12 @@
 """Stages A and Base of the miniature's pretraining: alignment, then direct answers.
 
-A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour, shape, boxes, centre)
-in the language model's own embeddings, through throw-away square adapters. `small` and `large` both start from these.
-Base: some fifteen questions a picture, packed so that each question sees the picture and itself only: descriptions,
-detection lists, ordered lists of places, naming, plain and complex expressions, full boxes. Every answer is direct.
-Both sizes see the same pictures and questions in the same order with the same schedule.
+A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour,
+shape, boxes, centre) in the language model's own embeddings, through throw-away square adapters.
+`small` and `large` both start from these.
+Base: some fifteen questions a picture, packed so that each question sees the picture and itself
+only: descriptions, detection lists, ordered lists of places, naming, plain and complex expressions,
+full boxes. Every answer is direct. Both sizes see the same pictures and questions in the same order
+with the same schedule.
 """
 
 from __future__ import annotations
@@ -44,25 +46,34 @@ from egm_lib.profile import project_root
 from egm_lib.prompts import FAMILIES
 
 EASY_STEPS = 850  # describing and finding come before selecting; without, selection is never learnt
-WORDED_STEPS = 6000  # from here on places are also asked for, and told, in words, as reasoning will need it
+# From here on places are also asked for, and told, in words, as reasoning will need it
+WORDED_STEPS = 6000
 TRUNK_STEPS = 2000  # then `large` is grown out of `small`
 OCCLUSION = 0.25  # chance of a thing to be partly hidden: enough hidden ones to ask for full boxes
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
 SHIPPED = project_root() / "data" / "mini"
 SPELLED = {
-    "colour": " {}", "shape": " {}",
-    **{f"{box}_{c}": "{}" if c == "x1" else ", {}" for box in ("visible", "full") for c in ("x1", "y1", "x2", "y2")},
-    "centre_x": " at {}", "centre_y": " {}", "size": " {}",
-}  # fmt: skip
-
-
-# ---- stage A
+    "colour": " {}",
+    "shape": " {}",
+    **{
+        f"{box}_{c}": "{}" if c == "x1" else ", {}"
+        for box in ("visible", "full")
+        for c in ("x1", "y1", "x2", "y2")
+    },
+    "centre_x": " at {}",
+    "centre_y": " {}",
+    "size": " {}",
+}
 
 
 def spelled_tokens(thing: Thing) -> list[str]:
-    """The words and numbers, spelt as in prompts, traces and answers, that a thing's cell must be able to say."""
-    numbers = [level(v) * GRID_1000 for v in (*thing.visible_box_px, *thing.full_box_px, *thing.centre_px)]
+    """The words and numbers, spelt as in prompts, traces and answers, that a thing's cell must be
+    able to say.
+    """
+    numbers = [
+        level(v) * GRID_1000 for v in (*thing.visible_box_px, *thing.full_box_px, *thing.centre_px)
+    ]
     values = [thing.colour, thing.shape, *numbers, grid_length(thing.side_px)]
     return [form.format(value) for form, value in zip(SPELLED.values(), values, strict=True)]
 
@@ -78,7 +89,11 @@ def align(args: argparse.Namespace) -> None:
     visual.merger.requires_grad_(True)
     torch.manual_seed(args.seed)
     adapters = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in SPELLED])
-    named = [("embed", embed.weight), *visual.merger.named_parameters(), *adapters.named_parameters()]
+    named = [
+        ("embed", embed.weight),
+        *visual.merger.named_parameters(),
+        *adapters.named_parameters(),
+    ]
     opts, start = optimizers(named, args.rate), time.time()
     for step in range(args.steps):
         scenes, pictures = scene_batch(args.seed + 1, step, args.batch)
@@ -113,66 +128,109 @@ def align(args: argparse.Namespace) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, args.out / "aligned.safetensors")
 
 
-# ---- stage Base: questions
-
-
 def box_text(box_px) -> str:
     """`[120, 300, 260, 420]` on the answer grid."""
     return "[" + ", ".join(str(level(v) * GRID_1000) for v in box_px) + "]"
 
 
 def ordered_list(scene: Scene, kind: Kind, axis: str) -> str | None:
-    """`first at 120 300, second at ...`: all of a kind in order, or None where the order is unclear."""
-    things = sorted((scene.things[i] for i in kind.members(scene)), key=lambda t: sort_value(t, axis))
-    if not things or len(things) > len(ORDINALS) or not clear_order([sort_value(t, axis) for t in things], axis, 9):
+    """`first at 120 300, second at ...`: all of a kind in order, or None where the order is
+    unclear.
+    """
+    things = sorted(
+        (scene.things[i] for i in kind.members(scene)), key=lambda t: sort_value(t, axis)
+    )
+    if (
+        not things
+        or len(things) > len(ORDINALS)
+        or not clear_order([sort_value(t, axis) for t in things], axis, 9)
+    ):
         return None
     size = axis in ("largest", "smallest")
-    return ", ".join(
-        f"{ORDINALS[n]} {place(t)}" + (f" size {grid_length(t.side_px)}" if size else "") for n, t in enumerate(things)
-    ) + "."
+    return (
+        ", ".join(
+            f"{ORDINALS[n]} {place(t)}" + (f" size {grid_length(t.side_px)}" if size else "")
+            for n, t in enumerate(things)
+        )
+        + "."
+    )
 
 
 def description(scene: Scene, axis: str) -> str:
     """`red circle at 120 300, blue star at 200 480, ...`: everything there is, in order."""
-    seen = sorted((t for t in scene.things if t.visible_box_px is not None), key=lambda t: sort_value(t, axis))
+    seen = sorted(
+        (t for t in scene.things if t.visible_box_px is not None), key=lambda t: sort_value(t, axis)
+    )
     return ", ".join(f"{Kind(t.colour, t.shape).name()} {place(t)}" for t in seen) + "."
 
 
-def locate(query: Query, scene: Scene, index: int, rng: Random, task: str = "vanilla") -> tuple[str, str]:
+def locate(
+    query: Query, scene: Scene, index: int, rng: Random, task: str = "vanilla"
+) -> tuple[str, str]:
     """(prompt, direct answer) for an expression."""
     thing = scene.things[index]
     box = thing.full_box_px if task == "amodal" else thing.visible_box_px
-    return FAMILY.prompt(query.words(rng), task), FAMILY.answer(box, IMAGE_WH, None, None, grid=GRID_1000)
+    return FAMILY.prompt(query.words(rng), task), FAMILY.answer(
+        box, IMAGE_WH, None, None, grid=GRID_1000
+    )
 
 
 def worded(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer): where a thing is, what is at a place and the box of what is there."""
+    """(group, prompt, answer): where a thing is, what is at a place and the box of what is
+    there.
+    """
     found = []
     for drawn in (sample_query(rng, scene, 0), sample_query(rng, scene, 0)):
         if drawn:
-            found.append(("where", f"Describe the {drawn[0].kind.name()}.", "</think>\n\n" + drawn[0].steps(scene)))
+            found.append(
+                (
+                    "where",
+                    f"Describe the {drawn[0].kind.name()}.",
+                    "</think>\n\n" + drawn[0].steps(scene),
+                )
+            )
     seen = [t for t in scene.things if t.visible_box_px is not None]
     for thing in rng.sample(seen, min(2, len(seen))):
         answer = FAMILY.answer(thing.visible_box_px, IMAGE_WH, None, None, grid=GRID_1000)
         found.append(("place", FAMILY.prompt(f"thing {place(thing)}", "vanilla"), answer))
     thing = rng.choice(seen)
-    found.append(("name", f"What is {place(thing)}?", f"</think>\n\n{Kind(thing.colour, thing.shape).name()}."))
+    found.append(
+        (
+            "name",
+            f"What is {place(thing)}?",
+            f"</think>\n\n{Kind(thing.colour, thing.shape).name()}.",
+        )
+    )
     return found
 
 
 def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one picture, in random order, as they are asked at a step of the training."""
+    """(group, prompt, answer) for one picture, in random order, as they are asked at a step of the
+    training.
+    """
     easy, in_words = step < EASY_STEPS, step >= WORDED_STEPS
     found: list[tuple[str, str, str]] = []
     kinds = [Kind(*key) for key, members in scene.members.items() if len(members) <= MAX_CANDIDATES]
     crowded = [k for k in kinds if len(k.members(scene)) > 1] or kinds
     for side in rng.sample(("left", "right", "top", "bottom"), 3 if easy else 1):
-        found.append(("describe", f"Describe the picture from the {side}.", "</think>\n\n" + description(scene, side)))
+        found.append(
+            (
+                "describe",
+                f"Describe the picture from the {side}.",
+                "</think>\n\n" + description(scene, side),
+            )
+        )
     for number in range(2):
         kind = rng.choice(crowded if number else kinds)
-        boxes = '},\n\t{"bbox_2d": '.join(box_text(scene.things[i].visible_box_px) for i in kind.members(scene))
-        prompt = f"Detect all {kind.name(plural=True)}, output their bbox coordinates using JSON format."
-        found.append(("detect", prompt, f'</think>\n\n```json\n[\n\t{{"bbox_2d": {boxes}}}\n]\n```'))
+        boxes = '},\n\t{"bbox_2d": '.join(
+            box_text(scene.things[i].visible_box_px) for i in kind.members(scene)
+        )
+        prompt = (
+            f"Detect all {kind.name(plural=True)}, output their bbox coordinates using JSON format."
+        )
+        found.append(
+            ("detect", prompt, f'</think>\n\n```json\n[\n\t{{"bbox_2d": {boxes}}}\n]\n```')
+        )
     for _ in range(1 if easy else 3):
         kind, axis = rng.choice(crowded), rng.choice(AXES)
         answer = ordered_list(scene, kind, axis)
@@ -183,7 +241,9 @@ def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]
     seen = [i for i, t in enumerate(scene.things) if t.visible_box_px is not None]
     thing = scene.things[rng.choice(seen)]
     name = Kind(thing.colour, thing.shape).name()
-    found.append(("name", f"What is in {box_text(thing.visible_box_px)}?", "</think>\n\n" + name + "."))
+    found.append(
+        ("name", f"What is in {box_text(thing.visible_box_px)}?", "</think>\n\n" + name + ".")
+    )
     for hops in (0, 0, 0) if easy else (0, 0, 1, 1, 1, 2, 2, 3):
         drawn = sample_query(rng, scene, hops)
         if drawn:
@@ -202,8 +262,8 @@ def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]
 class Packed:
     """Pictures and their questions as one ragged row of N tokens, and which tokens belong together.
 
-    prefix_B_P indexes each picture's prefix; each bucket is (picture of question, token index Q_L, valid Q_L).
-    labels_N is -100 outside answers; segments_N numbers the questions, -1 in prefixes.
+    prefix_B_P indexes each picture's prefix; each bucket is (picture of question, token index Q_L,
+    valid Q_L). labels_N is -100 outside answers; segments_N numbers the questions, -1 in prefixes.
     """
 
     ids_N: Tensor
@@ -215,7 +275,9 @@ class Packed:
 
 
 def pack(prompts_answers: list[list[tuple[str, str]]], tokenizer, buckets: int = 4) -> Packed:
-    """Tokenise each picture's (prompt, answer) pairs; positions restart after the picture for every question."""
+    """Tokenise each picture's (prompt, answer) pairs; positions restart after the picture for every
+    question.
+    """
     ids = tokenizer.convert_tokens_to_ids
     opening = ids(["<|im_start|>", "user\n", "<|vision_start|>"])
     prefix = opening + [ids("<|image_pad|>")] * CELLS**2 + ids(["<|vision_end|>"])
@@ -223,7 +285,9 @@ def pack(prompts_answers: list[list[tuple[str, str]]], tokenizer, buckets: int =
     image = torch.stack([torch.zeros_like(cells), cells // CELLS, cells % CELLS]) + start
     lead, after = torch.arange(start).expand(3, -1), torch.full((3, 1), start + CELLS)
     turn = ids(["<|im_end|>", "\n", "<|im_start|>", "assistant\n", "<think>", "\n"])
-    encoded = iter(tokenizer([t for pairs in prompts_answers for pair in pairs for t in pair]).input_ids)
+    encoded = iter(
+        tokenizer([t for pairs in prompts_answers for pair in pairs for t in pair]).input_ids
+    )
     tokens, labels, segments, positions, prefixes, spans = [], [], [], [], [], []
     for number, pairs in enumerate(prompts_answers):
         prefixes.append(range(len(tokens), len(tokens) + len(prefix)))
@@ -240,10 +304,17 @@ def pack(prompts_answers: list[list[tuple[str, str]]], tokenizer, buckets: int =
             labels += [-100] * len(question) + answer
             positions.append((torch.arange(length) + start + CELLS + 1).expand(3, -1))
     by_length = sorted(spans, key=lambda span: span[2])
-    chunks = [by_length[i * len(spans) // buckets : (i + 1) * len(spans) // buckets] for i in range(buckets)]
+    chunks = [
+        by_length[i * len(spans) // buckets : (i + 1) * len(spans) // buckets]
+        for i in range(buckets)
+    ]
     return Packed(
-        torch.tensor(tokens), torch.tensor(labels), torch.tensor(segments), torch.cat(positions, dim=1),
-        torch.tensor([list(p) for p in prefixes]), [_bucket(chunk) for chunk in chunks if chunk],
+        torch.tensor(tokens),
+        torch.tensor(labels),
+        torch.tensor(segments),
+        torch.cat(positions, dim=1),
+        torch.tensor([list(p) for p in prefixes]),
+        [_bucket(chunk) for chunk in chunks if chunk],
     )
 
 
@@ -255,7 +326,9 @@ def _bucket(spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(q, k, v, scaling: float) -> Tensor:
-    """Causal attention, the last query at the last key; plain matrices beat the fused CPU kernel here."""
+    """Causal attention, the last query at the last key; plain matrices beat the fused CPU kernel
+    here.
+    """
     length, seen = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     hidden = torch.ones(length, seen, dtype=torch.bool).triu(seen - length + 1)
@@ -263,10 +336,15 @@ def _attend(q, k, v, scaling: float) -> Tensor:
     return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, *, packed: Packed, **kwargs):
-    """Attention in which each question sees its picture's prefix and itself; query 1 x heads x N x d."""
+def packed_attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, *, packed: Packed, **kwargs
+):
+    """Attention in which each question sees its picture's prefix and itself; query 1 x heads x N x
+    d.
+    """
     groups = query.shape[1] // key.shape[1]
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # N x heads x d
+    # N x heads x d
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     prefix_k, prefix_v = k[packed.prefix_B_P], v[packed.prefix_B_P]
     outputs = [_attend(q[packed.prefix_B_P], prefix_k, prefix_v, scaling).flatten(0, 1)]
@@ -282,16 +360,24 @@ def packed_attention(module, query, key, value, attention_mask, scaling, dropout
 ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 
 
-def packed_loss(model, packed: Packed, merged_B_64_W: Tensor, deepstack: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over answer tokens, and the scores at those tokens (M x vocabulary, float32)."""
+def packed_loss(
+    model, packed: Packed, merged_B_64_W: Tensor, deepstack: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over answer tokens, and the scores at those tokens (M x vocabulary,
+    float32).
+    """
     lm = model.model.language_model
     lm.config._attn_implementation = "packed"
     image = packed.ids_N == model.config.image_token_id
     x = lm.embed_tokens(packed.ids_N)
     x = x.masked_scatter(image[:, None], merged_B_64_W.to(x.dtype).reshape(-1, x.shape[-1]))
     hidden = lm(
-        inputs_embeds=x[None], position_ids=packed.positions_3_N[:, None], visual_pos_masks=image[None],
-        attention_mask=torch.ones(1, 1, 1, 1), packed=packed, use_cache=False,
+        inputs_embeds=x[None],
+        position_ids=packed.positions_3_N[:, None],
+        visual_pos_masks=image[None],
+        attention_mask=torch.ones(1, 1, 1, 1),
+        packed=packed,
+        use_cache=False,
         deepstack_visual_embeds=[d.to(x.dtype).flatten(0, 1) for d in deepstack],
     ).last_hidden_state[0]
     wanted = packed.labels_N[1:]
@@ -299,35 +385,47 @@ def packed_loss(model, packed: Packed, merged_B_64_W: Tensor, deepstack: list[Te
     return F.cross_entropy(scores, wanted[wanted != -100]), scores
 
 
-# ---- stage Base: training
-
-
 def load_aligned(size: str, out: Path, seed: int, tokenizer):
     """A fresh language model on the aligned tower and embeddings."""
     model = build(size, tokenizer, seed)
     state = load_file(out / "aligned.safetensors")
-    model.model.visual.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("visual.")})
+    model.model.visual.load_state_dict(
+        {k[7:]: v for k, v in state.items() if k.startswith("visual.")}
+    )
     with torch.no_grad():
         model.model.language_model.embed_tokens.weight.copy_(state["embed_tokens.weight"])
     return model
 
 
 def base_batch(seed: int, index: int, size: int, tokenizer, step: int):
-    """Batch `index` of the base stage as asked at a step: packed tensors, pictures, each answer's question group."""
+    """Batch `index` of the base stage as asked at a step: packed tensors, pictures, each answer's
+    question group.
+    """
     scenes, pictures = scene_batch(seed, index, size, OCCLUSION)
-    asked = [questions(scene, Random(f"{seed}-{index}-{n}"), step) for n, scene in enumerate(scenes)]
+    asked = [
+        questions(scene, Random(f"{seed}-{index}-{n}"), step) for n, scene in enumerate(scenes)
+    ]
     batch = pack([[(p, a) for _, p, a in qs] for qs in asked], tokenizer)
     return batch, pictures, [group for qs in asked for group, _, _ in qs]
 
 
-def first_coordinate_hits(batch, scores: Tensor, groups: list[str], tokenizer) -> dict[str, list[float]]:
-    """Per question group, whether the first box's first coordinate is within two grid steps: the right thing or not."""
+def first_coordinate_hits(
+    batch, scores: Tensor, groups: list[str], tokenizer
+) -> dict[str, list[float]]:
+    """Per question group, whether the first box's first coordinate is within two grid steps: the
+    right thing or not.
+    """
     opener = tokenizer.convert_tokens_to_ids('```json\n[\n\t{"bbox_2d": [')
     numbers = {tokenizer.convert_tokens_to_ids(str(n)): n for n in range(0, 1001, GRID_1000)}
     hits: dict[str, list[float]] = {}
     wanted = batch.labels_N[1:]
     answer = wanted != -100
-    rows = zip(wanted[answer].tolist(), scores.argmax(-1).tolist(), batch.segments_N[1:][answer].tolist(), strict=True)
+    rows = zip(
+        wanted[answer].tolist(),
+        scores.argmax(-1).tolist(),
+        batch.segments_N[1:][answer].tolist(),
+        strict=True,
+    )
     previous, counted = None, set()
     for truth, guess, segment in rows:
         if previous == opener and segment not in counted:
@@ -339,9 +437,11 @@ def first_coordinate_hits(batch, scores: Tensor, groups: list[str], tokenizer) -
 
 
 def grow(small: dict[str, Tensor], large) -> None:
-    """Load a small model's weights into the large one so that it computes the same function (LLaMA Pro, Net2Net).
+    """Load a small model's weights into the large one so that it computes the same function (LLaMA
+    Pro, Net2Net).
 
-    Every second layer is new and adds nothing (its output projections are zero), as do the new units of the others.
+    Every second layer is new and adds nothing (its output projections are zero), as do the new
+    units of the others.
     """
     state = large.state_dict()
     for name, value in state.items():
@@ -355,7 +455,9 @@ def grow(small: dict[str, Tensor], large) -> None:
         if fresh:
             state[name] = torch.zeros_like(value) if parts[-2] in ("o_proj", "down_proj") else value
         elif parts[-2] == "down_proj":
-            state[name] = torch.cat([old, torch.zeros(len(old), value.shape[1] - old.shape[1])], dim=1)
+            state[name] = torch.cat(
+                [old, torch.zeros(len(old), value.shape[1] - old.shape[1])], dim=1
+            )
         elif parts[-2] in ("gate_proj", "up_proj"):
             state[name] = torch.cat([old, value[len(old) :]])
         else:
@@ -366,8 +468,9 @@ def grow(small: dict[str, Tensor], large) -> None:
 def base(args: argparse.Namespace) -> None:
     """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
 
-    The first TRUNK_STEPS are common: `small` leaves its state there in trunk.pt, from which `large` is
-    grown. Trained from nothing, `large` did not find plain things yet after as many pictures as `small` needed for it.
+    The first TRUNK_STEPS are common: `small` leaves its state there in trunk.pt, from which `large`
+    is grown. Trained from nothing, `large` did not find plain things yet after as many pictures as
+    `small` needed for it.
     """
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
@@ -381,7 +484,9 @@ def base(args: argparse.Namespace) -> None:
     trunk = args.out / "trunk.pt"
     if args.size == "large" and not state_file.exists():
         if not trunk.exists():
-            raise SystemExit(f"{trunk} is missing: run `base --size small` first, the large model grows out of it")
+            raise SystemExit(
+                f"{trunk} is missing: run `base --size small` first, the large model grows out of it"
+            )
         state = torch.load(trunk, weights_only=True)
         grow(state["model"], model)
         first = state["step"]
@@ -392,7 +497,9 @@ def base(args: argparse.Namespace) -> None:
             opt.load_state_dict(saved)
         first, spent = state["step"], state["minutes"]
     start = time.time() - spent * 60
-    held_out = [base_batch(990_001, i, args.batch, tokenizer, args.steps) for i in range(args.held_out)]
+    held_out = [
+        base_batch(990_001, i, args.batch, tokenizer, args.steps) for i in range(args.held_out)
+    ]
     for step in range(first, args.steps):
         batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, step)
         for opt in opts:
@@ -408,12 +515,24 @@ def base(args: argparse.Namespace) -> None:
             opt.step()
             opt.zero_grad(set_to_none=True)
         if step % 25 == 0:
-            row = {"step": step, "loss": loss.item(), "norm": norm.item(), "minutes": (time.time() - start) / 60}
+            row = {
+                "step": step,
+                "loss": loss.item(),
+                "norm": norm.item(),
+                "minutes": (time.time() - start) / 60,
+            }
             print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            print(json.dumps({"step": step + 1, "held_out": evaluate(model, held_out, tokenizer)}), flush=True)
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1,
-                     "minutes": (time.time() - start) / 60}
+            print(
+                json.dumps({"step": step + 1, "held_out": evaluate(model, held_out, tokenizer)}),
+                flush=True,
+            )
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in opts],
+                "step": step + 1,
+                "minutes": (time.time() - start) / 60,
+            }
             torch.save(state, folder / "state.pt.new")
             (folder / "state.pt.new").replace(state_file)
             if args.size == "small" and not trunk.exists() and step + 1 >= TRUNK_STEPS:
@@ -421,16 +540,22 @@ def base(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the trained base of one size as a checkpoint (bfloat16, tokenizer and processor beside it)."""
+    """Write the trained base of one size as a checkpoint (bfloat16, tokenizer and processor beside
+    it).
+    """
     model = build(args.size, build_tokenizer(), args.seed)
     model.load_state_dict(torch.load(args.out / args.size / "state.pt", weights_only=True)["model"])
     save(model.to(torch.bfloat16), args.to / args.size)
-    print(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.to / args.size}")
+    print(
+        f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.to / args.size}"
+    )
 
 
 @torch.no_grad()
 def evaluate(model, held_out, tokenizer) -> dict[str, float]:
-    """Held-out loss and, per question group, the share whose first coordinate points at the right thing."""
+    """Held-out loss and, per question group, the share whose first coordinate points at the right
+    thing.
+    """
     losses, hits = [], {}
     for batch, pictures, groups in held_out:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -439,9 +564,18 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
         losses.append(loss.item())
         for group, values in first_coordinate_hits(batch, scores, groups, tokenizer).items():
             hits.setdefault(group, []).extend(values)
-    hops = [v for k, values in hits.items() if k not in ("plain", "place", "amodal", "detect") for v in values]
-    return {"loss": round(float(np.mean(losses)), 4), "complex": round(float(np.mean(hops)), 3), "n": len(hops),
-            **{k: round(float(np.mean(v)), 3) for k, v in sorted(hits.items())}}
+    hops = [
+        v
+        for k, values in hits.items()
+        if k not in ("plain", "place", "amodal", "detect")
+        for v in values
+    ]
+    return {
+        "loss": round(float(np.mean(losses)), 4),
+        "complex": round(float(np.mean(hops)), 3),
+        "n": len(hops),
+        **{k: round(float(np.mean(v)), 3) for k, v in sorted(hits.items())},
+    }
 
 
 def main() -> None:
@@ -449,7 +583,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=["align", "base", "export"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the work in progress")
-    parser.add_argument("--to", type=Path, default=SHIPPED, help="export: folder of the shipped checkpoints")
+    parser.add_argument(
+        "--to", type=Path, default=SHIPPED, help="export: folder of the shipped checkpoints"
+    )
     parser.add_argument("--size", choices=["small", "large"], default="small")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=None)
@@ -459,7 +595,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=24, help="batches")
     args = parser.parse_args()
-    defaults = {"align": (300, 32, 3e-3), "base": (10_000, 4, 2e-3), "export": (0, 0, 0.0)}[args.stage]
+    defaults = {"align": (300, 32, 3e-3), "base": (10_000, 4, 2e-3), "export": (0, 0, 0.0)}[
+        args.stage
+    ]
     args.steps, args.batch, args.rate = (
         given if given is not None else default
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)

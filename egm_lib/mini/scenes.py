@@ -1,6 +1,8 @@
-"""Scenes of the miniature world: coloured shapes on a textured ground, with exact visible and full boxes.
+"""Scenes of the miniature world: coloured shapes on a textured ground, with exact visible and full
+boxes.
 
-Boxes are xyxy in pixels of the picture (BoxFrame.PIXEL). A scene is a pure function of its random generator.
+Boxes are xyxy in pixels of the picture (BoxFrame.PIXEL). A scene is a pure function of its random
+generator.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SUPERSAMPLING = 2  # drawn at twice the size and averaged down: anti-aliased edges for a fraction of a millisecond
+# Drawn at twice the size and averaged down: anti-aliased edges for a fraction of a millisecond
+SUPERSAMPLING = 2
 
 Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. full_box_px ignores occlusion, visible_box_px bounds what can be seen (None when nothing can)."""
+    """One shape. full_box_px ignores occlusion, visible_box_px bounds what can be seen (None when
+    nothing can).
+    """
 
     colour: str
     shape: str
@@ -59,7 +64,9 @@ class Scene:
 
     @cached_property
     def members(self) -> dict[tuple[str | None, str | None], list[int]]:
-        """Indices of the visible things by (colour, shape), by colour alone and by shape alone, from left to right."""
+        """Indices of the visible things by (colour, shape), by colour alone and by shape alone,
+        from left to right.
+        """
         found: dict[tuple[str | None, str | None], list[int]] = {}
         seen = [i for i, t in enumerate(self.things) if t.visible_box_px is not None]
         for i in sorted(seen, key=lambda i: self.things[i].centre_px):
@@ -77,7 +84,20 @@ def _outline(shape: str, box: Box) -> list[tuple[float, float]]:
     if shape == "cross":
         a, b = w / 3, h / 3
         xs, ys = (x1, x1 + a, x2 - a, x2), (y1, y1 + b, y2 - b, y2)
-        corners = [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]
+        corners = [
+            (1, 0),
+            (2, 0),
+            (2, 1),
+            (3, 1),
+            (3, 2),
+            (2, 2),
+            (2, 3),
+            (1, 3),
+            (1, 2),
+            (0, 2),
+            (0, 1),
+            (1, 1),
+        ]
         return [(xs[i], ys[j]) for i, j in corners]
     points = []  # a five-pointed star, stretched to fill its box
     for i in range(10):
@@ -86,7 +106,10 @@ def _outline(shape: str, box: Box) -> list[tuple[float, float]]:
         points.append((radius * math.cos(angle), radius * math.sin(angle)))
     left, right = min(p[0] for p in points), max(p[0] for p in points)
     top, bottom = min(p[1] for p in points), max(p[1] for p in points)
-    return [(x1 + (px - left) / (right - left) * w, y1 + (py - top) / (bottom - top) * h) for px, py in points]
+    return [
+        (x1 + (px - left) / (right - left) * w, y1 + (py - top) / (bottom - top) * h)
+        for px, py in points
+    ]
 
 
 def _draw(draw: ImageDraw.ImageDraw, shape: str, box: Box, fill, hole=None) -> None:
@@ -119,7 +142,11 @@ def _ground(seed: int) -> np.ndarray:
     else:
         coarse = rng.normal(size=(8, 8))
         pattern = np.kron(coarse, np.ones((SIZE_PX // 8, SIZE_PX // 8))) * 0.6
-    picture = base + rng.uniform(6, 18) * pattern[..., None] + rng.normal(0, rng.uniform(1, 5), (SIZE_PX, SIZE_PX, 1))
+    picture = (
+        base
+        + rng.uniform(6, 18) * pattern[..., None]
+        + rng.normal(0, rng.uniform(1, 5), (SIZE_PX, SIZE_PX, 1))
+    )
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
@@ -137,7 +164,9 @@ def render(scene: Scene) -> Image.Image:
 
 
 def with_visibility(scene: Scene) -> Scene:
-    """The scene with every thing's visible box and share, measured on the drawing itself (half-pixel resolution)."""
+    """The scene with every thing's visible box and share, measured on the drawing itself
+    (half-pixel resolution).
+    """
     side = SIZE_PX * SUPERSAMPLING
     ids = Image.new("L", (side, side), 0)
     draw = ImageDraw.Draw(ids)
@@ -170,7 +199,9 @@ def _overlap(a: Box, b: Box, gap: float) -> bool:
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
-def _place(rng: np.random.Generator, side_px: int, taken: list[Box], gap: float = 2.0) -> Box | None:
+def _place(
+    rng: np.random.Generator, side_px: int, taken: list[Box], gap: float = 2.0
+) -> Box | None:
     width = side_px
     height = int(np.clip(round(side_px * rng.uniform(0.85, 1.18)), 6, 40))
     for _ in range(40):
@@ -183,7 +214,9 @@ def _place(rng: np.random.Generator, side_px: int, taken: list[Box], gap: float 
 
 
 def _occluder(rng: np.random.Generator, target: Box) -> Box | None:
-    """A box that hides a good part of the target from one side or corner, and stays in the picture."""
+    """A box that hides a good part of the target from one side or corner, and stays in the
+    picture.
+    """
     x1, y1, x2, y2 = target
     side = int(rng.integers(16, 32))
     cover = rng.uniform(0.25, 0.65)
@@ -200,7 +233,8 @@ def _occluder(rng: np.random.Generator, target: Box) -> Box | None:
 def sample_scene(rng: np.random.Generator, *, occlusion: float = 0.06, tiny: float = 0.01) -> Scene:
     """A random scene of 5 to 12 things with one or two crowded kinds (look-alikes) and distractors.
 
-    occlusion: chance, for each thing, of being partly hidden by another. tiny: chance, for each thing, of 7 px.
+    occlusion: chance, for each thing, of being partly hidden by another. tiny: chance, for each
+    thing, of 7 px.
     """
     while True:
         scene = _try_scene(rng, occlusion, tiny)
@@ -213,7 +247,9 @@ def _try_scene(rng: np.random.Generator, occlusion: float, tiny: float) -> Scene
         return str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
 
     crowd = random_kind()
-    wanted = [crowd] * int(rng.choice([1, 2, 3, 4, 5, 6, 7], p=[0.06, 0.1, 0.2, 0.22, 0.18, 0.14, 0.1]))
+    wanted = [crowd] * int(
+        rng.choice([1, 2, 3, 4, 5, 6, 7], p=[0.06, 0.1, 0.2, 0.22, 0.18, 0.14, 0.1])
+    )
     second = random_kind()
     if second != crowd and rng.random() < 0.6:
         wanted += [second] * int(rng.integers(2, 4))

@@ -1,9 +1,10 @@
 """The miniature world's teacher: an HTTP transport that answers curation requests in process.
 
-It stands where a proprietary VLM stands: the same client sends it the same requests. It does not look at the picture
-but knows the sample by the header `X-EGM-Sample` and reads what is true of it in `teacher.jsonl`, one object a sample:
-sample_id, reasoning, amodal_reasoning | null, amodal_expression | null, verify "YES" | "NO", planted_cause | null,
-gt_box and lookalike_boxes_px (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
+It stands where a proprietary VLM stands: the same client sends it the same requests. It does not
+look at the picture but knows the sample by the header `X-EGM-Sample` and reads what is true of it
+in `teacher.jsonl`, one object a sample: sample_id, reasoning, amodal_reasoning | null,
+amodal_expression | null, verify "YES" | "NO", planted_cause | null, gt_box and lookalike_boxes_px
+(xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
 `planted_error` tells afterwards, so that the filters' precision and recall can be measured.
 """
 
@@ -27,9 +28,15 @@ from egm_lib.curation.tasks import CAUSES
 ERROR_RATES = {
     "trace": {"mentions-drawn-box": 0.03, "refusal": 0.02, "truncated": 0.02},
     "amodal-expression": {"mentions-drawn-box": 0.03, "refusal": 0.02},
-    "amodal-trace": {"mentions-drawn-box": 0.03, "wrong-direction": 0.03, "refusal": 0.02, "truncated": 0.02},
+    "amodal-trace": {
+        "mentions-drawn-box": 0.03,
+        "wrong-direction": 0.03,
+        "refusal": 0.02,
+        "truncated": 0.02,
+    },
 }
-# Share of failures for which a judge names another cause than the right one; independent between judges.
+# Share of failures for which a judge names another cause than the right one; independent between
+# judges.
 CONFUSION_RATES = {"mini-judge-1": 0.06, "mini-judge-2": 0.12, "mini-judge-3": 0.18}
 CONFUSION_RATE = 0.12  # of any other judge
 TINY_SHARE = 0.01  # of the picture's area: below it a target counts as small
@@ -45,14 +52,22 @@ REFUSALS = (
     "I cannot assist with this request.",
     "I'm unable to determine which object is meant.",
 )
-OPPOSITES = {"upward": "downward", "downward": "upward", "left": "right", "right": "left", "up": "down", "down": "up"}
+OPPOSITES = {
+    "upward": "downward",
+    "downward": "upward",
+    "left": "right",
+    "right": "left",
+    "up": "down",
+    "down": "up",
+}
 _DIRECTION = re.compile(r"\b(upward|downward|left|right|up|down)\b")
 
 
 class TeacherTransport(httpx2.AsyncBaseTransport):
     """Answers POST /chat/completions for the samples of one teacher.jsonl.
 
-    error_rates: task -> kind -> share; confusion_rates: judge -> share; seed: another one spoils other samples.
+    error_rates: task -> kind -> share; confusion_rates: judge -> share; seed: another one spoils
+    other samples.
     """
 
     def __init__(
@@ -66,7 +81,9 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         self.path = Path(path)
         self.error_rates, self.confusion_rates, self.seed = error_rates, confusion_rates, seed
         if not self.path.is_file():
-            raise FileNotFoundError(f"no {self.path}: the miniature world writes it; run notebook 00 first")
+            raise FileNotFoundError(
+                f"no {self.path}: the miniature world writes it; run notebook 00 first"
+            )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         body = json.loads(await request.aread())
@@ -74,9 +91,13 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         truth = self.truth(unquote(request.headers.get("X-EGM-Sample", "")))
         if truth is None:
             return httpx2.Response(
-                400, json={"error": {"message": "the teacher does not know this sample"}}, request=request
+                400,
+                json={"error": {"message": "the teacher does not know this sample"}},
+                request=request,
             )
-        prompt = "".join(part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text")
+        prompt = "".join(
+            part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text"
+        )
         text, finish_reason = self.answer(task, truth, prompt, body["model"])
         if text is None:
             message = f"the teacher has no answer to task {task!r} for this sample"
@@ -89,9 +110,16 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
                 "object": "chat.completion",
                 "model": body["model"],
                 "choices": [
-                    {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text}}
+                    {
+                        "index": 0,
+                        "finish_reason": finish_reason,
+                        "message": {"role": "assistant", "content": text},
+                    }
                 ],
-                "usage": {"prompt_tokens": len(prompt) // 4 + 85, "completion_tokens": len(text) // 4 + 1},
+                "usage": {
+                    "prompt_tokens": len(prompt) // 4 + 85,
+                    "completion_tokens": len(text) // 4 + 1,
+                },
             },
         )
 
@@ -122,19 +150,29 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         if error == "wrong-direction":
             return _opposite(text), "stop"
         mention = self._pick(MENTIONS, truth["sample_id"])
-        return (f"{text.rstrip('.')} in the green box" if task == "amodal-expression" else f"{text} {mention}"), "stop"
+        return (
+            f"{text.rstrip('.')} in the green box"
+            if task == "amodal-expression"
+            else f"{text} {mention}"
+        ), "stop"
 
     def planted_error(self, sample_id: str, task: str) -> str | None:
         """Which error the teacher makes for a sample: a key of `error_rates[task]`, or None."""
         draw = self._uniform("error", task, sample_id)
         for kind, rate in self.error_rates.get(task, {}).items():
             if draw < rate:
-                return None if kind == "wrong-direction" and not self._can_reverse(sample_id, task) else kind
+                return (
+                    None
+                    if kind == "wrong-direction" and not self._can_reverse(sample_id, task)
+                    else kind
+                )
             draw -= rate
         return None
 
     def _can_reverse(self, sample_id: str, task: str) -> bool:
-        """False for a trace that names no direction, or one and its opposite: reversed, it would still be right."""
+        """False for a trace that names no direction, or one and its opposite: reversed, it would
+        still be right.
+        """
         text = _true_text(task, self.truth(sample_id)) or ""
         _, verb, clause = text.rpartition("extend")
         named = set(_DIRECTION.findall(clause))
@@ -167,7 +205,11 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
 
 def _true_text(task: str, truth: Mapping) -> str | None:
     return truth[
-        {"trace": "reasoning", "amodal-expression": "amodal_expression", "amodal-trace": "amodal_reasoning"}[task]
+        {
+            "trace": "reasoning",
+            "amodal-expression": "amodal_expression",
+            "amodal-trace": "amodal_reasoning",
+        }[task]
     ]
 
 
@@ -178,8 +220,12 @@ def _opposite(text: str) -> str:
 
 
 def _cause_of(truth: Mapping, prompt: str) -> str:
-    """COMPLEX-PROMPT for a hit on a look-alike, SMALL-OBJECT for a tiny target, else OTHER; reads `prompts.FAILURE`."""
-    width, height = map(int, re.search(r"^Picture: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups())
+    """COMPLEX-PROMPT for a hit on a look-alike, SMALL-OBJECT for a tiny target, else OTHER; reads
+    `prompts.FAILURE`.
+    """
+    width, height = map(
+        int, re.search(r"^Picture: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups()
+    )
     predicted = re.search(r"^Predicted box: \[(.+)\]$", prompt, re.MULTILINE)
     if predicted:
         box = tuple(map(float, predicted[1].split(",")))

@@ -1,7 +1,8 @@
 """The miniature's word-level tokenizer: Qwen's special tokens, long pieces for fixed phrases.
 
-Text is exact (decode of encode is the identity for known words). Numbers are the multiples of 20 in 0..1000, one token
-each in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box is four tokens and a place two.
+Text is exact (decode of encode is the identity for known words). Numbers are the multiples of 20 in
+0..1000, one token each in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box is four
+tokens and a place two.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from functools import cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-           "<|video_pad|>", "<unk>"]
-THINK = ["<think>", "</think>"]  # not special: they survive skip_special_tokens, as in Qwen's own tokenizer
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<unk>",
+]
+# Not special: they survive skip_special_tokens, as in Qwen's own tokenizer
+THINK = ["<think>", "</think>"]
 PIECES = [
     ", output its bbox coordinates using JSON format.",
     ", output their bbox coordinates using JSON format.",
@@ -36,7 +46,9 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif -%}"
 )
-_PATTERN = "|".join([*map(re.escape, PIECES), r" at \d+", r"[ ,]* ?\d+(?!\w)", r" ?\w+", r" ?[^\w\s]", r"\s"])
+_PATTERN = "|".join(
+    [*map(re.escape, PIECES), r" at \d+", r"[ ,]* ?\d+(?!\w)", r" ?\w+", r" ?[^\w\s]", r"\s"]
+)
 
 
 @cache
@@ -48,16 +60,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     spellings = [prefix + n for prefix in ("", ", ", " ", " at ") for n in NUMBERS]
     words = [prefix + w for w in sorted(WORDS) for prefix in ("", " ")]
     vocabulary = list(dict.fromkeys([*SPECIAL, *THINK, *PIECES, *spellings, *punctuation, *words]))
-    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
     core.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINK])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        clean_up_tokenization_spaces=False, padding_side="left", model_max_length=2048,
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
-                              "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=2048,
+        extra_special_tokens={
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "vision_start_token": "<|vision_start|>",
+            "vision_end_token": "<|vision_end|>",
+        },
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -1,7 +1,9 @@
-"""Stage V of the miniature's pretraining: the shared vision tower learns to see shapes, colours and boxes.
+"""Stage V of the miniature's pretraining: the shared vision tower learns to see shapes, colours and
+boxes.
 
-A throw-away head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell: its colour, its shape
-and its visible and full box, each coordinate a class of GRID_1000 (classes learn faster than regression here).
+A throw-away head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell:
+its colour, its shape and its visible and full box, each coordinate a class of GRID_1000 (classes
+learn faster than regression here).
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from torch.nn import functional as F
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify
 from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing, render, sample_scene
 
-GRID_1000 = 20  # answers and traces name places on this grid of 0..1000: 2.56 px, where things have 14 px
+# Answers and traces name places on this grid of 0..1000: 2.56 px, where things have 14 px
+GRID_1000 = 20
 LEVELS = 1000 // GRID_1000 + 1
 SLOTS = {
-    "colour": len(COLOURS), "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
     **{f"{box}_{c}": LEVELS for box in ("visible", "full") for c in ("x1", "y1", "x2", "y2")},
-}  # fmt: skip
+}
 
 
 def level(value_px: float) -> int:
@@ -42,13 +46,19 @@ def cell_of(thing: Thing) -> int:
 
 
 def cell_targets(scene: Scene) -> np.ndarray:
-    """targets_64_S: for each cell the class of each slot, -100 where no thing is centred; the top one wins a cell."""
+    """targets_64_S: for each cell the class of each slot, -100 where no thing is centred; the top
+    one wins a cell.
+    """
     targets = np.full((CELLS * CELLS, len(SLOTS)), -100, dtype=np.int64)
     for thing in scene.things:
         if thing.visible_box_px is None:
             continue
         boxes = [level(v) for v in (*thing.visible_box_px, *thing.full_box_px)]
-        targets[cell_of(thing)] = [list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), *boxes]
+        targets[cell_of(thing)] = [
+            list(COLOURS).index(thing.colour),
+            SHAPES.index(thing.shape),
+            *boxes,
+        ]
     return targets
 
 
@@ -65,7 +75,9 @@ class CellHead(nn.Module):
         return scores[..., 0], list(scores[..., 1:].split(list(SLOTS.values()), dim=-1))
 
 
-def head_loss(objectness: Tensor, slots: list[Tensor], targets_B_64_S: Tensor) -> tuple[Tensor, dict[str, float]]:
+def head_loss(
+    objectness: Tensor, slots: list[Tensor], targets_B_64_S: Tensor
+) -> tuple[Tensor, dict[str, float]]:
     """Sum of the objectness and slot losses, with the accuracies worth watching."""
     present = targets_B_64_S[..., 0] >= 0
     loss = 3 * F.binary_cross_entropy_with_logits(objectness, present.float())
@@ -75,13 +87,19 @@ def head_loss(objectness: Tensor, slots: list[Tensor], targets_B_64_S: Tensor) -
         chosen = scores[present]
         loss = loss + F.cross_entropy(chosen, wanted) / (1 if number < 2 else 4)
         miss = chosen.argmax(-1) - wanted
-        log[name] = (miss == 0).float().mean().item() if number < 2 else miss.float().abs().mean().item() * GRID_1000
+        log[name] = (
+            (miss == 0).float().mean().item()
+            if number < 2
+            else miss.float().abs().mean().item() * GRID_1000
+        )
     log["objects_found"] = ((objectness > 0) == present).all(-1).float().mean().item()
     return loss, log
 
 
 def optimizers(named_parameters, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices, AdamW on embeddings, convolutions and vectors (the mini-world study's recipe)."""
+    """Muon on the matrices, AdamW on embeddings, convolutions and vectors (the mini-world study's
+    recipe).
+    """
     matrices, rest = [], []
     for name, p in named_parameters:
         (matrices if p.ndim == 2 and "embed" not in name else rest).append(p)
@@ -100,7 +118,9 @@ def rate_factor(step: int, steps: int, warmup: int, hold: float = 0.5) -> float:
     return 0.5 * (1 + float(np.cos(np.pi * (step - hold * steps) / ((1 - hold) * steps))))
 
 
-def scene_batch(seed: int, index: int, size: int, occlusion: float = 0.15) -> tuple[list[Scene], np.ndarray]:
+def scene_batch(
+    seed: int, index: int, size: int, occlusion: float = 0.15
+) -> tuple[list[Scene], np.ndarray]:
     """Batch number `index`: its scenes and pictures_B_H_W_3, a pure function of (seed, index)."""
     rng = np.random.default_rng([seed, index])
     scenes = [sample_scene(rng, occlusion=occlusion) for _ in range(size)]
@@ -113,7 +133,9 @@ def average_gradients(parameters: list[Tensor], world: int) -> None:
         return
     flat = torch.cat([p.grad.flatten() for p in parameters])
     torch.distributed.all_reduce(flat)
-    for p, part in zip(parameters, flat.div_(world).split([p.numel() for p in parameters]), strict=True):
+    for p, part in zip(
+        parameters, flat.div_(world).split([p.numel() for p in parameters]), strict=True
+    ):
         p.grad.copy_(part.view_as(p))
 
 
@@ -128,7 +150,11 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
     visual = build("small", build_tokenizer(), args.seed).model.visual
     torch.manual_seed(args.seed)
     head = CellHead()
-    named = [(n, p) for n, p in [*visual.named_parameters(), *head.named_parameters()] if "deepstack" not in n]
+    named = [
+        (n, p)
+        for n, p in [*visual.named_parameters(), *head.named_parameters()]
+        if "deepstack" not in n
+    ]
     parameters = [p for _, p in named]
     opts = optimizers(named, args.rate)
     start = time.time()
@@ -153,7 +179,10 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
             print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
         if rank == 0 and (step + 1) % 250 == 0 or step + 1 == args.steps and rank == 0:
             args.out.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in visual.state_dict().items()}, args.out / "vision.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in visual.state_dict().items()},
+                args.out / "vision.safetensors",
+            )
 
 
 def main() -> None:

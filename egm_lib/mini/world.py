@@ -1,8 +1,10 @@
-"""Writes the miniature world to disk in the record format of real data: pictures, samples, and what the teacher knows.
+"""Writes the miniature world to disk in the record format of real data: pictures, samples, and what
+the teacher knows.
 
-`python -m egm_lib.mini.world --out data/raw/mini --profile mini` writes images/*.png, train.jsonl, train_amodal.jsonl,
-selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl and teacher.jsonl. Splits differ by seed, and no
-picture occurs in two of them. A known small share of labels is wrong, of expressions ambiguous, of targets tiny.
+`python -m egm_lib.mini.world --out data/raw/mini --profile mini` writes images/*.png, train.jsonl,
+train_amodal.jsonl, selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl and
+teacher.jsonl. Splits differ by seed, and no picture occurs in two of them. A known small share of
+labels is wrong, of expressions ambiguous, of targets tiny.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ from egm_lib.profile import Data, ProfileError, load_profile
 VERSION = 3  # of what the recipes draw: a world of another version is made anew
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
-SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}  # as people / objects
+# As people / objects
+SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a split is made of. hops: weight of 0, 1, 2, 3 serial selections; stream: its own random seed."""
+    """What a split is made of. hops: weight of 0, 1, 2, 3 serial selections; stream: its own random
+    seed.
+    """
 
     dataset: str
     split: str
@@ -51,15 +56,28 @@ def recipes() -> dict[str, Recipe]:
     """Every file of the world, by its path below the root."""
     found = {
         "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_picture=6),
-        "train_amodal.jsonl": Recipe("coco_amodal", "train", 102, (0.35, 0.4, 0.25, 0.0), amodal=True),
+        "train_amodal.jsonl": Recipe(
+            "coco_amodal", "train", 102, (0.35, 0.4, 0.25, 0.0), amodal=True
+        ),
         "selection.jsonl": Recipe("refcoco", "selection", 103, (0.05, 0.35, 0.4, 0.2)),
-        "selection_amodal.jsonl": Recipe("coco_amodal", "selection", 104, (0.35, 0.4, 0.25, 0.0), amodal=True),
+        "selection_amodal.jsonl": Recipe(
+            "coco_amodal", "selection", 104, (0.35, 0.4, 0.25, 0.0), amodal=True
+        ),
         "validation.jsonl": Recipe("refcoco", "validation", 105, (0.12, 0.38, 0.33, 0.17)),
     }
-    mixes = {"refcoco": (0.15, 0.5, 0.35, 0.0), "refcoco+": (0.2, 0.45, 0.35, 0.0), "refcocog": (0.0, 0.2, 0.45, 0.35)}
+    mixes = {
+        "refcoco": (0.15, 0.5, 0.35, 0.0),
+        "refcoco+": (0.2, 0.45, 0.35, 0.0),
+        "refcocog": (0.0, 0.2, 0.45, 0.35),
+    }
     for number, (dataset, split) in enumerate(EVAL_SPLITS):
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
-            dataset, split, 201 + number, mixes[dataset], location=dataset != "refcoco+", per_picture=2
+            dataset,
+            split,
+            201 + number,
+            mixes[dataset],
+            location=dataset != "refcoco+",
+            per_picture=2,
         )
     for number, (dataset, split) in enumerate(AMODAL_SPLITS):
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
@@ -85,11 +103,14 @@ def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | Non
 
 
 def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
-    """(scene, image id, samples, teacher's truths) picture by picture, until `count` samples are made."""
+    """(scene, image id, samples, teacher's truths) picture by picture, until `count` samples are
+    made.
+    """
     made, number = 0, 0
     while made < count:
         scene = sample_scene(
-            np.random.default_rng([recipe.stream, number]), occlusion=0.5 if recipe.amodal else 0.06,
+            np.random.default_rng([recipe.stream, number]),
+            occlusion=0.5 if recipe.amodal else 0.06,
             tiny=TINY_SHARE_OF_THINGS,
         )
         rng = Random(f"{recipe.stream}-{number}")
@@ -103,21 +124,29 @@ def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict]
             asked.add(drawn)
             row, truth = _sample(recipe, scene, *drawn, rng)
             name = f"{image_id}_{len(rows)}"
-            rows.append({"sample_id": name, "image": f"images/{image_id}.png", "image_id": image_id, **row})
+            rows.append(
+                {"sample_id": name, "image": f"images/{image_id}.png", "image_id": image_id, **row}
+            )
             truths.append({"sample_id": name, **truth})
         made += len(rows)
         if rows:
             yield scene, image_id, rows, truths
 
 
-def _sample(recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random) -> tuple[dict, dict]:
+def _sample(
+    recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random
+) -> tuple[dict, dict]:
     """One sample (without its ids) and what the teacher knows of it, planted faults included."""
     thing, words = scene.things[index], query.words(rng)
     box = list(thing.full_box_px if recipe.amodal else thing.visible_box_px)
     others = [scene.things[i] for i in query.kind.members(scene) if i != index]
     kind = Kind(thing.colour, thing.shape)
     crowd = len(kind.members(scene)) > 1
-    cause, verified, fault = "SMALL-OBJECT" if thing.side_px < TINY_PX else None, "YES", rng.random()
+    cause, verified, fault = (
+        "SMALL-OBJECT" if thing.side_px < TINY_PX else None,
+        "YES",
+        rng.random(),
+    )
     amodal_expression = words if recipe.amodal else None
     if not recipe.amodal and fault < GT_ERROR_SHARE and others:
         box, cause = list(rng.choice(others).visible_box_px), "GT-ERROR"
@@ -128,16 +157,30 @@ def _sample(recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random)
     # COCO-Amodal has names, not expressions: in training they are the teacher's to write
     expression = kind.name() if recipe.split in ("train", "selection") and recipe.amodal else words
     row = {
-        "dataset": recipe.dataset, "split": recipe.split, "task": "amodal" if recipe.amodal else "vanilla",
-        "width": SIZE_PX, "height": SIZE_PX, "expression": expression, "gt_box": box,
-        "modal_box": list(thing.visible_box_px) if recipe.amodal else None, "ann_id": str(index), "ref_id": None,
-        "flipped": False, "prompt_kind": query.prompt_kind, "num_lookalikes": num_lookalikes(query, scene, index),
+        "dataset": recipe.dataset,
+        "split": recipe.split,
+        "task": "amodal" if recipe.amodal else "vanilla",
+        "width": SIZE_PX,
+        "height": SIZE_PX,
+        "expression": expression,
+        "gt_box": box,
+        "modal_box": list(thing.visible_box_px) if recipe.amodal else None,
+        "ann_id": str(index),
+        "ref_id": None,
+        "flipped": False,
+        "prompt_kind": query.prompt_kind,
+        "num_lookalikes": num_lookalikes(query, scene, index),
     }
     truth = {
-        "reasoning": query.steps(scene), "amodal_expression": amodal_expression,
-        "amodal_reasoning": amodal_steps(query, scene, index) if recipe.amodal else None, "verify": verified,
-        "planted_cause": cause, "gt_box": box,
-        "lookalike_boxes_px": [list(o.full_box_px if recipe.amodal else o.visible_box_px) for o in others],
+        "reasoning": query.steps(scene),
+        "amodal_expression": amodal_expression,
+        "amodal_reasoning": amodal_steps(query, scene, index) if recipe.amodal else None,
+        "verify": verified,
+        "planted_cause": cause,
+        "gt_box": box,
+        "lookalike_boxes_px": [
+            list(o.full_box_px if recipe.amodal else o.visible_box_px) for o in others
+        ],
     }
     return row, truth
 
@@ -145,18 +188,24 @@ def _sample(recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random)
 def counts(data: Data) -> dict[str, int]:
     """How many samples each file gets under a profile."""
     limits = {
-        "train.jsonl": data.train_limit, "train_amodal.jsonl": data.train_amodal_limit,
-        "selection.jsonl": data.selection_limit, "selection_amodal.jsonl": data.selection_amodal_limit,
+        "train.jsonl": data.train_limit,
+        "train_amodal.jsonl": data.train_amodal_limit,
+        "selection.jsonl": data.selection_limit,
+        "selection_amodal.jsonl": data.selection_amodal_limit,
         "validation.jsonl": data.eval_limit and 5 * data.eval_limit,
     }
     wanted = {name: limits.get(name, data.eval_limit) for name in recipes()}
     if missing := [name for name, count in wanted.items() if count is None]:
-        raise ProfileError(f"the miniature world is endless: the profile's `data` needs a limit for {missing[0]}")
+        raise ProfileError(
+            f"the miniature world is endless: the profile's `data` needs a limit for {missing[0]}"
+        )
     return wanted
 
 
 def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
-    """Write the pictures, the samples and, beside them, the truths of one file; returns its pictures' digests."""
+    """Write the pictures, the samples and, beside them, the truths of one file; returns its
+    pictures' digests.
+    """
     digests: dict[bytes, str] = {}
     rows: list[dict] = []
     with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
@@ -175,9 +224,11 @@ def _truths(folder: Path, name: str) -> Path:
 
 
 def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
-    """Write the files; a finished world of the same sizes is left alone. Returns the number of samples by file.
+    """Write the files; a finished world of the same sizes is left alone. Returns the number of
+    samples by file.
 
-    The folder appears whole or not at all: it is written beside its place, a file a process, and moved there.
+    The folder appears whole or not at all: it is written beside its place, a file a process, and
+    moved there.
     """
     done, made = out / "world.json", {"version": VERSION, "samples": wanted}
     if done.is_file() and json.loads(done.read_text()) == made:
@@ -192,7 +243,9 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
             for digests in pool.map(write_split, repeat(scratch), wanted, wanted.values()):
                 if twice := seen.keys() & digests.keys():
                     pair = {(seen[digest], digests[digest]) for digest in twice}
-                    raise RuntimeError(f"the same picture under two names, change a stream: {sorted(pair)[0]}")
+                    raise RuntimeError(
+                        f"the same picture under two names, change a stream: {sorted(pair)[0]}"
+                    )
                 seen |= digests
         with open(scratch / "teacher.jsonl", "wb") as teacher:
             for name in wanted:
@@ -210,7 +263,9 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the world of a profile."""
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.mini.world", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.mini.world", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", default="mini")
     args = parser.parse_args(argv)

@@ -1,8 +1,10 @@
-"""Tables 1-12, the comparisons that the paper lacks, and summary.json: functions of a run's files, no model needed.
+"""Tables 1-12, the comparisons that the paper lacks, and summary.json: functions of a run's files,
+no model needed.
 
     python -m egm_lib.tables --profile mini [--rule vlmevalkit] [--only table4]
 
-Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX; the same files give the same bytes.
+Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX; the same files give the same
+bytes.
 """
 
 import json
@@ -31,23 +33,34 @@ TABLES: dict[str, Callable[[Results], Table]] = {
 
 
 def build_tables(
-    run_roots: Sequence[Path], out_dir: Path, *, rule: str = "egm", draws: int = 2000, only: Sequence[str] | None = None
+    run_roots: Sequence[Path],
+    out_dir: Path,
+    *,
+    rule: str = "egm",
+    draws: int = 2000,
+    only: Sequence[str] | None = None,
 ) -> dict[str, Table]:
-    """Writes every table (or those named in `only`) and summary.json to out_dir; returns them by name.
+    """Writes every table (or those named in `only`) and summary.json to out_dir; returns them by
+    name.
 
-    run_roots: the runs of one profile, one a seed; several are pooled, and intervals cover seeds as well as pictures.
+    run_roots: the runs of one profile, one a seed; several are pooled, and intervals cover seeds as
+    well as pictures.
     """
     results = Results(run_roots, rule, draws)
     stamp = (
         f"Profile {results.profile}, seeds {', '.join(map(str, results.seeds))}, rule {rule}, "
         f"git {stated_text(results.stated('git'))}. Intervals: 95 %."
     )
-    tables = {name: build(results) for name, build in TABLES.items() if only is None or name in only}
+    tables = {
+        name: build(results) for name, build in TABLES.items() if only is None or name in only
+    }
     out_dir = Path(out_dir)
     for name, table in tables.items():
         for suffix, text in (
-            ("md", to_markdown(table, stamp)), ("csv", to_csv(table, results)), ("tex", to_latex(table, stamp)),
-        ):  # fmt: skip
+            ("md", to_markdown(table, stamp)),
+            ("csv", to_csv(table, results)),
+            ("tex", to_latex(table, stamp)),
+        ):
             with atomic_open(out_dir / f"{name}.{suffix}") as file:
                 file.write(text)
     if only is None:
@@ -67,7 +80,11 @@ def summary(results: Results) -> dict:
 
     def complex_share(model: str) -> dict | None:
         causes = results.majority_causes(model)
-        return None if causes.empty else _rounded(published.cause_shares(causes, results.draws)["COMPLEX-PROMPT"])
+        return (
+            None
+            if causes.empty
+            else _rounded(published.cause_shares(causes, results.draws)["COMPLEX-PROMPT"])
+        )
 
     def tokens(model: str) -> dict | None:
         rows = results.of(model)
@@ -76,10 +93,17 @@ def summary(results: Results) -> dict:
         means = [pd.to_numeric(rows[name]).mean() for name in ("reasoning_tokens", "answer_tokens")]
         if any(map(math.isnan, means)):
             return None
-        return {"reasoning": round(means[0], 2), "answer": round(means[1], 2), "mean": round(sum(means), 2)}
+        return {
+            "reasoning": round(means[0], 2),
+            "answer": round(means[1], 2),
+            "mean": round(sum(means), 2),
+        }
 
     differences = {
-        f"{task}: {a} - {b}": {**_rounded(value), "p": None if value.p_value is None else round(value.p_value, 6)}
+        f"{task}: {a} - {b}": {
+            **_rounded(value),
+            "p": None if value.p_value is None else round(value.p_value, 6),
+        }
         for task in ("vanilla", "amodal")
         for a, b in own.COMPARISONS
         if (value := published.gain(results, a, b, task)) is not None

@@ -1,4 +1,6 @@
-"""What a table is made of, and how it is written: Markdown for people, CSV for programs, LaTeX for papers."""
+"""What a table is made of, and how it is written: Markdown for people, CSV for programs, LaTeX for
+papers.
+"""
 
 import csv
 import io
@@ -15,7 +17,9 @@ UNKNOWN = "not at hand"  # the paper's number, in no text that we have
 
 
 def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
-    """A number as people round it, halves away from zero: 49.05 is 49.1, though its double lies a hair below."""
+    """A number as people round it, halves away from zero: 49.05 is 49.1, though its double lies a
+    hair below.
+    """
     exact = Decimal(str(round(float(value), 9)))
     rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP) + 0  # + 0: no "-0.0"
     return f"{rounded:{'+' if signed else ''},f}"
@@ -37,7 +41,10 @@ class Number:
 
     def texts(self) -> tuple[str, str]:
         """The value, and its interval in brackets or nothing."""
-        value, *ends = (decimal_text(each, self.decimals, self.signed) for each in (self.value, *(self.ci95 or ())))
+        value, *ends = (
+            decimal_text(each, self.decimals, self.signed)
+            for each in (self.value, *(self.ci95 or ()))
+        )
         return value, f"[{', '.join(ends)}]" if ends else ""
 
 
@@ -115,26 +122,62 @@ def to_csv(table: Table, results: Results) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
-        ["table", "row", "source", "column", "value", "low", "high", "n", "p", "rule", "profile", "seeds", "git"]
+        [
+            "table",
+            "row",
+            "source",
+            "column",
+            "value",
+            "low",
+            "high",
+            "n",
+            "p",
+            "rule",
+            "profile",
+            "seeds",
+            "git",
+        ]
     )
-    run = [results.rule, results.profile, " ".join(map(str, results.seeds)), stated_text(results.stated("git"))]
+    run = [
+        results.rule,
+        results.profile,
+        " ".join(map(str, results.seeds)),
+        stated_text(results.stated("git")),
+    ]
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             if isinstance(cell, Number):
                 low, high = cell.ci95 or ("", "")
                 numbers = [cell.value, low, high]
-                values = [f"{value:.6g}" if isinstance(value, float) else value for value in numbers]
-                extra = ["" if value is None else value for value in (cell.n, cell.p and f"{cell.p:.6g}")]
+                values = [
+                    f"{value:.6g}" if isinstance(value, float) else value for value in numbers
+                ]
+                extra = [
+                    "" if value is None else value for value in (cell.n, cell.p and f"{cell.p:.6g}")
+                ]
             else:
                 values, extra = [cell_text(cell), "", ""], ["", ""]
             writer.writerow([table.name, row.label, row.source, column, *values, *extra, *run])
     return buffer.getvalue()
 
 
-_LATEX = str.maketrans({
-    "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"$<$", ">": r"$>$", "|": r"$|$",
-})  # fmt: skip
+_LATEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"$|$",
+    }
+)
 
 
 def to_latex(table: Table, stamp: str) -> str:
@@ -163,4 +206,8 @@ def stated_text(value) -> str:
     """What manifests state, as one line; a list where several runs state different things."""
     if isinstance(value, list):
         return ", ".join(map(stated_text, value))
-    return "not recorded" if value is None else (value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    return (
+        "not recorded"
+        if value is None
+        else (value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    )

@@ -1,4 +1,6 @@
-"""Tables that the paper lacks: paired differences with their controls, kinds of samples, scorers, answers, latency."""
+"""Tables that the paper lacks: paired differences with their controls, kinds of samples, scorers,
+answers, latency.
+"""
 
 import math
 
@@ -13,28 +15,50 @@ from egm_lib.tables.cells import UNKNOWN, Number, Row, Table, count, p_text, per
 from egm_lib.tables.published import accuracy_cells, gain
 
 COMPARISONS = (
-    ("small-egm", "small-base"), ("small-egm", "large-base"), ("small-egm", "small-sft"), ("small-sft", "small-base"),
-    ("small-egm", "small-egm-no-reasoning"), ("small-egm", "small-direct-control"), ("small-egm", "small-sft-control"),
-    ("small-sft", "small-direct-control"), ("large-base", "small-base"),
-)  # fmt: skip
+    ("small-egm", "small-base"),
+    ("small-egm", "large-base"),
+    ("small-egm", "small-sft"),
+    ("small-sft", "small-base"),
+    ("small-egm", "small-egm-no-reasoning"),
+    ("small-egm", "small-direct-control"),
+    ("small-egm", "small-sft-control"),
+    ("small-sft", "small-direct-control"),
+    ("large-base", "small-base"),
+)
 
 
 def table_differences(results: Results) -> Table:
     """The hypothesis and its controls: paired differences, Holm-corrected within the table."""
     table = Table(
-        "table4_differences", "Differences, paired on samples",
+        "table4_differences",
+        "Differences, paired on samples",
         ["points", "n", "p (clustered)", "p (Holm)", "only first", "only second", "p (McNemar)"],
-    )  # fmt: skip
+    )
     tests = [
-        (f"{a} - {b}, {task}", gain(results, a, b, task)) for task in ("vanilla", "amodal") for a, b in COMPARISONS
+        (f"{a} - {b}, {task}", gain(results, a, b, task))
+        for task in ("vanilla", "amodal")
+        for a, b in COMPARISONS
     ]
-    with_p = [index for index, (_, test) in enumerate(tests) if test is not None and test.p_value is not None]
+    with_p = [
+        index
+        for index, (_, test) in enumerate(tests)
+        if test is not None and test.p_value is not None
+    ]
     adjusted = dict(zip(with_p, holm([tests[index][1].p_value for index in with_p]), strict=True))
     for index, (label, test) in enumerate(tests):
-        cells = [None] * 7 if test is None else [
-            percent(test), count(test.n), p_text(test.p_value), p_text(adjusted.get(index)), count(test.only_a),
-            count(test.only_b), p_text(test.mcnemar_p) or "several seeds",
-        ]  # fmt: skip
+        cells = (
+            [None] * 7
+            if test is None
+            else [
+                percent(test),
+                count(test.n),
+                p_text(test.p_value),
+                p_text(adjusted.get(index)),
+                count(test.only_a),
+                count(test.only_b),
+                p_text(test.mcnemar_p) or "several seeds",
+            ]
+        )
         table.rows.append(Row(label, "ours", cells))
     table.notes.append(
         "Mean over the splits; 95 % intervals from a bootstrap over pictures (and seeds). only first / only second: "
@@ -45,7 +69,9 @@ def table_differences(results: Results) -> Table:
 
 
 def table_kinds(results: Results) -> Table:
-    """Accuracy by kind of prompt, number of look-alikes, size of the object and length of the expression."""
+    """Accuracy by kind of prompt, number of look-alikes, size of the object and length of the
+    expression.
+    """
     models = results.models
     table = Table("table4_kinds", "Accuracy by kind of sample", ["n", *models])
     if not models:
@@ -59,14 +85,21 @@ def table_kinds(results: Results) -> Table:
                 if isinstance(value, float)
                 else f"{stratum.replace('_', ' ')}: {value}"
             )
-            cells = [percent(estimate(group[group["model"] == model], draws=results.draws)) for model in models]
+            cells = [
+                percent(estimate(group[group["model"] == model], draws=results.draws))
+                for model in models
+            ]
             table.rows.append(Row(name, "ours", [count(group["sample_id"].nunique()), *cells]))
-    table.notes.append("All vanilla splits together; n: samples; kinds and look-alikes where the data tells them.")
+    table.notes.append(
+        "All vanilla splits together; n: samples; kinds and look-alikes where the data tells them."
+    )
     return table
 
 
 def table_rules(results: Results) -> Table:
-    """The same answers scored as other evaluators would: how much of a difference is the scorer's."""
+    """The same answers scored as other evaluators would: how much of a difference is the
+    scorer's.
+    """
     models = results.models
     table = Table("table4_rules", "The same answers under other evaluators' rules", models)
     for rule in RULES if models else ():
@@ -76,7 +109,9 @@ def table_rules(results: Results) -> Table:
             rows = scored[(scored["model"] == model) & (scored["task"] == "vanilla")]
             cells.append(percent(estimate(rows, over_splits=True, draws=results.draws)))
         table.rows.append(Row(rule, "ours", cells))
-    table.notes.append("Vanilla splits, plain mean over the splits that were run; rules: docs/scoring-rules.md.")
+    table.notes.append(
+        "Vanilla splits, plain mean over the splits that were run; rules: docs/scoring-rules.md."
+    )
     return table
 
 
@@ -94,7 +129,9 @@ def table_answers(results: Results) -> Table:
     ]
     tokens = ["reasoning_tokens", "answer_tokens"]
     table = Table(
-        "table4_answers", "Answers: boxes, faults, tokens", [*(name.replace("_", " ") for name in shares + tokens), "n"]
+        "table4_answers",
+        "Answers: boxes, faults, tokens",
+        [*(name.replace("_", " ") for name in shares + tokens), "n"],
     )
     if not results.models:
         return table
@@ -106,17 +143,26 @@ def table_answers(results: Results) -> Table:
                 cells = [Number(100 * row[name]) for name in shares]
                 cells += [None if math.isnan(row[name]) else Number(row[name]) for name in tokens]
                 table.rows.append(Row(f"{model}, {task}", "ours", [*cells, count(int(row["n"]))]))
-    table.notes.append("Shares, mean IoU and accuracy over IoU 0.50:0.95 in percent; tokens: mean of an answer.")
+    table.notes.append(
+        "Shares, mean IoU and accuracy over IoU 0.50:0.95 in percent; tokens: mean of an answer."
+    )
     return table
 
 
 def table_decoding(results: Results) -> Table:
-    """Accuracy against the number of generated tokens and the way of decoding (variants of `egm_lib.decoding`)."""
+    """Accuracy against the number of generated tokens and the way of decoding (variants of
+    `egm_lib.decoding`).
+    """
     columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
     table = Table("table4_decoding", "Other ways to decode", columns)
-    plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or ["small-egm"]
+    plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or [
+        "small-egm"
+    ]
     for model in plain:
-        for name in [model, *(each for each in results.variants if each.partition("@")[0] == model)]:
+        for name in [
+            model,
+            *(each for each in results.variants if each.partition("@")[0] == model),
+        ]:
             rows = results.of(name)
             if rows.empty:
                 table.rows.append(Row(name, "ours", [None] * 4))
@@ -124,7 +170,9 @@ def table_decoding(results: Results) -> Table:
             tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
             difference = "" if name == model else percent(gain(results, name, model))
             accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
-            table.rows.append(Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))]))
+            table.rows.append(
+                Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))])
+            )
     table.notes.append(
         "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; majority-N: of N "
         "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as in Table 8."
@@ -133,28 +181,61 @@ def table_decoding(results: Results) -> Table:
 
 
 def table_ablations(results: Results) -> Table:
-    """GRPO taken apart (`make ablations`): short runs beside each other, on one validation split."""
-    columns = ["accuracy", "difference", "p (Holm)", "mean IoU", "tokens an answer", "n", "GRPO steps"]
+    """GRPO taken apart (`make ablations`): short runs beside each other, on one validation
+    split.
+    """
+    columns = [
+        "accuracy",
+        "difference",
+        "p (Holm)",
+        "mean IoU",
+        "tokens an answer",
+        "n",
+        "GRPO steps",
+    ]
     table = Table("ablation_grpo", "SFT and GRPO taken apart, on a validation split", columns)
     found = results.ablations
     for steps in sorted(set(found["steps"])) or [STEPS]:
-        rows = {name: found[(found["steps"] == steps) & (found["model"] == name)] for name in VARIANTS}
+        rows = {
+            name: found[(found["steps"] == steps) & (found["model"] == name)] for name in VARIANTS
+        }
         whole = rows["sft-and-grpo"]
-        tests = {name: paired_difference(rows[name], whole, draws=results.draws) for name in VARIANTS if len(whole)}
+        tests = {
+            name: paired_difference(rows[name], whole, draws=results.draws)
+            for name in VARIANTS
+            if len(whole)
+        }
         tests.pop("sft-and-grpo", None)
-        p_values = {name: test.p_value for name, test in tests.items() if test and test.p_value is not None}
+        p_values = {
+            name: test.p_value for name, test in tests.items() if test and test.p_value is not None
+        }
         adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
         for name, variant in VARIANTS.items():
             if rows[name].empty:
                 table.rows.append(Row(name, "ours", [None] * len(columns)))
                 continue
-            compared = ["", ""] if name == "sft-and-grpo" else [percent(tests.get(name)), p_text(adjusted.get(name))]
-            tokens = pd.to_numeric(rows[name]["reasoning_tokens"]) + pd.to_numeric(rows[name]["answer_tokens"])
-            table.rows.append(Row(name, "ours", [
-                percent(estimate(rows[name], draws=results.draws)), *compared,
-                percent(estimate(rows[name], "iou", draws=results.draws)), Number(tokens.mean()),
-                count(len(rows[name])), count(0 if variant.changes is None else steps),
-            ]))  # fmt: skip
+            compared = (
+                ["", ""]
+                if name == "sft-and-grpo"
+                else [percent(tests.get(name)), p_text(adjusted.get(name))]
+            )
+            tokens = pd.to_numeric(rows[name]["reasoning_tokens"]) + pd.to_numeric(
+                rows[name]["answer_tokens"]
+            )
+            table.rows.append(
+                Row(
+                    name,
+                    "ours",
+                    [
+                        percent(estimate(rows[name], draws=results.draws)),
+                        *compared,
+                        percent(estimate(rows[name], "iou", draws=results.draws)),
+                        Number(tokens.mean()),
+                        count(len(rows[name])),
+                        count(0 if variant.changes is None else steps),
+                    ],
+                )
+            )
     table.notes.append(
         "Short GRPO runs of one length, whatever the run itself did; difference: paired, to sft-and-grpo, which has "
         "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: IoU alone."
@@ -164,26 +245,56 @@ def table_ablations(results: Results) -> Table:
 
 def table_latency(results: Results) -> Table:
     """Fig. 5's numbers: latency by the protocol beside accuracy."""
-    columns = ["at a time", "ms, mean", "ms, median", "ms, p95", "first token, ms", "tokens", "accuracy", "n"]
+    columns = [
+        "at a time",
+        "ms, mean",
+        "ms, median",
+        "ms, p95",
+        "first token, ms",
+        "tokens",
+        "accuracy",
+        "n",
+    ]
     columns.append("measured on")
     table = Table("table4_latency", "Latency of requests, and accuracy", columns)
     for row in paper("fig5")["rows"]:
         milliseconds, accuracy = row["values"]
-        cells = [UNKNOWN, Number(milliseconds, decimals=0), *[UNKNOWN] * 4, Number(accuracy), UNKNOWN, "L20 GPUs"]
+        cells = [
+            UNKNOWN,
+            Number(milliseconds, decimals=0),
+            *[UNKNOWN] * 4,
+            Number(accuracy),
+            UNKNOWN,
+            "L20 GPUs",
+        ]
         table.rows.append(Row(row["name"], "paper", cells))
     for model in results.models:
         accuracy = accuracy_cells(results, model)[-1]
         for concurrency in CONCURRENCIES:
             stats = latency_stats(results, model, concurrency)
             if stats is None:
-                table.rows.append(Row(model, "ours", [count(concurrency), *[None] * 5, accuracy, None, None]))
+                table.rows.append(
+                    Row(model, "ours", [count(concurrency), *[None] * 5, accuracy, None, None])
+                )
                 continue
             first = stats["first_token_mean"]
-            table.rows.append(Row(model, "ours", [
-                count(concurrency), Number(stats["mean"], stats["ci95"]), Number(stats["p50"]), Number(stats["p95"]),
-                None if first is None else Number(first), Number(stats["tokens"]), accuracy, count(stats["n"]),
-                stats["device"],
-            ]))  # fmt: skip
+            table.rows.append(
+                Row(
+                    model,
+                    "ours",
+                    [
+                        count(concurrency),
+                        Number(stats["mean"], stats["ci95"]),
+                        Number(stats["p50"]),
+                        Number(stats["p95"]),
+                        None if first is None else Number(first),
+                        Number(stats["tokens"]),
+                        accuracy,
+                        count(stats["n"]),
+                        stats["device"],
+                    ],
+                )
+            )
     table.notes.append(
         "Ours: after a warm-up, from handing the request over (picture in memory) to the last token; several at a time "
         "are a batch, whose answers come together, or requests on the way to an endpoint. "
@@ -193,7 +304,9 @@ def table_latency(results: Results) -> Table:
 
 
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
-    """Mean (with interval), p50 and p95 in ms of a model's rows of the latency protocol; None where it was not run."""
+    """Mean (with interval), p50 and p95 in ms of a model's rows of the latency protocol; None where
+    it was not run.
+    """
     rows = results.latency
     if len(rows):
         asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)

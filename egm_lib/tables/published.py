@@ -8,31 +8,55 @@ import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation import Difference, Estimate, estimate, iter_rows, paired_difference, split_keys
+from egm_lib.evaluation import (
+    Difference,
+    Estimate,
+    estimate,
+    iter_rows,
+    paired_difference,
+    split_keys,
+)
 from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.results import Results, paper, read_json
-from egm_lib.tables.cells import NOT_RUN, UNKNOWN, Cell, Number, Row, Table, count, decimal_text, percent, published
-
-# --- Sec. 3 ----------------------------------------------------------------------------------------------------------
+from egm_lib.tables.cells import (
+    NOT_RUN,
+    UNKNOWN,
+    Cell,
+    Number,
+    Row,
+    Table,
+    count,
+    decimal_text,
+    percent,
+    published,
+)
 
 
 def cause_shares(failures: pd.DataFrame, draws: int) -> dict[str, Estimate]:
     causes = [row["name"] for row in paper("table12")["rows"]]
     seeds = failures.assign(dataset="", split="")
     return {
-        cause: estimate(seeds.assign(hit=(seeds["cause"] == cause).astype(float)), "hit", draws=draws)
+        cause: estimate(
+            seeds.assign(hit=(seeds["cause"] == cause).astype(float)), "hit", draws=draws
+        )
         for cause in causes
     }
 
 
 def counted_failures(number: int, seeds: int) -> str:
-    """How many failures a share is of. A base fails alike in every seed, so a sum over seeds says that it is one."""
+    """How many failures a share is of. A base fails alike in every seed, so a sum over seeds says
+    that it is one.
+    """
     return f"{number:,} failures" + (f", {seeds} seeds together" if seeds > 1 else "")
 
 
 def table1(results: Results) -> Table:
     """Causes of failure: the paper's, then the run's bases by the majority of their judges."""
-    models = [model for model in results.models if not results.failures[results.failures["model"] == model].empty]
+    models = [
+        model
+        for model in results.models
+        if not results.failures[results.failures["model"] == model].empty
+    ]
     shown = list(dict.fromkeys(["small-base", "large-base", *models]))
     source = paper("table1")
     table = Table("table1", source["title"], ["InternVL-3-8B, GPT-4", *shown])
@@ -41,7 +65,10 @@ def table1(results: Results) -> Table:
         majority = results.majority_causes(model)
         shares[model] = None if majority.empty else cause_shares(majority, results.draws)
     for row in source["rows"]:
-        cells = [None if shares[model] is None else percent(shares[model][row["name"]]) for model in shown]
+        cells = [
+            None if shares[model] is None else percent(shares[model][row["name"]])
+            for model in shown
+        ]
         table.rows.append(Row(row["name"], "paper | ours", [published(row["values"][0]), *cells]))
     for model in shown:
         judged = results.majority_causes(model)
@@ -61,8 +88,12 @@ def table2(results: Results) -> Table:
     """Accuracy on the failures of the small base that the judges call COMPLEX-PROMPT."""
     source = paper("table2")
     table = Table("table2", source["title"], ["accuracy", "n"])
-    table.rows += [Row(row["name"], "paper", [published(row["values"][0]), UNKNOWN]) for row in source["rows"]]
-    complex_ids = results.majority_causes("small-base").query("cause == 'COMPLEX-PROMPT'")[["seed", "sample_id"]]
+    table.rows += [
+        Row(row["name"], "paper", [published(row["values"][0]), UNKNOWN]) for row in source["rows"]
+    ]
+    complex_ids = results.majority_causes("small-base").query("cause == 'COMPLEX-PROMPT'")[
+        ["seed", "sample_id"]
+    ]
     for model in results.models or ["small-egm", "large-base"]:
         if model != "small-base":
             rows = (
@@ -93,9 +124,15 @@ def table12(results: Results) -> Table:
         rows = failures[failures["judge"] == judge]
         shares[judge] = None if rows.empty else cause_shares(rows, results.draws)
     for row in source["rows"]:
-        ours = [None if shares[judge] is None else percent(shares[judge][row["name"]]) for judge in judges]
+        ours = [
+            None if shares[judge] is None else percent(shares[judge][row["name"]])
+            for judge in judges
+        ]
         table.rows.append(Row(row["name"], "paper | ours", [*map(published, row["values"]), *ours]))
-    table.notes += [f"Agreement of our judges: {_agreement(failures)}.", f"Paper: {source['source']}."]
+    table.notes += [
+        f"Agreement of our judges: {_agreement(failures)}.",
+        f"Paper: {source['source']}.",
+    ]
     return table
 
 
@@ -115,11 +152,8 @@ def _agreement(failures: pd.DataFrame) -> str:
     )
 
 
-# --- Sec. 4: data ----------------------------------------------------------------------------------------------------
-
-
-# What is dropped on the way to the SFT data: the stage of the run's curation, by column of Table 3; no number is the
-# paper's, in no text that we have.
+# What is dropped on the way to the SFT data: the stage of the run's curation, by column of Table 3;
+# no number is the paper's, in no text that we have.
 DROPPED = {
     "expressions dropped by filters, %": ("", "amodal-expression-train"),
     "expressions not verified, %": ("", "verify-train"),
@@ -132,13 +166,18 @@ def table3(results: Results) -> Table:
     source = paper("table3")
     tasks = source["columns"]
     table = Table("table3", source["title"], tasks)
-    table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
+    table.rows += [
+        Row(row["name"], "paper", [count(value) for value in row["values"]])
+        for row in source["rows"]
+    ]
     counted = [_count_traces(results, task) for task in tasks]
     for label in ("samples", "images", "words a trace, mean"):
         table.rows.append(Row(label, "ours", [counts and counts[label] for counts in counted]))
     for label, stages in DROPPED.items():
         table.rows.append(Row(label, "paper", [UNKNOWN if stage else "" for stage in stages]))
-        table.rows.append(Row(label, "ours", [_dropped(results, stage) if stage else "" for stage in stages]))
+        table.rows.append(
+            Row(label, "ours", [_dropped(results, stage) if stage else "" for stage in stages])
+        )
     table.notes += _first_seed_note(results)
     return table
 
@@ -150,7 +189,9 @@ def _first_seed_note(results: Results) -> list[str]:
 
 def _dropped(results: Results, stage: str) -> Cell:
     """Share of a curation stage's answers that its filters dropped, in the first seed."""
-    outcomes = Counter(row["status"] for row in _first_seeds_rows(results, f"curation/{stage}.jsonl"))
+    outcomes = Counter(
+        row["status"] for row in _first_seeds_rows(results, f"curation/{stage}.jsonl")
+    )
     answered = outcomes["ok"] + outcomes["filtered"]
     return Number(100 * outcomes["filtered"] / answered, n=answered) if answered else None
 
@@ -163,7 +204,11 @@ def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
         images.add(row["image_id"])
     if not samples:
         return None
-    return {"samples": count(samples), "images": count(len(images)), "words a trace, mean": Number(words / samples)}
+    return {
+        "samples": count(samples),
+        "images": count(len(images)),
+        "words a trace, mean": Number(words / samples),
+    }
 
 
 def _first_seeds_rows(results: Results, relative: str) -> Iterator[dict]:
@@ -192,21 +237,27 @@ def table7(results: Results) -> Table:
     """Sizes of the RL data, and what our selection found in the first seed."""
     source = paper("table7")
     table = Table("table7", source["title"], ["samples"])
-    table.rows += [Row(row["name"], "paper", [count(value) for value in row["values"]]) for row in source["rows"]]
+    table.rows += [
+        Row(row["name"], "paper", [count(value) for value in row["values"]])
+        for row in source["rows"]
+    ]
     stats = read_json(results.roots[0] / "selection.json")
-    table.rows += [Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])]
+    table.rows += [
+        Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])
+    ]
     table.notes += [f"Paper: {source['source']}.", *_first_seed_note(results)]
     return table
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
 def table6(results: Results) -> Table:
-    """GRPO's hyperparameters: the paper's and those that the run began with, each value once where seeds differ."""
+    """GRPO's hyperparameters: the paper's and those that the run began with, each value once where
+    seeds differ.
+    """
     trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
     manifests = [read_json(root / "manifest.json") or {} for root in trained]
-    return _settings("table6", [manifest["values"]["grpo"] for manifest in manifests if "values" in manifest])
+    return _settings(
+        "table6", [manifest["values"]["grpo"] for manifest in manifests if "values" in manifest]
+    )
 
 
 def table8(results: Results) -> Table:
@@ -215,12 +266,16 @@ def table8(results: Results) -> Table:
         sampling = load_profile(results.profile).generation.sampling
     except ProfileError:
         return _settings("table8", [])
-    return _settings("table8", [{item.name: getattr(sampling, item.name) for item in fields(Sampling)}])
+    return _settings(
+        "table8", [{item.name: getattr(sampling, item.name) for item in fields(Sampling)}]
+    )
 
 
 def _settings(name: str, ours: Sequence[dict]) -> Table:
     source = paper(name)
-    table = Table(name, source["title"], [*(f"paper: {column}" for column in source["columns"]), "ours"])
+    table = Table(
+        name, source["title"], [*(f"paper: {column}" for column in source["columns"]), "ours"]
+    )
     for row in source["rows"]:
         stated = [_setting(values[row["key"]]) for values in ours if row["key"] in values]
         cells = [*map(_setting, row["values"]), " / ".join(dict.fromkeys(stated)) or NOT_RUN]
@@ -233,11 +288,10 @@ def _setting(value) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- Sec. 5: accuracy ------------------------------------------------------------------------------------------------
-
-
 def accuracy_cells(results: Results, model: str, task: str = "vanilla") -> list[Cell]:
-    """Accuracy of a model on each split of a task, then the plain mean of the splits where all were run."""
+    """Accuracy of a model on each split of a task, then the plain mean of the splits where all were
+    run.
+    """
     splits = EVAL_SPLITS if task == "vanilla" else AMODAL_SPLITS
     rows = results.of(model, task)
     keys = split_keys(rows)
@@ -245,7 +299,10 @@ def accuracy_cells(results: Results, model: str, task: str = "vanilla") -> list[
     cells = [percent(estimate(rows[keys == key], draws=results.draws)) for key in wanted]
     rows = rows[keys.isin(wanted)]
     complete = all(cell is not None for cell in cells)
-    return [*cells, percent(estimate(rows, over_splits=True, draws=results.draws)) if complete else None]
+    return [
+        *cells,
+        percent(estimate(rows, over_splits=True, draws=results.draws)) if complete else None,
+    ]
 
 
 def gain(results: Results, a: str, b: str, task: str = "vanilla") -> Difference | None:
@@ -287,12 +344,18 @@ def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
 def miniature(results: Results) -> str:
     """The warning that belongs below a table whose models are not the paper's."""
     return (
-        "" if results.same_models else " A miniature stands beside the paper's models: compare directions, not numbers."
+        ""
+        if results.same_models
+        else " A miniature stands beside the paper's models: compare directions, not numbers."
     )
 
 
 def _published_row(row: dict) -> Row:
-    return Row(row["name"], "paper", [*map(published, row["values"]), published(row["mean_of_splits"]), UNKNOWN])
+    return Row(
+        row["name"],
+        "paper",
+        [*map(published, row["values"]), published(row["mean_of_splits"]), UNKNOWN],
+    )
 
 
 def _published_gain(above: dict, below: dict) -> Row:
@@ -306,7 +369,10 @@ def _split_gains(results: Results, a: str, b: str) -> Row:
     rows_a, rows_b = results.of(a), results.of(b)
     cells: list[Cell] = []
     for dataset, split in EVAL_SPLITS:
-        parts = [rows[(rows["dataset"] == dataset) & (rows["split"] == split)] for rows in (rows_a, rows_b)]
+        parts = [
+            rows[(rows["dataset"] == dataset) & (rows["split"] == split)]
+            for rows in (rows_a, rows_b)
+        ]
         empty = any(part.empty for part in parts)
         cells.append(None if empty else percent(paired_difference(*parts, draws=results.draws)))
     mean = None if None in cells else gain(results, a, b)
@@ -323,7 +389,11 @@ def _minus(cell: Cell, value: float) -> Cell:
 def table4(results: Results) -> Table:
     """Accuracy by split, the paper's model above ours."""
     wanted = ["small-base", "small-egm", "large-base"]
-    others = [model for model in results.models if model not in wanted and model != "small-egm-no-reasoning"]
+    others = [
+        model
+        for model in results.models
+        if model not in wanted and model != "small-egm-no-reasoning"
+    ]
     return _by_split(results, "table4", [*wanted, *others])
 
 
@@ -336,15 +406,23 @@ def table5(results: Results) -> Table:
     """Amodal grounding."""
     source = paper("table5")
     table = Table(
-        "table5", source["title"], ["COCO-Amodal val", "COCO-Amodal test", "mean of 2", "gain over small-base", "n"]
+        "table5",
+        source["title"],
+        ["COCO-Amodal val", "COCO-Amodal test", "mean of 2", "gain over small-base", "n"],
     )
     for row in source["rows"]:
         cells = [UNKNOWN, UNKNOWN, UNKNOWN, Number(row["values"][0], signed=True), UNKNOWN]
         table.rows.append(Row(row["name"], "paper", cells))
-    for model in dict.fromkeys(["small-base", "small-sft", "small-egm", "large-base", *results.models]):
+    for model in dict.fromkeys(
+        ["small-base", "small-sft", "small-egm", "large-base", *results.models]
+    ):
         cells = accuracy_cells(results, model, "amodal")
-        lift = "" if model == "small-base" else percent(gain(results, model, "small-base", "amodal"))
-        table.rows.append(Row(model, "ours", [*cells, lift, count(len(results.of(model, "amodal")) or None)]))
+        lift = (
+            "" if model == "small-base" else percent(gain(results, model, "small-base", "amodal"))
+        )
+        table.rows.append(
+            Row(model, "ours", [*cells, lift, count(len(results.of(model, "amodal")) or None)])
+        )
     table.notes.append(f"Paper: {source['source']}.{miniature(results)}")
     return table
 
@@ -352,10 +430,19 @@ def table5(results: Results) -> Table:
 def table9(results: Results) -> Table:
     """What SFT gives and what RL adds."""
     source = paper("table9")
-    table = Table("table9", source["title"], [*source["columns"], "SFT - base", "RL - SFT", "RL - base"])
+    table = Table(
+        "table9", source["title"], [*source["columns"], "SFT - base", "RL - SFT", "RL - base"]
+    )
     for row in source["rows"]:
         base, sft, rl = row["values"]
-        cells = [published(base), published(sft), published(rl), UNKNOWN, UNKNOWN, Number(rl - base, signed=True)]
+        cells = [
+            published(base),
+            published(sft),
+            published(rl),
+            UNKNOWN,
+            UNKNOWN,
+            Number(rl - base, signed=True),
+        ]
         table.rows.append(Row(row["name"], "paper", cells))
     chain = ("small-base", "small-sft", "small-egm")
     for task in ("vanilla", "amodal"):
@@ -368,12 +455,16 @@ def table9(results: Results) -> Table:
 
 
 def table11(results: Results) -> Table:
-    """Of the samples that the small base fails, how many another model solves; and how many it loses."""
+    """Of the samples that the small base fails, how many another model solves; and how many it
+    loses.
+    """
     source = paper("table11")
     table = Table("table11", source["title"], [*source["columns"], "lost of what the base solved"])
     for row in source["rows"]:
         failed, solved, share = row["values"]
-        table.rows.append(Row(row["name"], "paper", [count(failed), count(solved), Number(share), UNKNOWN]))
+        table.rows.append(
+            Row(row["name"], "paper", [count(failed), count(solved), Number(share), UNKNOWN])
+        )
     base = results.of("small-base")
     models = [model for model in results.models if model != "small-base"] or ["small-egm"]
     for model in models:
@@ -381,13 +472,24 @@ def table11(results: Results) -> Table:
         if base.empty or rows.empty:
             table.rows.append(Row(model, "ours", [None] * 4))
             continue
-        both = rows.merge(base[["seed", "sample_id", "success"]], on=["seed", "sample_id"], suffixes=("", "_base"))
+        both = rows.merge(
+            base[["seed", "sample_id", "success"]], on=["seed", "sample_id"], suffixes=("", "_base")
+        )
         failed, kept = both[~both["success_base"]], both[both["success_base"]]
         solved = estimate(failed, draws=results.draws)
         dropped = estimate(kept.assign(success=~kept["success"]), draws=results.draws)
-        table.rows.append(Row(model, "ours", [
-            count(len(failed)), count(int(failed["success"].sum())), percent(solved), percent(dropped),
-        ]))  # fmt: skip
+        table.rows.append(
+            Row(
+                model,
+                "ours",
+                [
+                    count(len(failed)),
+                    count(int(failed["success"].sum())),
+                    percent(solved),
+                    percent(dropped),
+                ],
+            )
+        )
     table.notes.append(
         "Any model that differs from the base solves some of its failures; what it loses stands in the last column "
         "(the paper does not print it)."

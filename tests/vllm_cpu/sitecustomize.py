@@ -1,6 +1,7 @@
 """On the path of `make test-vllm` alone: lets torchvision be imported beside a CPU-only torch.
 
-Its wheel is built for CUDA, so two operators that it describes are missing. They are declared here; nothing calls them.
+Its wheel is built for CUDA, so two operators that it describes are missing. They are declared here;
+nothing calls them.
 """
 
 import torch
