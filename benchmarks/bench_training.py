@@ -27,14 +27,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from egm_lib import grpo, sft
 from egm_lib.data import read_samples
+from egm_lib.inference.loading import DTYPES, Qwen3VLProcessor, load_model, load_processor
+from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.mini.models import build, config, save
 from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.world import write_split
-from egm_lib.models import DTYPES, Qwen3VLProcessor, load_model, load_processor
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
-from egm_lib.training import logged_minutes
-from egm_lib.vision_cache import freeze_vision
+from egm_lib.training.clock import logged_minutes
 
 
 class Stopwatch(TrainerCallback):
@@ -219,7 +219,7 @@ def main() -> None:
             lora=lora,
         )
         rows = sft.answer_rows(samples, family, scratch, reasoning=True, grid=20, label=False)
-        trainer = sft.make_trainer(model, processor, rows, family, options, **common)
+        trainer = sft.make_sft_trainer(model, processor, rows, family, options, **common)
     else:
         options = replace(
             profile.grpo,
@@ -237,7 +237,7 @@ def main() -> None:
             "reward": half_random(options.num_generations),
             "groups": scratch / "groups.jsonl",
         }
-        trainer = grpo.make_trainer(model, processor, rows, family, options, **common)
+        trainer = grpo.make_grpo_trainer(model, processor, rows, family, options, **common)
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()

@@ -3,7 +3,6 @@ as curves.
 """
 
 import io
-import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from egm_lib.data.records import atomic_open
-from egm_lib.drawing import draw_picture
-from egm_lib.figures import build_figures
-from egm_lib.palette import look, new_figure, styled
-from egm_lib.profile import Run
-from egm_lib.tables import build_tables
+from egm_lib.files import read_jsonl
+from egm_lib.reports.figures import build_figures
+from egm_lib.reports.tables import build_tables
+from egm_lib.run import Run
+from egm_lib.viewer.drawing import draw_picture
+from egm_lib.viewer.palette import look, new_figure, styled
 
 
 def show_tables(run: Run, *names: str) -> None:
@@ -91,20 +90,3 @@ def show(figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     display(Image(buffer.getvalue()))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:
-    """Writes rows to a JSONL file, whole or not at all; returns their number."""
-    count = 0
-    with atomic_open(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count

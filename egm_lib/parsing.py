@@ -11,7 +11,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from egm_lib.boxes import SUCCESS_IOU, Box, BoxFrame, frame_scale
-from egm_lib.peer_rules import PEER_RULES
+from egm_lib.scoring_rules import PEER_RULES
 
 RULES = ("egm", *PEER_RULES)
 MAX_GROUPS = 2000  # nobody answers with more boxes: what follows is a loop, and is not read

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import sys
 import types
 import typing
@@ -20,28 +21,26 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
-Family = Literal["qwen3-vl", "internvl-3"]
-Task = Literal["vanilla", "amodal"]
+from egm_lib.errors import EgmError
+from egm_lib.files import project_root
+from egm_lib.prompts import FamilyName, Task
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 
 
-class ProfileError(ValueError):
+class ProfileError(EgmError, ValueError):
     """A profile that does not exist or says what we do not understand; the message says where and
     how to mend it.
     """
 
 
-def project_root() -> Path:
-    """The checkout that holds this package; the working directory where the package was installed
-    elsewhere.
-    """
-    checkout = Path(__file__).resolve().parents[1]
-    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+MINI = "mini"  # base_url of the miniature world's teacher, in process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class Model:
     """A checkpoint: a folder of the project or a model hub id, and the prompt format it speaks."""
 
     path: str
-    family: Family
+    family: FamilyName
     dtype: DType
     revision: str | None = None  # of a hub id
     max_pixels: int | None = None
@@ -137,7 +136,7 @@ class SFT:
     weight_decay: float
     max_grad_norm: float
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what a picture looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
@@ -184,7 +183,7 @@ class GRPO:
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what a picture looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     rollout_dtype: DType
@@ -256,62 +255,21 @@ class Profile:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files
-    in it.
-    """
-
-    profile: Profile
-    seed: int
-
-    @property
-    def root(self) -> Path:
-        return project_root() / "data" / "runs" / f"{self.profile.name}-{self.seed}"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    def notebook(self, name: str) -> Path:
-        return self.root / "notebooks" / name
-
-    def samples(self, name: str) -> Path:
-        return self.root / "samples" / f"{name}.jsonl"
-
-    def traces(self, name: str) -> Path:
-        return self.root / "traces" / f"{name}.jsonl"
-
-    def log(self, name: str) -> Path:
-        return self.root / "logs" / name
-
-    def groups(self, task: str) -> Path:
-        return self.root / "groups" / f"{task}.jsonl"
-
-    def checkpoint(self, task: str, model: str) -> Path:
-        return self.root / "checkpoints" / task / model
-
-    def predictions(self, model: str, split_id: str) -> Path:
-        """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
-        return self.root / "predictions" / model / f"{split_id}.jsonl"
-
-    @property
-    def roots(self) -> list[Path]:
-        """The folders of all seeds of the profile that have been run."""
-        folders = [Run(self.profile, seed).root for seed in {*self.profile.seeds, self.seed}]
-        return sorted(folder for folder in folders if folder.is_dir())
-
-    @property
-    def figures(self) -> Path:
-        """Tables and figures, shared by the seeds of a profile."""
-        return project_root() / "figures" / self.profile.name
+def api_key(base_url: str, variable: str) -> str:
+    """The key of a service, from the environment only; local and in-process services need none."""
+    if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
+        raise ProfileError(
+            "api_key_env is the name of an environment variable, and what was given is no such name"
+        )
+    key = os.environ.get(variable, "")
+    if not key and not is_local(base_url):
+        raise ProfileError(f"no key for {base_url}: set the environment variable {variable}")
+    return key or "none"
 
 
-def open_run(profile: str, seed: int) -> Run:
-    """The first line of every notebook: the run of a profile's name and a seed, its folder made."""
-    run = Run(load_profile(profile), seed)
-    run.root.mkdir(parents=True, exist_ok=True)
-    return run
+def is_local(base_url: str) -> bool:
+    host = urlsplit(base_url).hostname or ""
+    return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def profile_names() -> list[str]:
@@ -422,12 +380,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="without a name, the known names are listed")
     name = parser.parse_args(argv).name
     try:
-        print(
-            "\n".join(profile_names())
-            if name is None
-            else json.dumps(load_profile(name).as_dict(), indent=2)
-        )
-    except ProfileError as error:
+        if name is None:
+            print("\n".join(profile_names()))
+        else:
+            print(json.dumps(load_profile(name).as_dict(), indent=2))
+    except ProfileError as error:  # as `egm_lib.cli` does, which stands above this module
         print(error, file=sys.stderr)
         return 2
     return 0

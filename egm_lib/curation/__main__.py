@@ -14,7 +14,7 @@ from pathlib import Path
 
 from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.ledger import LedgerError
-from egm_lib.curation.results import JsonlSamples
+from egm_lib.curation.outputs import JsonlSamples
 from egm_lib.curation.services import CurationError
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import Price, Teacher

@@ -20,8 +20,8 @@ from pathlib import Path
 import openai
 from tqdm import tqdm
 
-from egm_lib.curation.cost import Budget
-from egm_lib.curation.plan import Plan, Receipts, Request
+from egm_lib.curation.cost import SpendingCap
+from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts
 from egm_lib.curation.services import CurationError, Refused, refuses_everything
 
 MAX_REQUESTS = 50_000  # a file, https://platform.openai.com/docs/guides/batch
@@ -90,7 +90,7 @@ async def run_batches(
 
     Raises Refused or CurationError.
     """
-    job = _BatchJob(client, plan, receipts, Budget(budget_usd, receipts.ledger), stop, bar)
+    job = _BatchJob(client, plan, receipts, SpendingCap(budget_usd, receipts.ledger), stop, bar)
     try:
         async with client:
             await job.run()
@@ -107,7 +107,7 @@ class _BatchJob:
         client: openai.AsyncOpenAI,
         plan: Plan,
         receipts: Receipts,
-        budget: Budget,
+        budget: SpendingCap,
         stop: threading.Event,
         bar: tqdm,
     ) -> None:
@@ -153,7 +153,7 @@ class _BatchJob:
             self.log.append("forgotten", name)
         return [batch for batch in batches if batch.batch_id]
 
-    async def _submit(self, pending: Iterator[Request | None]) -> tuple[Batch | None, bool]:
+    async def _submit(self, pending: Iterator[CurationRequest | None]) -> tuple[Batch | None, bool]:
         """(the next batch, whether more may follow)."""
         name = uuid.uuid4().hex
         path = self.log.path.with_name(f".{name}.batch")
@@ -182,7 +182,7 @@ class _BatchJob:
             path.unlink(missing_ok=True)
 
     def _write(
-        self, path: Path, name: str, pending: Iterator[Request | None]
+        self, path: Path, name: str, pending: Iterator[CurationRequest | None]
     ) -> tuple[Batch, bool]:
         """Write one request file within the service's limits and the budget."""
         batch = Batch(name, {}, 0.0)
@@ -233,7 +233,7 @@ class _BatchJob:
         for key, (sample_id, prompt) in batch.requests.items():
             if not (self.receipts.ledger.answer(key) or self.receipts.ledger.failure(key)):
                 reason = f"batch {batch.batch_id} {theirs.status} without an answer: {'; '.join(map(str, reasons))}"
-                self.receipts.fail(Request(key, sample_id, prompt), reason)
+                self.receipts.fail(CurationRequest(key, sample_id, prompt), reason)
         self.receipts.ledger.sync()
         self.log.append("collected", batch.name)
         self.budget.reserved_usd -= batch.at_most_usd
@@ -250,7 +250,7 @@ class _BatchJob:
             return
         if key not in batch.requests or self.receipts.ledger.answer(key):
             return
-        request = Request(key, *batch.requests[key])
+        request = CurationRequest(key, *batch.requests[key])
         if response.get("status_code") == 200 and self.receipts.receive(
             request, json.dumps(response["body"])
         ):

@@ -18,20 +18,13 @@ import openai
 from tqdm import tqdm
 
 from egm_lib.curation.batch import run_batches
-from egm_lib.curation.cost import Budget, Estimate, cost_usd
+from egm_lib.curation.cost import CostEstimate, SpendingCap, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
-from egm_lib.curation.plan import Plan, Receipts, Report, Request
-from egm_lib.curation.results import First, count_checked, write_output
-from egm_lib.curation.services import (
-    MINI,
-    CurationError,
-    Refused,
-    api_key,
-    connect,
-    refuses_everything,
-)
-from egm_lib.curation.tasks import TASKS, Task
-from egm_lib.profile import Teacher
+from egm_lib.curation.outputs import First, count_checked, write_output
+from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts, Report
+from egm_lib.curation.services import CurationError, Refused, connect, refuses_everything
+from egm_lib.curation.tasks import TASKS, CurationTask
+from egm_lib.profile import MINI, Teacher, api_key
 
 # A reply that is no chat completion (half a JSON, an error page with status 200) is asked for again
 READ_TRIES = 3
@@ -39,7 +32,7 @@ SYNC_S = 5.0
 
 
 def run_task(
-    task: Task,
+    task: CurationTask,
     samples: Iterable[Mapping],
     teacher: Teacher,
     *,
@@ -136,7 +129,7 @@ class _Asker:
             bar,
         )
         self.deadline_s = deadline_s
-        self.budget = Budget(budget_usd, receipts.ledger)
+        self.budget = SpendingCap(budget_usd, receipts.ledger)
         self.patience = max(100, 4 * plan.teacher.concurrency)  # failures in a row
         self.failures_in_a_row = 0
         self.under_way: set[str] = set()
@@ -156,7 +149,7 @@ class _Asker:
         if self.error:
             raise self.error
 
-    async def _work(self, pending: Iterator[Request | None]) -> None:
+    async def _work(self, pending: Iterator[CurationRequest | None]) -> None:
         passed = 0
         while not self.stop.is_set() and (request := next(pending, self)) is not self:
             if request is None:
@@ -174,7 +167,7 @@ class _Asker:
             self.bar.update()
             self.bar.set_postfix_str(f"{self.receipts.ledger.cost_usd:.4f} USD", refresh=False)
 
-    async def _ask(self, request: Request) -> None:
+    async def _ask(self, request: CurationRequest) -> None:
         """One sample's way to a record in the ledger."""
         try:
             body = await asyncio.to_thread(self.plan.body, request)
@@ -203,7 +196,7 @@ class _Asker:
         finally:
             await self.budget.give_back(at_most_usd)
 
-    async def _fetch(self, request: Request, body: dict) -> None:
+    async def _fetch(self, request: CurationRequest, body: dict) -> None:
         name = quote(request.sample_id, safe=" :/+,=@#")
         options = {"headers": {"X-EGM-Sample": name, "X-EGM-Task": self.plan.task.name}}
         for attempt in range(READ_TRIES):
@@ -281,7 +274,7 @@ def _stopping_gently(stop: threading.Event) -> Iterator[None]:
 
 
 def estimate(
-    task: Task,
+    task: CurationTask,
     samples: Iterable[Mapping],
     teacher: Teacher,
     *,
@@ -289,7 +282,7 @@ def estimate(
     root: Path,
     limit: int | None = None,
     batch: bool = False,
-) -> Estimate:
+) -> CostEstimate:
     """What `run_task` would ask and cost; asks nothing, needs no key."""
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     count_checked(task, plan.samples)
@@ -308,4 +301,6 @@ def estimate(
         prompt, completion = round(requests * mean[0]), round(requests * mean[1])
         basis = "the mean of the ledger's answers"
     cost = cost_usd(prompt, completion, teacher.price_per_mtok, batch=batch)
-    return Estimate(requests, prompt, completion, cost, at_most_usd, basis, teacher.price_per_mtok)
+    return CostEstimate(
+        requests, prompt, completion, cost, at_most_usd, basis, teacher.price_per_mtok
+    )

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from egm_lib.curation.ledger import Ledger
-from egm_lib.curation.tasks import MAX_SIDE_PX, Task
+from egm_lib.curation.marks import MAX_SIDE_PX
+from egm_lib.curation.tasks import CurationTask
 from egm_lib.profile import Price
 
 BATCH_DISCOUNT = 0.5  # OpenAI's Batch API
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """What a run would ask and cost. basis: where the token counts come from."""
 
     requests: int
@@ -38,7 +39,7 @@ class Estimate:
         return f"{self.requests:,} requests, {tokens} ({self.basis}): {cost}"
 
 
-def picture_tokens(width: int, height: int) -> int:
+def image_prompt_tokens(width: int, height: int) -> int:
     """Prompt tokens of a picture by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile,
     shorter side 768.
 
@@ -48,9 +49,9 @@ def picture_tokens(width: int, height: int) -> int:
     return 85 + 170 * -(-int(width * scale) // 512) * -(-int(height * scale) // 512)
 
 
-def prompt_tokens(task: Task, sample: Mapping) -> int:
+def prompt_tokens(task: CurationTask, sample: Mapping) -> int:
     """Estimate of a request's prompt: four characters of English a token, and the picture."""
-    return len(task.prompt(sample)) // 4 + picture_tokens(sample["width"], sample["height"])
+    return len(task.prompt(sample)) // 4 + image_prompt_tokens(sample["width"], sample["height"])
 
 
 def cost_usd(
@@ -66,7 +67,7 @@ def cost_usd(
     )
 
 
-class Budget:
+class SpendingCap:
     """A cap on a ledger's cost that holds with requests under way: each sets aside what it may cost
     at most.
     """

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reply:
+class TeacherReply:
     """One reply of a service as the ledger keeps it; answer: what the task's reader found in its
     text.
     """
@@ -26,7 +26,7 @@ class Reply:
     answer: str | None = None
 
 
-Filter = Callable[[Reply, Mapping], bool]
+Filter = Callable[[TeacherReply, Mapping], bool]
 
 
 def _pattern(*alternatives: str) -> re.Pattern:
@@ -138,7 +138,7 @@ _BETWEEN = frozenset(
 )
 
 
-def refusal(reply: Reply, sample: Mapping) -> bool:
+def refusal(reply: TeacherReply, sample: Mapping) -> bool:
     """The service declined: its own field, its content filter, or an answer that opens with an
     apology.
     """
@@ -149,17 +149,17 @@ def refusal(reply: Reply, sample: Mapping) -> bool:
     )
 
 
-def truncated(reply: Reply, sample: Mapping) -> bool:
+def truncated(reply: TeacherReply, sample: Mapping) -> bool:
     """The answer ended at the token limit."""
     return reply.finish_reason == "length"
 
 
-def empty(reply: Reply, sample: Mapping) -> bool:
+def empty(reply: TeacherReply, sample: Mapping) -> bool:
     """Nothing but white space and punctuation."""
     return not re.search(r"\w", reply.text)
 
 
-def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
+def mentions_drawn_box(reply: TeacherReply, sample: Mapping) -> bool:
     """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is
     no mention.
     """
@@ -172,17 +172,17 @@ def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
     return bool(_SOME_BOX.search(reply.text)) and not _IS_BOX.search(expression)
 
 
-def names_ground_truth(reply: Reply, sample: Mapping) -> bool:
+def names_ground_truth(reply: TeacherReply, sample: Mapping) -> bool:
     """Treats the answer as given instead of finding it."""
     return bool(_GROUND_TRUTH.search(reply.text))
 
 
-def coordinates(reply: Reply, sample: Mapping) -> bool:
+def coordinates(reply: TeacherReply, sample: Mapping) -> bool:
     """Coordinates or pixel values."""
     return bool(_COORDINATES.search(reply.text))
 
 
-def image_boundary(reply: Reply, sample: Mapping) -> bool:
+def image_boundary(reply: TeacherReply, sample: Mapping) -> bool:
     """Speaks of the picture's own border (Fig. 11 forbids it: a whole object may lie beyond)."""
     return bool(_BOUNDARY.search(reply.text))
 
@@ -199,17 +199,17 @@ def more_sentences_than(limit: int) -> Filter:
     return lambda reply, sample: count_sentences(reply.text) > limit
 
 
-def no_answer(reply: Reply, sample: Mapping) -> bool:
+def no_answer(reply: TeacherReply, sample: Mapping) -> bool:
     """The text does not hold what was asked for: YES or NO, or exactly one category."""
     return reply.answer is None
 
 
-def rejected(reply: Reply, sample: Mapping) -> bool:
+def rejected(reply: TeacherReply, sample: Mapping) -> bool:
     """Verification says that the expression does not identify the object."""
     return reply.answer == "NO"
 
 
-def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
+def wrong_direction(reply: TeacherReply, extensions: list[tuple[str, str]]) -> bool:
     """An amodal trace that names a direction in which the object does not extend, or none of those
     in which it does.
 

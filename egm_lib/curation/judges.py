@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-from egm_lib.curation.results import JsonlSamples
+from egm_lib.curation.outputs import JsonlSamples
 from egm_lib.curation.tasks import CAUSES
-from egm_lib.data.records import atomic_open
+from egm_lib.files import atomic_open
 
 
 def write_judgements(path: Path, outs: Mapping[str, Path]) -> int:

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from egm_lib.errors import EgmError
 
-class LedgerError(RuntimeError):
+
+class LedgerError(EgmError, RuntimeError):
     """A ledger that cannot be used now; the message says why and what to do."""
 
 

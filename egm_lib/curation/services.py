@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,10 +10,11 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-MINI = "mini"  # base_url of the miniature world's teacher, in process
+from egm_lib.errors import EgmError
+from egm_lib.profile import MINI, is_local
 
 
-class CurationError(RuntimeError):
+class CurationError(EgmError, RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
@@ -22,23 +22,6 @@ class Refused(CurationError):
     """The service refuses everything (wrong key, wrong model, no credit): going on would fail every
     sample.
     """
-
-
-def api_key(base_url: str, variable: str) -> str:
-    """The key of a service, from the environment only; local and in-process services need none."""
-    if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
-        raise CurationError(
-            "api_key_env is the name of an environment variable, and what was given is no such name"
-        )
-    key = os.environ.get(variable, "")
-    if not key and not is_local(base_url):
-        raise CurationError(f"no key for {base_url}: set the environment variable {variable}")
-    return key or "none"
-
-
-def is_local(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def connect(

@@ -12,6 +12,7 @@ from egm_lib.data.fetch import SOURCES, FetchError, fetch
 from egm_lib.data.prepare import prepare, report_path
 from egm_lib.data.records import read_samples
 from egm_lib.data.survey import describe, picture_faults, table3
+from egm_lib.errors import InputError
 
 SHOWN_FAULTS = 20
 
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fetch(given: argparse.Namespace) -> int:
     if unknown := set(given.names) - set(SOURCES):
-        raise ValueError(f"nothing is called {min(unknown)!r}; there are {', '.join(SOURCES)}")
+        raise InputError(f"nothing is called {min(unknown)!r}; there are {', '.join(SOURCES)}")
     failed = []
     for name in given.names or SOURCES:
         print(f"{name}: licence: {SOURCES[name].licence}")

@@ -20,7 +20,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from egm_lib.data.records import atomic_open
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open
 
 CHUNK_BYTES = 1 << 20
 RESERVE_BYTES = 1 << 30  # left free on the disk
@@ -28,7 +29,7 @@ RESERVE_BYTES = 1 << 30  # left free on the disk
 MAX_EXPANSION = 200
 
 
-class FetchError(RuntimeError):
+class FetchError(EgmError, RuntimeError):
     """A download or an archive that did not work out; the message says what to do."""
 
 

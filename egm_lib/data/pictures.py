@@ -7,13 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from egm_lib.data.records import atomic_open
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open
 
 # 64 megapixels: no picture of COCO or TAO comes near, a decompression bomb does
 MAX_PIXELS = 64_000_000
 
 
-class PictureError(ValueError):
+class PictureError(EgmError, ValueError):
     """A file that cannot be shown; the message says which and why."""
 
 

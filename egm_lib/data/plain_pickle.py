@@ -8,6 +8,8 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
+from egm_lib.errors import EgmError
+
 MAX_BYTES = 512 * 2**20  # the largest refs(*).p has about 40 MB
 
 # Opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo that
@@ -71,7 +73,7 @@ _ADMITTED = (
 _OPCODE_NAMES = {opcode.code.encode("latin-1")[0]: opcode.name for opcode in pickletools.opcodes}
 
 
-class UnsafePickleError(ValueError):
+class UnsafePickleError(EgmError, ValueError):
     """A pickle that is broken or wants more than plain data; the message says which file and what
     it wanted.
     """

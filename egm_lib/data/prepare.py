@@ -20,11 +20,12 @@ from egm_lib.data.records import (
     AMODAL_SPLITS,
     EVAL_SPLITS,
     Task,
-    atomic_open,
     rows_to_dataset,
     write_samples,
 )
 from egm_lib.data.refcoco import load_refcoco
+from egm_lib.errors import InputError
+from egm_lib.files import atomic_open
 
 TRAIN_DATASETS = ("refcoco", "refcoco+", "refcocog")
 COCO_IMAGES = "images/train2014"
@@ -68,7 +69,7 @@ def prepare(
             for name in chosen
             if report.get(name, chosen[name]) != chosen[name]
         ]:
-            raise ValueError(
+            raise InputError(
                 f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it again"
             )
     return reports

@@ -2,16 +2,13 @@
 
 import json
 import logging
-import os
 import types
 import typing
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +17,9 @@ import pyarrow.json
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-Task = Literal["vanilla", "amodal"]
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open
+from egm_lib.prompts import Task
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ EDGE_TOLERANCE_PX = 1.0  # annotators' boxes overshoot the border by fractions o
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
-class SampleError(ValueError):
+class SampleError(EgmError, ValueError):
     """A row that is no GroundingSample; the message says file, row and reason."""
 
 
@@ -344,22 +343,3 @@ def join_image(image_root: str | Path | None, name: str) -> str:
     root).
     """
     return name if image_root is None else str(Path(image_root) / name)
-
-
-@contextmanager
-def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """A file that replaces `path` when the block ends well, and leaves no trace when it does
-    not.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of the usual rights, unlike tempfile's
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(
-            unfinished, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
-        ) as file:
-            yield file
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -17,6 +17,7 @@ from egm_lib.data.records import (
     rows_to_dataset,
     xywh_to_xyxy,
 )
+from egm_lib.errors import InputError
 
 SPLITS = {
     ("refcoco", "unc"): ("train", "val", "testA", "testB"),
@@ -51,7 +52,7 @@ def load_refcoco(
     splits = SPLITS.get((dataset, split_by))
     if splits is None or split not in splits:
         known = "; ".join(f"{name} ({by}): {', '.join(of)}" for (name, by), of in SPLITS.items())
-        raise ValueError(f"no split {split!r} of {dataset!r} by {split_by!r}; there are {known}")
+        raise InputError(f"no split {split!r} of {dataset!r} by {split_by!r}; there are {known}")
     folder = Path(root) / dataset
     refs_path, left_out = folder / f"refs({split_by}).p", Counter()
     refs = _cached(load_plain_pickle, refs_path)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from egm_lib.inference.loading import Qwen3VLProcessor, save_processor
 from egm_lib.mini.scenes import SIZE_PX
+from egm_lib.mini.tokens import build_tokenizer
 
 PATCH_PX, MERGE, WIDTH = 8, 2, 128
 CELLS = SIZE_PX // (PATCH_PX * MERGE)  # merged cells per side: 8 x 8 = 64 image tokens
@@ -140,8 +142,6 @@ def processor(tokenizer):
     """The miniature's processor: pictures of exactly SIZE_PX square, no resizing."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from egm_lib.models import Qwen3VLProcessor
-
     area = SIZE_PX * SIZE_PX
     pictures = Qwen2VLImageProcessorPil(
         patch_size=PATCH_PX,
@@ -158,8 +158,6 @@ def save(model, folder) -> None:
     """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers
     needs to load it.
     """
-    from egm_lib.mini.tokens import build_tokenizer
-    from egm_lib.models import save_processor
 
     tokenizer = build_tokenizer()
     model.model.language_model.config._attn_implementation = "sdpa"

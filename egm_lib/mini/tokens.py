@@ -13,6 +13,8 @@ from functools import cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from egm_lib.mini.language import WORDS
+
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -54,7 +56,6 @@ _PATTERN = "|".join(
 @cache
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer with every word that egm_lib.mini.language can say."""
-    from egm_lib.mini.language import WORDS
 
     punctuation = [*".,:;?()[]{}\"'-", " ", "\t", " ["]
     spellings = [prefix + n for prefix in ("", ", ", " ", " at ") for n in NUMBERS]

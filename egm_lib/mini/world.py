@@ -25,6 +25,7 @@ from random import Random
 import numpy as np
 
 from egm_lib.boxes import iou
+from egm_lib.cli import ends
 from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
 from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookalikes, sample_query
 from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
@@ -269,13 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", default="mini")
     args = parser.parse_args(argv)
-    try:
-        made = write_world(args.out, counts(load_profile(args.profile).data))
-    except (ProfileError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return ends(lambda: _write(args))
+
+
+def _write(args: argparse.Namespace) -> None:
+    made = write_world(args.out, counts(load_profile(args.profile).data))
     print(f"{sum(made.values())} samples in {len(made)} files under {args.out}")
-    return 0
 
 
 if __name__ == "__main__":
