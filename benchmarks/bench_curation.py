@@ -116,7 +116,7 @@ def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) 
     """Peak memory and CPU seconds of `--dry-run` at growing input, imports included."""
     used = {}
     for count in counts:
-        make_samples(folder, count, pictures=1)
+        make_samples(folder, count, images=1)
         call = [*command(folder, "http://127.0.0.1:9/v1", folder / "out.jsonl", 1.0), "--dry-run"]
         process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # of this process alone
@@ -132,7 +132,7 @@ def memory(folder: Path) -> dict:
     """
     peaks = {}
     for count in (5_750, 57_500, 575_000):
-        make_samples(folder, count, pictures=1)
+        make_samples(folder, count, images=1)
         call = [sys.executable, __file__, "--resume", str(folder), str(count)]
         peaks[count] = json.loads(
             subprocess.run(call, capture_output=True, text=True, check=True).stdout

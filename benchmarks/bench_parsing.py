@@ -65,7 +65,7 @@ def completions() -> dict[str, str]:
     reasoning = (
         "To correctly identify the lady with the blue shirt, compare the people standing on the court. The first from "
         "the left wears white, the man beside her holds a racket, and the third from the left wears a bright blue top "
-        "with her right arm raised. She stands between two men near the middle of the picture, in front of the fence."
+        "with her right arm raised. She stands between two men near the middle of the image, in front of the fence."
     )
     return {
         name: family.answer((284, 225, 484, 358), (640, 480), "lady with the blue shirt", reasoning)

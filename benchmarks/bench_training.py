@@ -112,7 +112,7 @@ SIZES = {  # Qwen3-VL's: its language model and its tower
     ),
 }
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens a picture
+SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens an image
 
 
 def random_model(size: str, dtype: str):
@@ -151,7 +151,7 @@ def random_model(size: str, dtype: str):
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3VLForConditionalGeneration(shape)
     torch.set_default_dtype(torch.float32)
-    pictures = Qwen2VLImageProcessorPil(
+    images = Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
@@ -159,9 +159,7 @@ def random_model(size: str, dtype: str):
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return model.eval(), Qwen3VLProcessor(
-        pictures, tokenizer, chat_template=tokenizer.chat_template
-    )
+    return model.eval(), Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def drawn_samples(folder: Path, count: int) -> list[dict]:

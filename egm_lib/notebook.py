@@ -15,7 +15,7 @@ from egm_lib.files import read_jsonl
 from egm_lib.reports.figures import build_figures
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
-from egm_lib.viewer.drawing import draw_picture
+from egm_lib.viewer.drawing import draw_image
 from egm_lib.viewer.palette import look, new_figure, styled
 
 
@@ -46,7 +46,7 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
-    """Pictures in a row with the ground truth (its hidden part hatched) and, for prediction rows,
+    """Images in a row with the ground truth (its hidden part hatched) and, for prediction rows,
     the model's box.
     """
     samples = list(samples)
@@ -58,7 +58,7 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
             figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True
         ):
             answers = [(sample["box"], look(sample["model"]))] if "box" in sample else []
-            draw_picture(axis, sample, answers, root)
+            draw_image(axis, sample, answers, root)
             axis.set_title(textwrap.fill(sample["expression"], 34), fontsize=8, fontweight="normal")
         show(figure)
 

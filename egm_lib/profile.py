@@ -136,7 +136,7 @@ class SFT:
     weight_decay: float
     max_grad_norm: float
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.inference.vision_cache)
+    # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
@@ -183,7 +183,7 @@ class GRPO:
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.inference.vision_cache)
+    # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     rollout_dtype: DType

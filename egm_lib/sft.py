@@ -6,8 +6,8 @@
 without reasoning, for the minutes of SFT and GRPO together; `--control sft` writes
 `small-sft-control`: SFT continued for GRPO's minutes.
 
-The loss covers the assistant's answer and its end token only. With the vision frozen, pictures come
-from the vision cache and prompts about one picture share its prefix; without, or on several
+The loss covers the assistant's answer and its end token only. With the vision frozen, images come
+from the vision cache and prompts about one image share its prefix; without, or on several
 processes, TRL's plain forward is used.
 """
 
@@ -69,7 +69,7 @@ def sft_options(options: SFT, work: Path, seed: int) -> dict:
         "warmup_steps": options.warmup_ratio,  # a number below 1 is a share of the steps
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
-        # TRL's truncation could cut a picture's tokens apart: ours is in `answer_ids`
+        # TRL's truncation could cut an image's tokens apart: ours is in `answer_ids`
         "max_length": None,
         "packing": False,
     }
@@ -144,7 +144,7 @@ def make_sft_trainer(
         and config.world_size == 1
     )
     if possible if shared_prefix is None else shared_prefix:
-        # It drops the keys and values that rows of a picture share
+        # It drops the keys and values that rows of an image share
         config.gradient_checkpointing = False
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)

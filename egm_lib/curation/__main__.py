@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _find_root(samples: JsonlSamples) -> Path:
-    """The folder, upwards from the input file's, in which the first sample's picture lies."""
+    """The folder, upwards from the input file's, in which the first sample's image lies."""
     folder = samples.path.resolve().parent
     image = str(next(iter(samples), {}).get("image", ""))
     return next(
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--root",
         type=Path,
-        help="data root; default: upwards from the input, where the first picture is found",
+        help="data root; default: upwards from the input, where the first image is found",
     )
     parser.add_argument("--ledger", type=Path, help="default: OUTPUT with suffix .ledger.jsonl")
     parser.add_argument(

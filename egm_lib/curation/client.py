@@ -296,7 +296,7 @@ def estimate(
             prompt += request.prompt_tokens
             at_most_usd += plan.at_most_usd(request, batch=batch)
     completion = requests * task.reply_tokens
-    basis = "picture tiles as gpt-4.1 counts them, 4 characters a token, a typical answer's length"
+    basis = "image tiles as gpt-4.1 counts them, 4 characters a token, a typical answer's length"
     if mean:
         prompt, completion = round(requests * mean[0]), round(requests * mean[1])
         basis = "the mean of the ledger's answers"

@@ -40,7 +40,7 @@ class CostEstimate:
 
 
 def image_prompt_tokens(width: int, height: int) -> int:
-    """Prompt tokens of a picture by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile,
+    """Prompt tokens of an image by OpenAI's rule for gpt-4o and gpt-4.1: 85 + 170 a 512 px tile,
     shorter side 768.
 
     Other services count otherwise; once there are answers, their usage is the estimate.
@@ -50,7 +50,7 @@ def image_prompt_tokens(width: int, height: int) -> int:
 
 
 def prompt_tokens(task: CurationTask, sample: Mapping) -> int:
-    """Estimate of a request's prompt: four characters of English a token, and the picture."""
+    """Estimate of a request's prompt: four characters of English a token, and the image."""
     return len(task.prompt(sample)) // 4 + image_prompt_tokens(sample["width"], sample["height"])
 
 

@@ -84,12 +84,12 @@ _COORDINATES = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-_PICTURE = r"(?:image|picture|photo|photograph|frame|scene|canvas)"
+_IMAGE_WORD = r"(?:image|picture|photo|photograph|frame|scene|canvas)"
 _LIMIT = r"(?:boundary|boundaries|borders?|edges?|limits?)"
 _BOUNDARY = _pattern(
-    rf"{_PICTURE}(?:['’]s)?(?: \w+)? {_LIMIT}",
-    rf"{_LIMIT} of the {_PICTURE}",
-    rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_PICTURE}",
+    rf"{_IMAGE_WORD}(?:['’]s)?(?: \w+)? {_LIMIT}",
+    rf"{_LIMIT} of the {_IMAGE_WORD}",
+    rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_IMAGE_WORD}",
 )
 
 _SENTENCE_END = re.compile(
@@ -183,7 +183,7 @@ def coordinates(reply: TeacherReply, sample: Mapping) -> bool:
 
 
 def image_boundary(reply: TeacherReply, sample: Mapping) -> bool:
-    """Speaks of the picture's own border (Fig. 11 forbids it: a whole object may lie beyond)."""
+    """Speaks of the image's own border (Fig. 11 forbids it: a whole object may lie beyond)."""
     return bool(_BOUNDARY.search(reply.text))
 
 

@@ -43,7 +43,7 @@ def agreement(
 ) -> pd.DataFrame:
     """Agreement of judges on the failures that all of them judged: a row a pair, and one for all.
 
-    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, the unit that
+    judgements: columns sample_id, judge, cause. clusters: sample_id -> image, the unit that
     Fleiss' bootstrap draws.
     Columns: percent (of equal verdicts; for all: unanimous ones), kappa (Cohen's; for all:
     Fleiss'), low, high (95 %; Cohen's from its standard error, Fleiss' by bootstrap), n. A kappa is

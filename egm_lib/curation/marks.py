@@ -12,50 +12,50 @@ from PIL import Image, ImageDraw, ImageFont
 from egm_lib.data import open_image
 
 LINE_WIDTH_PX = 5  # Fig. 8 [C]
-# Larger pictures are sent smaller: services scale them down anyway, and charge for the bytes
+# Larger images are sent smaller: services scale them down anyway, and charge for the bytes
 MAX_SIDE_PX = 2048
 JPEG_QUALITY = 90
 
 
 class Mark(NamedTuple):
-    """A box drawn on the picture; box: xyxy px, may leave the picture."""
+    """A box drawn on the image; box: xyxy px, may leave the image."""
 
     box: tuple[float, ...]
     colour: str
     label: str
 
 
-@lru_cache(maxsize=4)  # neighbouring samples share a picture, and decoding is most of the work
+@lru_cache(maxsize=4)  # neighbouring samples share an image, and decoding is most of the work
 def opened(path: str, size: int, mtime_ns: int) -> Image.Image:
     return open_image(path)
 
 
-def marked_jpeg(picture: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
-    """The picture with boxes drawn and labelled, as JPEG, its longer side at most MAX_SIDE_PX."""
-    if picture.size != (sample["width"], sample["height"]):
+def marked_jpeg(image: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
+    """The image with boxes drawn and labelled, as JPEG, its longer side at most MAX_SIDE_PX."""
+    if image.size != (sample["width"], sample["height"]):
         said, seen = (
             f"{sample['width']} x {sample['height']}",
-            f"{picture.width} x {picture.height}",
+            f"{image.width} x {image.height}",
         )
         raise ValueError(
-            f"the record says {said} px, the picture has {seen}: boxes would be drawn in the wrong place"
+            f"the record says {said} px, the image has {seen}: boxes would be drawn in the wrong place"
         )
-    scale = min(1.0, MAX_SIDE_PX / max(picture.size))
-    size = (round(picture.width * scale), round(picture.height * scale))
-    picture = picture.resize(size) if scale < 1 else picture.copy()
-    draw = ImageDraw.Draw(picture)
+    scale = min(1.0, MAX_SIDE_PX / max(image.size))
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size) if scale < 1 else image.copy()
+    draw = ImageDraw.Draw(image)
     for box, colour, label in marks:
         x1, y1, x2, y2 = (value * scale for value in box)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=LINE_WIDTH_PX)
         tag = _tag(label, colour)
-        x, y = min(max(x1, 0), max(picture.width - tag.width, 0)), max(y1 - tag.height, 0)
-        picture.paste(tag, (round(x), round(y)))
+        x, y = min(max(x1, 0), max(image.width - tag.width, 0)), max(y1 - tag.height, 0)
+        image.paste(tag, (round(x), round(y)))
     file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=JPEG_QUALITY)
+    image.save(file, format="JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 
-@lru_cache(maxsize=16)  # drawn once for all pictures: text costs more than the boxes
+@lru_cache(maxsize=16)  # drawn once for all images: text costs more than the boxes
 def _tag(label: str, colour: str) -> Image.Image:
     """A mark's label, white on its colour."""
     font = ImageFont.load_default(size=12)

@@ -52,7 +52,7 @@ class Plan:
         )
 
     def request(self, sample: Mapping) -> CurationRequest:
-        """The request of a sample; raises OSError or ValueError where its picture cannot be
+        """The request of a sample; raises OSError or ValueError where its image cannot be
         found.
         """
         image = resolve_image(sample, self.root)
@@ -62,11 +62,11 @@ class Plan:
         )
 
     def keyless(self, sample: Mapping) -> CurationRequest:
-        """A request for estimates only: does not look at the picture."""
+        """A request for estimates only: does not look at the image."""
         return CurationRequest("", sample["sample_id"], prompt_tokens(self.task, sample))
 
     def body(self, request: CurationRequest) -> dict:
-        """The chat request; reads and marks the picture, so raises OSError or ValueError."""
+        """The chat request; reads and marks the image, so raises OSError or ValueError."""
         content = messages(self.task, request.sample, request.image)
         return {"model": self.teacher.model, "messages": content, **self.sampling}
 

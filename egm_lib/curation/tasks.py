@@ -1,4 +1,4 @@
-"""The five curation tasks as data: prompt, marks drawn on the picture, reading of the answer,
+"""The five curation tasks as data: prompt, marks drawn on the image, reading of the answer,
 filters, sampling.
 """
 
@@ -64,16 +64,16 @@ def request_key(
     is told.
 
     The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key;
-    the picture as its bytes and the marks drawn on it. Raises OSError where the picture cannot be
+    the image as its bytes and the marks drawn on it. Raises OSError where the image cannot be
     read.
     """
     stat = image.stat()
-    picture = [_image_digest(str(image), stat.st_size, stat.st_mtime_ns), task.marks(sample)]
+    seen = [_image_digest(str(image), stat.st_size, stat.st_mtime_ns), task.marks(sample)]
     asked = [
         task.name,
         task.prompt_version,
         task.prompt(sample),
-        picture,
+        seen,
         sample["sample_id"],
         model,
         sampling,
@@ -88,16 +88,16 @@ def _image_digest(path: str, size: int, mtime_ns: int) -> str:
 
 
 def messages(task: CurationTask, sample: Mapping, image: Path) -> list[dict]:
-    """Chat messages of one request: the marked picture as a data URL, then the prompt.
+    """Chat messages of one request: the marked image as a data URL, then the prompt.
 
-    Raises FileNotFoundError or egm_lib.data.pictures.PictureError, ValueError where the picture has
+    Raises FileNotFoundError or egm_lib.data.images.ImageError, ValueError where the image has
     another size than the sample says.
     """
     stat = image.stat()
-    picture = opened(str(image), stat.st_size, stat.st_mtime_ns)
+    unmarked = opened(str(image), stat.st_size, stat.st_mtime_ns)
     url = (
         "data:image/jpeg;base64,"
-        + base64.b64encode(marked_jpeg(picture, task.marks(sample), sample)).decode()
+        + base64.b64encode(marked_jpeg(unmarked, task.marks(sample), sample)).decode()
     )
     content = [
         {"type": "image_url", "image_url": {"url": url}},

@@ -50,7 +50,7 @@ class Source:
 
 _REFER = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
 _HUB = "https://huggingface.co/datasets"
-_COCO_LICENCE = "annotations CC BY 4.0; pictures: Flickr's terms of use, each its own licence"
+_COCO_LICENCE = "annotations CC BY 4.0; images: Flickr's terms of use, each its own licence"
 
 
 def _coco(split: str, md5: str) -> Source:
@@ -68,7 +68,7 @@ def _refer(name: str, archived: str, sha256: str) -> Source:
     mirror = f"https://web.archive.org/web/{archived}id_/{_REFER}/{name}.zip"
     return Source(
         name,
-        "annotations: no licence stated by refer (its code is Apache-2.0); pictures as COCO",
+        "annotations: no licence stated by refer (its code is Apache-2.0); images as COCO",
         (mirror, f"{_REFER}/{name}.zip"),
         f"downloads/{name}.zip",
         ".",
@@ -98,7 +98,7 @@ SOURCES = {
         ),
         Source(
             "coco_amodal",
-            "annotations: none stated by amodalAPI; pictures as COCO",
+            "annotations: none stated by amodalAPI; images as COCO",
             ("https://www.dropbox.com/s/4znu1sbf67c8c96/annotations.tar.gz?dl=1",),
             "downloads/coco_amodal.tar.gz",
             "coco_amodal",

@@ -1,4 +1,4 @@
-"""Horizontal flips, as in the authors' training file: picture and box mirrored, left and right
+"""Horizontal flips, as in the authors' training file: image and box mirrored, left and right
 swapped in the words.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from datasets import Dataset
 
-from egm_lib.data.pictures import mirrored_name
+from egm_lib.data.images import mirrored_name
 from egm_lib.data.records import GroundingSample, rows_to_dataset
 
 _SWAP = {"left": "right", "right": "left"}
@@ -62,7 +62,7 @@ class _Doubt(Exception):
 
 
 def mirror_expression(expression: str) -> str | None:
-    """The expression that means the same object in the mirrored picture; None where that cannot be
+    """The expression that means the same object in the mirrored image; None where that cannot be
     told from the words.
 
     left and right change places in every word that says where something is, letter case kept. None
@@ -114,9 +114,9 @@ def _like(old: str, new: str) -> str:
 
 
 def flip(sample: Mapping) -> GroundingSample | None:
-    """The sample mirrored: picture (its twin in the sibling folder `..._flip`), boxes and words.
+    """The sample mirrored: image (its twin in the sibling folder `..._flip`), boxes and words.
     None where the words cannot be (`mirror_expression`). Flipping twice gives the sample back.
-    Makes no picture: `write_mirrored` does.
+    Makes no image: `write_mirrored` does.
     """
     expression = mirror_expression(sample["expression"])
     if expression is None:

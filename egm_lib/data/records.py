@@ -28,7 +28,7 @@ class GroundingSample(TypedDict):
     """One referring expression and the box it means: a row of every Dataset, a line of every
     *.jsonl.
 
-    Boxes are [x1, y1, x2, y2] in pixels of the picture as it is seen (EXIF orientation applied),
+    Boxes are [x1, y1, x2, y2] in pixels of the image as it is seen (EXIF orientation applied),
     origin top left.
     """
 
@@ -41,14 +41,14 @@ class GroundingSample(TypedDict):
     width: int  # px
     height: int  # px
     expression: str
-    gt_box: list[float]  # xyxy px; inside the picture for "vanilla", may leave it for "amodal"
+    gt_box: list[float]  # xyxy px; inside the image for "vanilla", may leave it for "amodal"
     modal_box: list[float] | None  # xyxy px of the visible part; "amodal" only
-    image_id: str  # of the unmirrored picture, equal across data sets (COCO id where there is one)
+    image_id: str  # of the unmirrored image, equal across data sets (COCO id where there is one)
     ann_id: str | None
     ref_id: str | None
     flipped: bool  # True: made by `flip`
     prompt_kind: str | None  # description of the expression, where the source tells
-    # Other objects of the same kind in the picture, where the source tells
+    # Other objects of the same kind in the image, where the source tells
     num_lookalikes: int | None
 
 
@@ -290,7 +290,7 @@ def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
         known_N = vanilla_N & ~absent_N & ~not_four_N
         yield (
             known_N & (overshoot_N > EDGE_TOLERANCE_PX),
-            f"{name} leaves the picture, which only amodal boxes may",
+            f"{name} leaves the image, which only amodal boxes may",
         )
     yield vanilla_N & ~absent_N, "modal_box belongs to amodal samples only"
 

@@ -24,7 +24,7 @@ SPLITS = {
     ("refcoco", "google"): ("train", "val", "test"),
     ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
     ("refcocog", "umd"): ("train", "val", "test"),
-    # Its val shares pictures with its train: umd is the default
+    # Its val shares images with its train: umd is the default
     ("refcocog", "google"): ("train", "val"),
 }
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -43,7 +43,7 @@ def load_refcoco(
 
     root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json; split_by: "unc",
     "umd" or "google".
-    image_root: put before every picture's name. counts: if given, receives how many sentences were
+    image_root: put before every image's name. counts: if given, receives how many sentences were
     left out and why.
     Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError,
     SampleError.
@@ -84,12 +84,12 @@ def _rows(
         try:
             if ref["split"] != split:
                 continue
-            # A ref's file_name carries the annotation's number (..._16.jpg): the picture's name is
+            # A ref's file_name carries the annotation's number (..._16.jpg): the image's name is
             # in instances.json.
             image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
             if annotation["image_id"] != ref["image_id"]:
                 raise SampleError(
-                    f"{source}, row {number}: annotation {ref['ann_id']} is of picture "
+                    f"{source}, row {number}: annotation {ref['ann_id']} is of image "
                     f"{annotation['image_id']}, not of {ref['image_id']}"
                 )
             common = dict(

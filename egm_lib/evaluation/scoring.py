@@ -100,7 +100,7 @@ def split_keys(scored: pd.DataFrame) -> pd.Series:
 
 
 def with_strata(scored: pd.DataFrame) -> pd.DataFrame:
-    """Adds the strata of the breakdowns: size (share of the picture's side) and length (words of
+    """Adds the strata of the breakdowns: size (share of the image's side) and length (words of
     the expression).
     """
     boxes_N_4 = np.array(scored["gt_box"].tolist(), dtype=float).reshape(-1, 4)

@@ -1,8 +1,8 @@
 """Prediction files -> metrics with intervals, and differences between models with their evidence.
 
 IoU and success are never stored: `score` reads them from the raw answers, by any rule of the
-parser, so that the same files can be scored as other evaluators would. Expressions on one picture
-are not independent, so every interval comes from a bootstrap that draws pictures (and seeds, where
+parser, so that the same files can be scored as other evaluators would. Expressions on one image
+are not independent, so every interval comes from a bootstrap that draws images (and seeds, where
 a run has several), never samples.
 """
 
@@ -30,7 +30,7 @@ class Estimate:
 class Difference:
     """Model a minus model b on the samples that both answered.
 
-    p_value: two-sided, from the clustered standard error (pictures, seeds).
+    p_value: two-sided, from the clustered standard error (images, seeds).
     only_a, only_b: discordant samples of McNemar's test; mcnemar_p: None where several seeds repeat
     a sample.
     """
@@ -56,8 +56,8 @@ def bootstrap_means(
     """Bootstrap draws of a mean whose rows come in clusters; returns draws x M.
 
     groups_N: the statistic is the plain mean of the groups' means (the paper's mean over splits).
-    Pictures are drawn over all groups at once, since RefCOCO's splits share pictures. seeds_N:
-    training seeds are drawn too, crossed with pictures (few seeds understate their share of the
+    Images are drawn over all groups at once, since RefCOCO's splits share images. seeds_N:
+    training seeds are drawn too, crossed with images (few seeds understate their share of the
     variance: n seeds by (n - 1) / n). A draw that leaves a group empty is nan.
     """
     values_N_M = np.asarray(values_N_M, dtype=float)
@@ -124,7 +124,7 @@ def _mean_of_groups(values_N: np.ndarray, groups_N: Sequence | None) -> float:
 
 
 def image_clusters(scored: pd.DataFrame) -> pd.Series:
-    """The cluster of each row; RefCOCO, RefCOCO+ and RefCOCOg share COCO's pictures and their
+    """The cluster of each row; RefCOCO, RefCOCO+ and RefCOCOg share COCO's images and their
     ids.
     """
     return scored["image_id"].astype(str)
@@ -209,7 +209,7 @@ def paired_difference(
     draws: int = 2000,
     rng_seed: int = 0,
 ) -> Difference | None:
-    """Model a minus model b, paired on samples, interval clustered on pictures. None without a
+    """Model a minus model b, paired on samples, interval clustered on images. None without a
     common sample.
     """
     both = pair(a, b, column)

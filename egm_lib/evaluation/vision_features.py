@@ -1,7 +1,7 @@
 """Do models of unlike size see alike? Similarity of their vision features (linear CKA), and boxes
 read off them.
 
-A picture's merged features are what its language model gets: one vector a cell of a coarse grid.
+An image's merged features are what its language model gets: one vector a cell of a coarse grid.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from egm_lib.inference.loading import load_model, load_processor
 from egm_lib.run import Run
 
 RIDGE = 1e-2  # of the features' mean variance
-PICTURES = 16  # that go through the tower together
+IMAGES = 16  # that go through the tower together
 
 
 def linear_cka(x_N_D: np.ndarray, y_N_E: np.ndarray) -> float:
@@ -49,7 +49,7 @@ def box_probe(
     """IoU, for each held-out row, of its box (any one frame) with what ridge regression reads off
     its features.
 
-    Fitted on the other rows; a row's picture should be wholly on one side. A degenerate predicted
+    Fitted on the other rows; a row's image should be wholly on one side. A degenerate predicted
     box has IoU 0.
     """
     features_N_D, boxes_N_4 = (
@@ -77,14 +77,14 @@ def box_probe(
 def cell_features(
     model, processor, images: Sequence[Image.Image], boxes: Sequence[Box]
 ) -> np.ndarray:
-    """Of each picture the merged features of the cell in which its box (px) has its centre; N x D,
+    """Of each image the merged features of the cell in which its box (px) has its centre; N x D,
     float64.
 
     model, processor: of the Qwen3-VL family.
     """
     visual, rows = model.model.visual, []
-    for start in range(0, len(images), PICTURES):
-        part, part_boxes = images[start : start + PICTURES], boxes[start : start + PICTURES]
+    for start in range(0, len(images), IMAGES):
+        part, part_boxes = images[start : start + IMAGES], boxes[start : start + IMAGES]
         inputs = processor.image_processor(list(part), return_tensors="pt")
         grids = inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].to(visual.device, visual.dtype)
@@ -109,7 +109,7 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
     """Each model's CKA with the first one and the mean IoU of its probe, on the first training
     samples of a run.
 
-    The probe is held out on every second picture. Loads the models, so it is for those that fit
+    The probe is held out on every second image. Loads the models, so it is for those that fit
     this machine.
     """
     root = run.profile.data.path

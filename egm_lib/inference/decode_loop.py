@@ -78,7 +78,7 @@ def read_inputs(model, inputs: Mapping[str, Tensor]) -> Prefix:
     cache = DynamicCache()
     model.model(**{**inputs, **by_token}, past_key_values=cache, use_cache=True)
     position_N = mask_N_T.sum(dim=-1) - 1
-    if _has_3d_positions(model):  # a picture takes fewer positions than tokens
+    if _has_3d_positions(model):  # an image takes fewer positions than tokens
         position_N = position_N + model.model.rope_deltas[:, 0]
     ids = [row[mask.bool()].tolist() for row, mask in zip(ids_N_T, mask_N_T, strict=True)]
     return Prefix(cache, mask_N_T[:, :-1], ids_N_T[:, -1], position_N, ids)

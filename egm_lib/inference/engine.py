@@ -1,7 +1,7 @@
 """Three ways to have a model answer: transformers (any machine), vLLM (GPUs), an OpenAI-compatible
 endpoint.
 
-Each engine takes requests (picture, prompt) and yields answers in the order of the requests.
+Each engine takes requests (image, prompt) and yields answers in the order of the requests.
 `reasoning=False` switches the reasoning off (Table 10) and binds the output to the form of an
 answer; an engine that cannot bind it says so.
 """
@@ -20,7 +20,7 @@ THINK_END = "</think>"
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one picture; prompt is the user's text, without chat template.
+    """One question about one image; prompt is the user's text, without chat template.
 
     begun: what the assistant has written already, after the template's own opener; the answer goes
     on from there.

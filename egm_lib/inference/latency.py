@@ -40,7 +40,7 @@ def measure_latency(
     of num_samples, or of four times the concurrency where that is more, after `warmup` unmeasured
     requests (as many as the concurrency where that is more). Concurrency 64 is 64 requests on the
     way to an endpoint at any time, and a batch of 64 for the other engines, whose answers come
-    together; it is left out where there are fewer samples than that. Pictures are read before the
+    together; it is left out where there are fewer samples than that. Images are read before the
     clock starts; their preprocessing and the chat template are inside it.
     """
     about = {

@@ -91,7 +91,7 @@ def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrained
 
 
 def image_token_ids(config) -> tuple[int, ...]:
-    """Tokens of a model's vocabulary that stand for pictures and videos: an answer with one cannot
+    """Tokens of a model's vocabulary that stand for images and videos: an answer with one cannot
     be read again.
     """
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -103,10 +103,10 @@ def image_token_ids(config) -> tuple[int, ...]:
 def load_processor(
     path: str | Path, family: str, max_pixels: int | None = None, revision: str | None = None
 ) -> ProcessorMixin:
-    """The processor (chat template, tokenizer, pictures) of a checkpoint; the same one with and
+    """The processor (chat template, tokenizer, images) of a checkpoint; the same one with and
     without torchvision.
 
-    max_pixels: Qwen3-VL's pictures are shrunk to at most so many; None: as the checkpoint says.
+    max_pixels: Qwen3-VL's images are shrunk to at most so many; None: as the checkpoint says.
     revision: of the hub's.
     """
     processor = _processor(path, family, {} if revision is None else {"revision": revision})
@@ -129,12 +129,12 @@ def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:
     # Qwen3-VL's may stand with the processor alone
     template = stated.get("chat_template") or tokenizer.chat_template
     if family == "internvl-3":
-        pictures = GotOcr2ImageProcessorPil.from_pretrained(place, **hub)
+        images = GotOcr2ImageProcessorPil.from_pretrained(place, **hub)
         return InternVLProcessor(
-            pictures, tokenizer, stated["image_seq_length"], chat_template=template
+            images, tokenizer, stated["image_seq_length"], chat_template=template
         )
-    pictures = Qwen2VLImageProcessorPil.from_pretrained(place, **hub)
-    return Qwen3VLProcessor(pictures, tokenizer, chat_template=template)
+    images = Qwen2VLImageProcessorPil.from_pretrained(place, **hub)
+    return Qwen3VLProcessor(images, tokenizer, chat_template=template)
 
 
 def video_half(place: str | Path) -> dict | None:
@@ -144,8 +144,8 @@ def video_half(place: str | Path) -> dict | None:
     except OSError:
         return None
     # Transformers falls back
-    of_pictures = "image_processor_type" in stated and "video_processor_type" not in stated
-    return None if of_pictures else stated
+    of_images = "image_processor_type" in stated and "video_processor_type" not in stated
+    return None if of_images else stated
 
 
 def save_processor(processor: ProcessorMixin, folder: Path, videos: dict | None) -> None:

@@ -183,7 +183,7 @@ def _thought(message) -> str:
 
 
 def png_data_url(image: Image.Image) -> str:
-    """The picture as a PNG data URL: lossless, so that every engine sees the same pixels."""
+    """The image as a PNG data URL: lossless, so that every engine sees the same pixels."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -84,7 +84,7 @@ def predict(
     """Answers every sample into `out`, in their order; a sample that has its row already is not
     asked again.
 
-    root: the data root that pictures are relative to. A picture that cannot be read, or an engine
+    root: the data root that images are relative to. An image that cannot be read, or an engine
     error, marks its row ("error") and the run goes on; retry_errors asks those rows again. Rows are
     appended a window of samples at a time, and windows do not move, so that a resumed run batches
     as an uninterrupted one does.

@@ -1,9 +1,9 @@
 """Many completions of few prompts, each prompt read once: their log-probs (with gradient) and their
 sampling.
 
-A group of G completions shares picture and prompt, which are most of its tokens. So the prefix runs
+A group of G completions shares image and prompt, which are most of its tokens. So the prefix runs
 once per prompt, its keys and values are repeated to the group, and only the completions run G
-times. Results equal a plain forward's. Qwen3-VL's picture comes from the vision cache; everything
+times. Results equal a plain forward's. Qwen3-VL's image comes from the vision cache; everything
 here is transformers' own model code.
 """
 
@@ -28,28 +28,28 @@ ROLLOUT_ROWS = 512
 
 @dataclass(frozen=True)
 class Prompt:
-    """One chat up to the assistant's turn: its tokens, their 3-D positions, the picture (its file,
+    """One chat up to the assistant's turn: its tokens, their 3-D positions, the image (its file,
     or another name).
 
-    The first picture_end tokens end with the token after the picture: what prompts of one picture
+    The first image_end tokens end with the token after the image: what prompts of one image
     have in common.
     """
 
     ids: list[int]
     positions_3_T: Tensor
-    picture: Hashable
-    picture_end: int
+    image: Hashable
+    image_end: int
 
-    def upto_picture(self) -> Prompt:
-        end = self.picture_end
-        return Prompt(self.ids[:end], self.positions_3_T[:, :end], self.picture, end)
+    def upto_image(self) -> Prompt:
+        end = self.image_end
+        return Prompt(self.ids[:end], self.positions_3_T[:, :end], self.image, end)
 
 
 class Reader:
-    """Turns (picture, chat text) into a Prompt, and pictures into features; each picture is
+    """Turns (image, chat text) into a Prompt, and images into features; each image is
     processed once.
 
-    A picture goes by a name, such as its file, that open_image opens.
+    An image goes by a name, such as its file, that open_image opens.
     processor, model: of the Qwen3-VL family, the model's vision frozen by `freeze_vision` with this
     cache.
     """
@@ -67,17 +67,17 @@ class Reader:
         self._grids: dict[Hashable, Tensor] = {}
         self._heads: dict[tuple[str, tuple[int, int, int]], tuple[list[int], Tensor]] = {}
 
-    def prompt(self, picture: Hashable, text: str) -> Prompt:
+    def prompt(self, image: Hashable, text: str) -> Prompt:
         """text: the chat as `apply_chat_template` writes it, with one image placeholder."""
         before, after = text.split(self.processor.image_token)
-        head_ids, head_3_T = self._head(before, tuple(self._grid(picture).tolist()))
+        head_ids, head_3_T = self._head(before, tuple(self._grid(image).tolist()))
         tail_ids = self._tokens(after)
         start = int(head_3_T.max()) + 1
         tail_3_T = torch.arange(start, start + len(tail_ids)).expand(3, -1)
         return Prompt(
             [*head_ids, *tail_ids],
             torch.cat([head_3_T, tail_3_T], dim=1),
-            picture,
+            image,
             len(head_ids) + 1,
         )
 
@@ -85,7 +85,7 @@ class Reader:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _head(self, before: str, grid: tuple[int, int, int]) -> tuple[list[int], Tensor]:
-        """Tokens up to the end of the picture, and their positions: the same for every picture of a
+        """Tokens up to the end of the image, and their positions: the same for every image of a
         size.
         """
         if (before, grid) not in self._heads:
@@ -101,30 +101,30 @@ class Reader:
             self._heads[before, grid] = ids, positions_3_1_T[:, 0]
         return self._heads[before, grid]
 
-    def features(self, pictures: Sequence[Hashable]) -> list[Features]:
-        """Features of pictures, from the cache where it still holds them."""
+    def features(self, images: Sequence[Hashable]) -> list[Features]:
+        """Features of images, from the cache where it still holds them."""
         found = {
             path: self.cache.get(self._keys[path]) if path in self._keys else None
-            for path in pictures
+            for path in images
         }
         new = [path for path, features in found.items() if features is None]
         for start in range(0, len(new), 32):
             found.update(self._look(new[start : start + 32]))
-        return [found[path] for path in pictures]
+        return [found[path] for path in images]
 
-    def _grid(self, picture: Hashable) -> Tensor:
-        if picture not in self._grids:
-            self.features([picture])
-        return self._grids[picture]
+    def _grid(self, image: Hashable) -> Tensor:
+        if image not in self._grids:
+            self.features([image])
+        return self._grids[image]
 
-    def _look(self, pictures: list[Hashable]) -> dict[Hashable, Features]:
+    def _look(self, images: list[Hashable]) -> dict[Hashable, Features]:
         inputs = self.processor.image_processor(
-            [self.open_image(path) for path in pictures], return_tensors="pt"
+            [self.open_image(path) for path in images], return_tensors="pt"
         )
         visual, grids = self.model.model.visual, inputs["image_grid_thw"]
         pixels = inputs["pixel_values"].to(visual.dtype)
         for path, rows_P_D, grid_3 in zip(
-            pictures, pixels.split(grids.prod(dim=-1).tolist()), grids, strict=True
+            images, pixels.split(grids.prod(dim=-1).tolist()), grids, strict=True
         ):
             self._keys[path], self._grids[path] = visual.digests(rows_P_D, grid_3), grid_3
         output = visual(pixels.to(visual.device), grid_thw=grids.to(visual.device))
@@ -132,12 +132,12 @@ class Reader:
         layers = [
             tensor.split(sizes) for tensor in (output.pooler_output, *output.deepstack_features)
         ]
-        seen = zip(pictures, zip(*layers, strict=True), strict=True)
+        seen = zip(images, zip(*layers, strict=True), strict=True)
         return {path: Features(merged, tuple(deepstack)) for path, (merged, *deepstack) in seen}
 
 
 def read_prefix(model, prompts: Sequence[Prompt], features: list[Features]) -> Prefix:
-    """Runs all but the last token of each prompt; features: of the prompts' pictures, in order."""
+    """Runs all but the last token of each prompt; features: of the prompts' images, in order."""
     device = model.device
     ids_N_P = pad_sequence(
         [torch.tensor(p.ids[:-1]) for p in prompts], batch_first=True, padding_side="left"

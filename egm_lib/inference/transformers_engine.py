@@ -22,7 +22,7 @@ class TransformersEngine:
     """Batches of similar length, a KV cache, float32 or bfloat16; on a CPU or one GPU.
 
     model_path: a checkpoint folder or hub id, or a loaded model with `processor` beside it.
-    cache_vision: on a CPU a picture with several expressions goes through a Qwen3-VL's vision tower
+    cache_vision: on a CPU an image with several expressions goes through a Qwen3-VL's vision tower
     once; not for measuring latency.
     """
 
@@ -58,10 +58,10 @@ class TransformersEngine:
         self.cache_vision = (
             cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
         )
-        self.pictures: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
+        self.images: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
         self.reader = None
         if self.cache_vision:
-            self.reader = Reader(processor, model, freeze_vision(model), self.pictures.__getitem__)
+            self.reader = Reader(processor, model, freeze_vision(model), self.images.__getitem__)
         tokenizer = self.processor.tokenizer
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -156,13 +156,13 @@ class TransformersEngine:
         return answers
 
     def _read(self, images: list[Image.Image], texts: Sequence[str]) -> Prefix:
-        if self.reader is not None:  # a picture of several questions is processed once
+        if self.reader is not None:  # an image of several questions is processed once
             digests = [
                 xxhash.xxh3_128_digest(repr((x.mode, x.size)).encode() + x.tobytes())
                 for x in images
             ]
-            self.pictures.clear()
-            self.pictures.update(zip(digests, images, strict=True))
+            self.images.clear()
+            self.images.update(zip(digests, images, strict=True))
             features = self.reader.features(digests)
             prompts = [
                 self.reader.prompt(digest, text)

@@ -1,6 +1,6 @@
-"""A frozen picture is looked at once: the vision tower's outputs, kept per picture.
+"""A frozen image is looked at once: the vision tower's outputs, kept per image.
 
-In a group of 16 rollouts the same picture is encoded 16 times, and again in every epoch. With the
+In a group of 16 rollouts the same image is encoded 16 times, and again in every epoch. With the
 tower frozen its merged embeddings and deepstack features never change, so `freeze_vision(model)`
 makes the tower look them up.
 """
@@ -23,7 +23,7 @@ CPU_PATCHES = 2048
 
 @dataclass(frozen=True)
 class Features:
-    """What a language model sees of one picture: merged_T_W and one deepstack_T_W for each early
+    """What a language model sees of one image: merged_T_W and one deepstack_T_W for each early
     layer.
     """
 
@@ -37,7 +37,7 @@ class Features:
 
 @dataclass
 class VisionCache:
-    """Features by (tower, picture); the least recently used are dropped above max_bytes."""
+    """Features by (tower, image); the least recently used are dropped above max_bytes."""
 
     max_bytes: int = GIB
     hits: int = 0
@@ -76,8 +76,8 @@ def tower_digest(visual: nn.Module) -> bytes:
     return digest.digest()
 
 
-def picture_digest(tower: bytes, pixels_P_D: Tensor, grid_3: Tensor) -> bytes:
-    """The key of a picture: the tower's digest, the grid, and the patches as the tower takes
+def image_digest(tower: bytes, pixels_P_D: Tensor, grid_3: Tensor) -> bytes:
+    """The key of an image: the tower's digest, the grid, and the patches as the tower takes
     them.
     """
     digest = xxhash.xxh3_128(tower)
@@ -91,7 +91,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionCache:
-    """Freezes a Qwen3-VL's vision tower with its mergers, and makes its forward look pictures up in
+    """Freezes a Qwen3-VL's vision tower with its mergers, and makes its forward look images up in
     the cache.
 
     Names of parameters, and so checkpoints, stay as they are. Raises ValueError for a model without
@@ -112,7 +112,7 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
     ) -> BaseModelOutputWithDeepstackFeatures:
         pixels = hidden_states.split(grid_thw.prod(dim=-1).tolist())
         keys = [
-            picture_digest(tower, rows_P_D, grid_3)
+            image_digest(tower, rows_P_D, grid_3)
             for rows_P_D, grid_3 in zip(pixels, grid_thw, strict=True)
         ]
         found = {key: cache.get(key) for key in dict.fromkeys(keys)}
@@ -135,13 +135,13 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
         return as_encoder_output([found[key] for key in keys])
 
     visual.forward = forward
-    visual.digests = lambda pixels, grid_3: picture_digest(tower, pixels, grid_3)
+    visual.digests = lambda pixels, grid_3: image_digest(tower, pixels, grid_3)
     return cache
 
 
 def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[list[bytes]]:
-    """The pictures in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one
-    picture).
+    """The images in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one
+    image).
     """
     if device.type != "cpu":
         return [keys] if keys else []
@@ -159,7 +159,7 @@ def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[li
 def as_encoder_output(
     features: list[Features], split: bool = False
 ) -> BaseModelOutputWithDeepstackFeatures:
-    """Pictures in order, as the tower returns them; split: as
+    """Images in order, as the tower returns them; split: as
     `model.forward(mm_encoder_outputs=...)` takes them.
     """
     merged, deepstack = (

@@ -20,8 +20,8 @@ MAX_MODEL_LEN = 32_768
 VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
 
 
-def vllm_pictures(processor: ProcessorMixin) -> dict:
-    """vLLM's options on pictures: one a prompt, in the sizes of `processor`, whatever the
+def vllm_images(processor: ProcessorMixin) -> dict:
+    """vLLM's options on images: one a prompt, in the sizes of `processor`, whatever the
     checkpoint's own says.
     """
     size = processor.image_processor.size
@@ -76,7 +76,7 @@ class VLLMEngine:
             tensor_parallel_size=tensor_parallel,
             seed=seed,
             max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
-            **vllm_pictures(self.processor),
+            **vllm_images(self.processor),
         )
 
     def describe(self) -> dict:
@@ -107,7 +107,7 @@ class VLLMEngine:
             skip_special_tokens=False,
             structured_outputs=None if reasoning else StructuredOutputsParams(regex=pattern),
         )
-        prompts = [  # one <|image_pad|> or <IMG_CONTEXT> a picture: vLLM expands it itself
+        prompts = [  # one <|image_pad|> or <IMG_CONTEXT> an image: vLLM expands it itself
             {"prompt": text, "multi_modal_data": {"image": request.image}}
             for text, request in zip(texts, requests, strict=True)
         ]

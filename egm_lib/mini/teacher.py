@@ -1,7 +1,7 @@
 """The miniature world's teacher: an HTTP transport that answers curation requests in process.
 
 It stands where a proprietary VLM stands: the same client sends it the same requests. It does not
-look at the picture but knows the sample by the header `X-EGM-Sample` and reads what is true of it
+look at the image but knows the sample by the header `X-EGM-Sample` and reads what is true of it
 in `teacher.jsonl`, one object a sample: sample_id, reasoning, amodal_reasoning | null,
 amodal_expression | null, verify "YES" | "NO", planted_cause | null, gt_box and lookalike_boxes_px
 (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
@@ -39,7 +39,7 @@ ERROR_RATES = {
 # judges.
 CONFUSION_RATES = {"mini-judge-1": 0.06, "mini-judge-2": 0.12, "mini-judge-3": 0.18}
 CONFUSION_RATE = 0.12  # of any other judge
-TINY_SHARE = 0.01  # of the picture's area: below it a target counts as small
+TINY_SHARE = 0.01  # of the image's area: below it a target counts as small
 MENTIONS = (
     "it is inside the green box.",
     "see the green outline.",
@@ -224,7 +224,7 @@ def _cause_of(truth: Mapping, prompt: str) -> str:
     `prompts.FAILURE`.
     """
     width, height = map(
-        int, re.search(r"^Picture: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups()
+        int, re.search(r"^Image: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups()
     )
     predicted = re.search(r"^Predicted box: \[(.+)\]$", prompt, re.MULTILINE)
     if predicted:

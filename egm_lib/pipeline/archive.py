@@ -4,7 +4,7 @@ back.
     python -m egm_lib.pipeline.archive --profile mini-full            # data/runs/mini-full-* -> results/mini-full/seed-*.tar.xz
     python -m egm_lib.pipeline.archive --profile mini-full --restore  # and back: then `make tables PROFILE=mini-full`
 
-Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and pictures.
+Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and images.
 Curated data, of which Table 3 is made, is large and counted for the first seed only; so it is kept
 of that one.
 """

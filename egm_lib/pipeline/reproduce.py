@@ -137,7 +137,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _files(run: Run) -> set[str]:
-    """What stages leave behind, relative to the project; pictures and unfinished work apart."""
+    """What stages leave behind, relative to the project; images and unfinished work apart."""
     root = project_root()
     made = [
         path

@@ -3,7 +3,7 @@ traces to page through.
 
     python -m egm_lib.reports.gallery --profile mini
 
-Nothing is fetched: pictures are in the page, and the traces are drawn by the viewer's own script
+Nothing is fetched: images are in the page, and the traces are drawn by the viewer's own script
 and style.
 """
 
@@ -85,7 +85,7 @@ def build_gallery(
 
 
 def _traces(material: Material) -> dict:
-    """Kinds with their views, those that have any, and the pictures: a view holds its place among
+    """Kinds with their views, those that have any, and the images: a view holds its place among
     them.
     """
     kinds, places = [], {}
@@ -99,12 +99,10 @@ def _traces(material: Material) -> dict:
                 for each in lot(own, TRACES_A_KIND)
             ]
             for view in views:
-                view["picture"] = view["picture"] and places.setdefault(
-                    view["picture"], len(places)
-                )
+                view["image"] = view["image"] and places.setdefault(view["image"], len(places))
             if views:
                 kinds.append({"kind": name, "task": task, "of": len(own), "views": views})
-    return {"kinds": kinds, "pictures": list(places)}
+    return {"kinds": kinds, "images": list(places)}
 
 
 def _script_safe(text: str) -> str:
@@ -216,7 +214,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 
 # A stand-in for the kernel: the viewer's script talks to it as it talks to Python in a notebook.
 _PAGER = """
-const { kinds, pictures } = JSON.parse(document.getElementById("traces").textContent);
+const { kinds, images } = JSON.parse(document.getElementById("traces").textContent);
 const state = { index: 0, filter: {}, sort: "", hidden: [], choices: {}, view: {}, count: 0, total: 0 }, heard = {};
 let views = [];
 const tell = (name) => (heard[`change:${name}`] ?? []).forEach((callback) => callback());
@@ -232,7 +230,7 @@ const model = {
 };
 const chips = document.getElementById("kinds");
 const choose = (place) => {
-  views = kinds[place].views.map((view) => ({ ...view, picture: pictures[view.picture] }));
+  views = kinds[place].views.map((view) => ({ ...view, image: images[view.image] }));
   state.index = 0;
   [...chips.children].forEach((chip, number) => chip.setAttribute("aria-pressed", String(number === place)));
   show();

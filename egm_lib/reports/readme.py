@@ -1,4 +1,4 @@
-"""What README.md shows of the committed results: the picture at its top, and the numbers, paper
+"""What README.md shows of the committed results: the image at its top, and the numbers, paper
 beside ours.
 
 `python -m egm_lib.reports.readme` writes both between their markers, from figures/mini-full or, until
@@ -43,7 +43,7 @@ def _cell(summary: dict | None, key: str, model: str) -> str:
     return cell_text(summarised(value))
 
 
-def picture(root: Path) -> str:
+def image(root: Path) -> str:
     """The overview figure, as an image of the README; nothing where it was not drawn."""
     path = committed(root).relative_to(root) / "overview.png"
     return f"![EGM at a glance: the miniature's results]({path})" if (root / path).exists() else ""
@@ -74,7 +74,7 @@ def committed_readme(root: Path) -> str:
     """README.md as the committed results want it."""
     source = committed(root) / "summary.json"
     summary = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
-    text = rewritten((root / "README.md").read_text(encoding="utf-8"), "picture", picture(root))
+    text = rewritten((root / "README.md").read_text(encoding="utf-8"), "image", image(root))
     return rewritten(text, "numbers", numbers(summary))
 
 

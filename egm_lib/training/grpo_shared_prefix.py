@@ -21,7 +21,7 @@ from egm_lib.training.prefix_logps import suffix_logps
 
 
 class SharedPrefixGRPO(TimedGRPO):
-    """GRPOTrainer whose rollouts and update read each picture and prompt once a group. One process,
+    """GRPOTrainer whose rollouts and update read each image and prompt once a group. One process,
     frozen vision.
     """
 
@@ -78,7 +78,7 @@ class SharedPrefixGRPO(TimedGRPO):
         with cast:
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
-                features = self.reader.features([prompt.picture for prompt in part])
+                features = self.reader.features([prompt.image for prompt in part])
                 tokens, scores = sample(
                     policy, part, features, self.num_generations, options, self.eos_token_ids
                 )
@@ -165,7 +165,7 @@ class SharedPrefixGRPO(TimedGRPO):
         if not inputs["prompts"]:  # no mixed group in this part
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         prompts, mask = inputs["prompts"], inputs["mask"]
-        features = self.reader.features([prompt.picture for prompt in prompts])
+        features = self.reader.features([prompt.image for prompt in prompts])
         batch = (prompts, features, inputs["group"], inputs["completion"], mask, mask)
         with self.accelerator.autocast():
             entropy = "gradient" if self.entropy_coef else "value"

@@ -10,24 +10,24 @@ from functools import partial
 
 from trl.generation import vllm_generation
 
-from egm_lib.inference.vllm_engine import vllm_pictures
+from egm_lib.inference.vllm_engine import vllm_images
 from egm_lib.training.grpo_trainer import TimedGRPO, answer_texts, check_same_policy
 from egm_lib.training.model_setup import (
     TrainingError,
 )
 
 
-def collapse_picture_tokens(
-    ids: Sequence[int], picture_token: int, ends: Collection[int] = ()
+def collapse_image_tokens(
+    ids: Sequence[int], image_token: int, ends: Collection[int] = ()
 ) -> list[int]:
-    """Each run of picture tokens as one: vLLM in process expands them itself, and would see a
+    """Each run of image tokens as one: vLLM in process expands them itself, and would see a
     longer prompt.
 
-    ends: tokens before and after a picture that vLLM puts there too (InternVL-3's); they are left
+    ends: tokens before and after an image that vLLM puts there too (InternVL-3's); they are left
     out.
     """
     runs = ((token, len(list(run))) for token, run in itertools.groupby(ids) if token not in ends)
-    return [token for token, length in runs for _ in range(1 if token == picture_token else length)]
+    return [token for token, length in runs for _ in range(1 if token == image_token else length)]
 
 
 def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Sequence[int]]) -> None:
@@ -38,7 +38,7 @@ def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Seque
         if list(ours) != list(theirs):
             raise TrainingError(
                 f"the sampler read a prompt of {len(theirs)} tokens, and the trainer has {len(ours)}: they expand a "
-                "picture in different ways, which the checkpoint's processor and vLLM's model of it decide."
+                "image in different ways, which the checkpoint's processor and vLLM's model of it decide."
             )
 
 
@@ -64,7 +64,7 @@ class PlainGRPO(TimedGRPO):
     """
 
     def __init__(self, *args, rollout_dtype: str, **kwargs):
-        with vllm_options(dtype=rollout_dtype, **vllm_pictures(kwargs["processing_class"])):
+        with vllm_options(dtype=rollout_dtype, **vllm_images(kwargs["processing_class"])):
             super().__init__(*args, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":
             self.vllm_generation.generate = partial(
@@ -88,7 +88,7 @@ class PlainGRPO(TimedGRPO):
     def _generate_in_process(
         self, generate: Callable, prompts: list[list[int]], images: list | None, **kwargs
     ):
-        """vLLM's `generate` with pictures as vLLM wants them; it must come to the prompts that the
+        """vLLM's `generate` with images as vLLM wants them; it must come to the prompts that the
         trainer has.
         """
         if images is None:
@@ -96,7 +96,7 @@ class PlainGRPO(TimedGRPO):
         processor = self.processing_class
         # InternVL-3's
         ends = [getattr(processor, f"{end}_image_token_id", None) for end in ("start", "end")]
-        bare = [collapse_picture_tokens(ids, processor.image_token_id, ends) for ids in prompts]
+        bare = [collapse_image_tokens(ids, processor.image_token_id, ends) for ids in prompts]
         read, *sampled = generate(prompts=bare, images=images, **kwargs)
         check_same_prompts(prompts, read)
         return read, *sampled

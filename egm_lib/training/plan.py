@@ -121,7 +121,7 @@ def estimate(
     answer_tokens: int = 100,
 ) -> MemoryPlan:
     """What a stage ("sft" or "grpo") needs. samples: rows it trains on; tokens: means a row,
-    picture included.
+    image included.
     """
     options, text = getattr(profile, stage), config.get_text_config()
     counts = count_parameters(config)

@@ -22,15 +22,15 @@ from egm_lib.training.model_setup import (
 from egm_lib.training.prefix_logps import suffix_logps
 
 
-class PictureSampler(Sampler[int]):
-    """Rows in random order, rows of one picture side by side (at most `together`), so that they
+class ImageSampler(Sampler[int]):
+    """Rows in random order, rows of one image side by side (at most `together`), so that they
     share its prefix.
     """
 
-    def __init__(self, pictures: list[str], together: int, seed: int):
-        self.together, self.seed, self.epoch, self.size = together, seed, 0, len(pictures)
-        codes_N = np.unique(np.asarray(pictures), return_inverse=True)[1]
-        self.rows_by_picture = np.split(
+    def __init__(self, images: list[str], together: int, seed: int):
+        self.together, self.seed, self.epoch, self.size = together, seed, 0, len(images)
+        codes_N = np.unique(np.asarray(images), return_inverse=True)[1]
+        self.rows_by_image = np.split(
             np.argsort(codes_N, kind="stable"), np.cumsum(np.bincount(codes_N))[:-1]
         )
 
@@ -43,7 +43,7 @@ class PictureSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         random = np.random.default_rng((self.seed, self.epoch))
         chunks = []
-        for rows in self.rows_by_picture:
+        for rows in self.rows_by_image:
             rows = random.permutation(rows)
             chunks += [
                 rows[start : start + self.together] for start in range(0, len(rows), self.together)
@@ -66,14 +66,14 @@ def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> l
         return ids
     if asked >= max_length:
         raise TrainingError(
-            f"{row['image']}: picture and question take {asked} tokens, and sft.max_length is {max_length}: "
+            f"{row['image']}: image and question take {asked} tokens, and sft.max_length is {max_length}: "
             "raise it, or lower the model's max_pixels."
         )
     return ids[: max_length - asked]
 
 
 class SharedPrefixCollator:
-    """Rows -> one batch: a prefix for each picture, and for each row its question and answer as a
+    """Rows -> one batch: a prefix for each image, and for each row its question and answer as a
     suffix of it.
     """
 
@@ -89,9 +89,9 @@ class SharedPrefixCollator:
             )
             if row["image"] not in prefixes:
                 prefixes[row["image"]] = len(prompts)
-                prompts.append(prompt.upto_picture())
+                prompts.append(prompt.upto_image())
             group.append(prefixes[row["image"]])
-            question = prompt.ids[prompt.picture_end :]
+            question = prompt.ids[prompt.image_end :]
             answer = answer_ids(row, self.processor.tokenizer, len(prompt.ids), self.max_length)
             suffixes.append(torch.tensor([*question, *answer]))
             labels.append(torch.tensor([-100] * len(question) + answer))
@@ -106,7 +106,7 @@ class SharedPrefixCollator:
 
 
 class PlainCollator:
-    """Rows -> one batch as any model takes it: picture, question and answer in a row, padded on the
+    """Rows -> one batch as any model takes it: image, question and answer in a row, padded on the
     right.
     """
 
@@ -142,7 +142,7 @@ class PlainCollator:
 
 
 class SharedPrefixSFT(TimedSchedule, SFTTrainer):
-    """SFTTrainer on SharedPrefixCollator's batches: the same loss, each picture read once a
+    """SFTTrainer on SharedPrefixCollator's batches: the same loss, each image read once a
     batch.
     """
 
@@ -152,13 +152,13 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
         # The loss is over the tokens of all accumulation steps
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PictureSampler:
-        return PictureSampler(
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ImageSampler:
+        return ImageSampler(
             list((train_dataset or self.train_dataset)["image"]), self.together, self.args.seed
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        features = self.reader.features([prefix.picture for prefix in inputs["prefixes"]])
+        features = self.reader.features([prefix.image for prefix in inputs["prefixes"]])
         base = self.accelerator.unwrap_model(model)
         keep = inputs["labels"] != -100
         with self.accelerator.autocast():

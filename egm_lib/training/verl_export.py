@@ -41,7 +41,7 @@ def verl_rows(
     weight: float,
     max_pixels: int | None = None,
 ) -> Iterator[dict]:
-    """Samples as VeRL's RLHFDataset reads them: `<image>` in the prompt stands for the picture in
+    """Samples as VeRL's RLHFDataset reads them: `<image>` in the prompt stands for the image in
     `images`.
     """
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}

@@ -1,14 +1,14 @@
-"""TraceViewer: look at pictures, boxes and reasoning traces, one sample at a time, thousands of
+"""TraceViewer: look at images, boxes and reasoning traces, one sample at a time, thousands of
 them.
 
     viewer = TraceViewer([run.root / "predictions"], root=run.profile.data.path)
     viewer.filter = {"show": "B solves what A misses", "a": "small-base", "b": "small-egm"}
     viewer.sample["sample_id"]         # what is looked at now
 
-All rows stay in Python; the page gets the current sample alone, its picture downscaled. In
+All rows stay in Python; the page gets the current sample alone, its image downscaled. In
 JupyterLab 4, and in VS Code with its Jupyter extension (which may ask once to load widget scripts),
 it is live as long as the kernel runs; where widgets do not run (GitHub, nbconvert, papermill's
-output) the same cell shows a still picture.
+output) the same cell shows a still image.
 """
 
 import base64
@@ -25,7 +25,7 @@ from egm_lib.viewer.drawing import comparison_figure
 from egm_lib.viewer.page import view_of
 from egm_lib.viewer.palette import look, save, styled
 
-MAX_MODELS = 4  # more boxes on one picture cannot be told apart
+MAX_MODELS = 4  # more boxes on one image cannot be told apart
 ANY = "any"
 
 SHOWS: dict[str, Callable[[Comparison, str, str], bool]] = {
@@ -51,12 +51,12 @@ _FILTER_KEYS = ("show", "a", "b", *_FIELDS, "search", "sample_ids")
 
 
 class TraceViewer(anywidget.AnyWidget):
-    """Pictures, boxes and reasoning of one to four models, sample by sample.
+    """Images, boxes and reasoning of one to four models, sample by sample.
 
     predictions: prediction rows, a DataFrame, or paths of their files (a folder: every *.jsonl
     below it).
     models: which to draw, at most four; default the first four of the story. root: data root of
-    relative pictures.
+    relative images.
     causes: failure cause by sample_id. groups: GRPO groups
     (`egm_lib.training.groups.read_groups(run.groups(task))`), each {"sample_id", "completions": [text, ...]}
     with, where known, "rewards", "advantages", "step" and "frame" (default NORM_1000); a group

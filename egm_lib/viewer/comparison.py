@@ -117,7 +117,7 @@ _KINDS = {
     **dict.fromkeys(
         ("prompt_kind", "num_lookalikes", "seed"), ((str, numbers.Real), "text or a number")
     ),
-    "image": ((str, Path, Image.Image), "a path or a picture"),
+    "image": ((str, Path, Image.Image), "a path or an image"),
     "boxes": ((list, tuple), "a list"),
 }
 

@@ -1,5 +1,5 @@
-"""Boxes on pictures with matplotlib: the same drawing for figures, exports and the viewer's still
-picture.
+"""Boxes on images with matplotlib: the same drawing for figures, exports and the viewer's still
+image.
 """
 
 import textwrap
@@ -15,7 +15,7 @@ from matplotlib.textpath import text_to_path
 
 from egm_lib.boxes import Box
 from egm_lib.viewer.comparison import Comparison, ScoredAnswer, plain_box, reasoning_and_answer
-from egm_lib.viewer.page import picture_of, tint
+from egm_lib.viewer.page import image_of, tint
 from egm_lib.viewer.palette import (
     FAILED,
     FAINT,
@@ -34,7 +34,7 @@ GROUP_COLUMNS = 8
 
 
 def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.3, layer: int = 4) -> None:
-    """A box, its white halo beneath all boxes, so that it shows on any picture and in grey; box:
+    """A box, its white halo beneath all boxes, so that it shows on any image and in grey; box:
     xyxy px.
     """
     x1, y1, x2, y2 = box
@@ -71,7 +71,7 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
     draw_box(ax, modal, Look("visible part", GROUND_TRUTH.colour, (1, 1.5), "s"), 0.8)
 
 
-def draw_picture(
+def draw_image(
     ax: Axes,
     sample: Mapping,
     answers: Sequence[tuple[Box | None, Look]],
@@ -79,7 +79,7 @@ def draw_picture(
     *,
     stroke_pt: float = 1.3,
 ) -> None:
-    """The picture, the ground truth (hatched where hidden) and each answer's box; the view grows to
+    """The image, the ground truth (hatched where hidden) and each answer's box; the view grows to
     boxes outside.
 
     stroke_pt: width of an answer's stroke.
@@ -87,11 +87,11 @@ def draw_picture(
     ax.set_axis_off()
     gt, modal = plain_box(sample.get("gt_box")), plain_box(sample.get("modal_box"))
     try:
-        picture = picture_of(sample, root)
-        width, height = sample.get("width") or picture.width, sample.get("height") or picture.height
-        crisp = max(picture.size) <= 256  # the miniature world: pixels, not blur
+        image = image_of(sample, root)
+        width, height = sample.get("width") or image.width, sample.get("height") or image.height
+        crisp = max(image.size) <= 256  # the miniature world: pixels, not blur
         ax.imshow(
-            picture,
+            image,
             extent=(0, width, height, 0),
             interpolation="nearest" if crisp else "antialiased",
         )
@@ -100,7 +100,7 @@ def draw_picture(
         ax.text(
             0.5,
             0.5,
-            textwrap.fill(f"no picture: {problem}", 36),
+            textwrap.fill(f"no image: {problem}", 36),
             ha="center",
             va="center",
             color=FAINT,
@@ -149,7 +149,7 @@ def comparison_figure(
     group: Mapping | None = None,
     width_in: float = 9.0,
 ) -> Figure:
-    """The viewer's still picture and its PNG, SVG and PDF export; group: as in view_of's
+    """The viewer's still image and its PNG, SVG and PDF export; group: as in view_of's
     "group".
     """
     heights_in = [comparison_height_in(comparison, models)]
@@ -196,12 +196,12 @@ def draw_comparison(
     *,
     note: str = "",
 ) -> None:
-    """Picture with boxes at the left; at the right the expression and each model's verdict and
+    """Image with boxes at the left; at the right the expression and each model's verdict and
     tinted reasoning.
     """
     sample, blocks = comparison.sample, _blocks(comparison, models)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 4.8))
-    draw_picture(left, sample, [(answer.box, style) for style, answer, _ in blocks], root)
+    draw_image(left, sample, [(answer.box, style) for style, answer, _ in blocks], root)
     right.set_axis_off()
     right.set_xlim(0, 1)
     right.set_ylim(comparison_height_in(comparison, models) / LINE_IN, 0)  # one unit a line of text
@@ -285,7 +285,7 @@ def draw_group(
     for ax, each in zip(axes, completions, strict=False):
         hit = each["success"]
         style = Look("completion", SOLVED if hit else FAILED, () if hit else (4, 2), "o")
-        draw_picture(ax, sample, [(each["box"], style)], root, stroke_pt=0.8)
+        draw_image(ax, sample, [(each["box"], style)], root, stroke_pt=0.8)
         ax.set_title(
             f"r {each['reward']:.2f}   A {each['advantage']:+.2f}".replace("-", "−"),
             loc="center",

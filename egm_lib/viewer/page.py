@@ -17,8 +17,8 @@ from egm_lib.viewer.comparison import Comparison, ScoredAnswer, plain_box, reaso
 from egm_lib.viewer.palette import look
 
 
-def picture_of(sample: Mapping, root: str | Path) -> Image.Image:
-    """The sample's picture as RGB; its `image` may be a PIL picture, a path, or a path relative to
+def image_of(sample: Mapping, root: str | Path) -> Image.Image:
+    """The sample's image as RGB; its `image` may be a PIL image, a path, or a path relative to
     root.
     """
     image = sample.get("image")
@@ -31,18 +31,18 @@ def picture_of(sample: Mapping, root: str | Path) -> Image.Image:
     )
 
 
-def page_data_url(picture: Image.Image, max_side_px: int = 900) -> str:
-    """A picture for a page: downscaled, JPEG where it is large and PNG where it is small (drawings
+def page_data_url(image: Image.Image, max_side_px: int = 900) -> str:
+    """An image for a page: downscaled, JPEG where it is large and PNG where it is small (drawings
     stay crisp).
     """
-    scale = min(1.0, max_side_px / max(picture.size))
+    scale = min(1.0, max_side_px / max(image.size))
     if scale < 1:
-        picture = picture.resize(
-            (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         )
-    kind = "png" if picture.width * picture.height <= 256 * 256 else "jpeg"
+    kind = "png" if image.width * image.height <= 256 * 256 else "jpeg"
     file = io.BytesIO()
-    picture.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
+    image.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -104,7 +104,7 @@ def view_of(
     causes: Mapping[str, str] | None = None,
     max_side_px: int = 900,
 ) -> dict:
-    """What the page draws for one sample: JSON values only. A picture or group that cannot be read:
+    """What the page draws for one sample: JSON values only. An image or group that cannot be read:
     see `error`.
     """
     sample = comparison.sample
@@ -112,21 +112,21 @@ def view_of(
     view |= {
         "width": sample.get("width"),
         "height": sample.get("height"),
-        "picture": None,
+        "image": None,
         "error": None,
         "gt_box": plain_box(sample.get("gt_box")),
         "modal_box": plain_box(sample.get("modal_box")),
         "causes": dict(causes or {}),
     }
     try:
-        picture = picture_of(sample, root)
-        view["picture"] = page_data_url(picture, max_side_px)
+        image = image_of(sample, root)
+        view["image"] = page_data_url(image, max_side_px)
         view["width"], view["height"] = (
-            view["width"] or picture.width,
-            view["height"] or picture.height,
+            view["width"] or image.width,
+            view["height"] or image.height,
         )
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        view["error"] = f"the picture cannot be shown: {problem}"
+        view["error"] = f"the image cannot be shown: {problem}"
     view["models"] = [
         _answer_view(comparison.answers.get(model), model, place)
         for place, model in enumerate(models)

@@ -1,4 +1,4 @@
-"""One look for every picture: colours that the colour-blind tell apart (Okabe and Ito); dashes and
+"""One look for every image: colours that the colour-blind tell apart (Okabe and Ito); dashes and
 markers for grey.
 """
 

@@ -24,7 +24,7 @@ function svg(tag, attributes = {}, ...children) {
 
 const rectOf = ([x1, y1, x2, y2]) => ({ x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
 
-// A box; strokes keep their width in screen pixels whatever the picture's size.
+// A box; strokes keep their width in screen pixels whatever the image's size.
 function box(xyxy, { colour, dash = [], width, name, hit = false }) {
   const shared = { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke" };
   const dashes = dash.map((length) => length * width).join(" ");
@@ -33,7 +33,7 @@ function box(xyxy, { colour, dash = [], width, name, hit = false }) {
     ...(hit ? [svg("rect", { ...shared, stroke: "transparent", "stroke-width": 14, "pointer-events": "stroke" })] : []));
 }
 
-// White beneath all boxes, so that they show on any picture.
+// White beneath all boxes, so that they show on any image.
 const halo = (xyxy, width) =>
   svg("rect", { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", stroke: "white", "stroke-width": width + 2.5, "stroke-opacity": 0.85 });
 
@@ -48,7 +48,7 @@ function hidden(amodal, modal, id) {
     box(modal, { colour: "#111", dash: [1, 2], width: 1.2, name: "modal" }));
 }
 
-// The part of the plane to show: the picture, and boxes that leave it (amodal ones may).
+// The part of the plane to show: the image, and boxes that leave it (amodal ones may).
 function frame(view, boxes) {
   const known = boxes.filter(Boolean), { width: w, height: h } = view, clamp = (v, low, high) => Math.min(Math.max(v, low), high);
   const x1 = clamp(Math.min(0, ...known.map((b) => b[0] - 2)), -w, 0), y1 = clamp(Math.min(0, ...known.map((b) => b[1] - 2)), -h, 0);
@@ -56,15 +56,15 @@ function frame(view, boxes) {
   return [x1, y1, x2 - x1, y2 - y1];
 }
 
-function picture(view, models, { thin = false } = {}) {
-  if (!view.width || !view.height) return html("div", { class: "egm-nopicture" }, view.error || "no picture");
+function image(view, models, { thin = false } = {}) {
+  if (!view.width || !view.height) return html("div", { class: "egm-noimage" }, view.error || "no image");
   const at = frame(view, [view.gt_box, ...models.map((m) => m.box)]);
-  const drawing = svg("svg", { viewBox: at.join(" "), class: "egm-picture", role: "img", "data-width": view.width, "data-height": view.height });
-  drawing.append(svg("title", {}, `${view.expression || "picture"}: ground truth and predicted boxes`));
+  const drawing = svg("svg", { viewBox: at.join(" "), class: "egm-image", role: "img", "data-width": view.width, "data-height": view.height });
+  drawing.append(svg("title", {}, `${view.expression || "image"}: ground truth and predicted boxes`));
   drawing.append(svg("rect", { x: at[0], y: at[1], width: at[2], height: at[3], class: "egm-outside" }));
-  if (view.picture) {
+  if (view.image) {
     const crisp = Math.max(view.width, view.height) <= 256 ? "image-rendering: pixelated" : "";
-    drawing.append(svg("image", { href: view.picture, x: 0, y: 0, width: view.width, height: view.height, preserveAspectRatio: "none", style: crisp }));
+    drawing.append(svg("image", { href: view.image, x: 0, y: 0, width: view.width, height: view.height, preserveAspectRatio: "none", style: crisp }));
   }
   if (view.gt_box && view.modal_box) drawing.append(hidden(view.gt_box, view.modal_box, `egm-hatch-${serial++}`));
   const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [3, 1.4] : [4.4, 2];
@@ -117,7 +117,7 @@ function group(view, open) {
   const grid = html("div", { class: "egm-grid" }, ...completions.map((c, number) => {
     const colour = c.success ? "#0072B2" : "#D55E00", share = (Math.abs(c.advantage) / most) * 50;
     const tile = html("button", { type: "button", class: "egm-tile", onmouseenter: () => tell(c, number), onfocus: () => tell(c, number), onclick: () => tell(c, number) },
-      picture(view, [{ model: `completion ${number + 1}`, box: c.box, colour, dash: c.success ? [] : [4, 2] }], { thin: true }),
+      image(view, [{ model: `completion ${number + 1}`, box: c.box, colour, dash: c.success ? [] : [4, 2] }], { thin: true }),
       html("span", { class: "egm-bar", role: "img", "aria-label": `advantage ${signed(c.advantage)}` },
         html("i", { style: `background: ${colour}; width: ${share}%; ${c.advantage >= 0 ? "left: 50%" : `right: 50%`}` })),
       html("span", { class: "egm-num" }, `r ${c.reward.toFixed(2)}`, html("span", {}, `A ${signed(c.advantage)}`)));
@@ -200,7 +200,7 @@ function render({ model, el }) {
     of.textContent = `of ${count.toLocaleString("en")}${count === total ? "" : ` (all: ${total.toLocaleString("en")})`}`;
     if (!count || !view.models) { main.replaceChildren(html("p", { class: "egm-empty" }, "No sample matches the filter.")); return; }
     const shown = view.models.filter((m) => m.run && !off.includes(m.model));
-    const stage = html("div", { class: "egm-stage" }, picture(view, shown));
+    const stage = html("div", { class: "egm-stage" }, image(view, shown));
     if (view.error) stage.append(html("p", { class: "egm-error" }, view.error));
     stage.append(html("div", { class: "egm-legend" }, html("span", {}, swatch("#111", []), "ground truth"),
       ...(view.modal_box ? [html("span", {}, swatch("#111", [0.5, 0.8]), "visible part (hatched: hidden)")] : [])));

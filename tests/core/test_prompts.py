@@ -114,7 +114,7 @@ def test_what_could_not_be_read_again_is_refused(family):
         family.answer((1, 2, 3, 4), (10, 10), "cup", " ")
 
 
-def test_messages_carry_the_picture_before_the_text():
+def test_messages_carry_the_image_before_the_text():
     (message,) = FAMILIES["qwen3-vl"].messages("Locate cup")
     assert [part["type"] for part in message["content"]] == ["image", "text"]
     assert message["content"][1]["text"] == "Locate cup"

@@ -54,7 +54,7 @@ def teacher(base_url="mini", model="mini-teacher", **more):
 
 
 def make_root(folder: Path, count: int) -> list[dict]:
-    """A data root: pictures, samples, and what the teacher knows of them."""
+    """A data root: images, samples, and what the teacher knows of them."""
     (folder / "images").mkdir(exist_ok=True)
     for number in range(4):
         Image.new("RGB", (128, 96), (60 * number, 90, 90)).save(folder / f"images/{number}.png")
@@ -197,24 +197,24 @@ def test_kept_and_dropped_table_and_examples(tmp_path, run):
     assert Counter(shown["reason"]) == {"kept": 2, "rejected": 2}
 
 
-def test_the_picture_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
+def test_the_image_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
     import base64
     import io
 
     sample = make_root(tmp_path, 1)[0]
     content = messages(TASKS["trace"], sample, tmp_path / sample["image"])[0]["content"]
     data = base64.b64decode(content[0]["image_url"]["url"].split(",")[1])
-    picture = Image.open(io.BytesIO(data))
-    assert picture.size == (128, 96)
-    red, green, blue = picture.getpixel((22, 40))  # on the left edge of the box, 5 px wide
+    image = Image.open(io.BytesIO(data))
+    assert image.size == (128, 96)
+    red, green, blue = image.getpixel((22, 40))  # on the left edge of the box, 5 px wide
     assert green > 100 and red < 60 and blue < 60
-    assert abs(picture.getpixel((40, 40))[1] - 90) < 12  # inside it
+    assert abs(image.getpixel((40, 40))[1] - 90) < 12  # inside it
     # The label, white above the box
-    assert picture.crop((20, 2, 90, 19)).convert("L").getextrema()[1] > 150
+    assert image.crop((20, 2, 90, 19)).convert("L").getextrema()[1] > 150
     assert "[156, 208, 468, 624]" in content[1]["text"]  # 0..999
 
 
-def test_a_picture_of_another_size_fails_alone(tmp_path, run):
+def test_a_image_of_another_size_fails_alone(tmp_path, run):
     samples = make_root(tmp_path, 3)
     samples[1]["width"] = 130
     samples[2]["image"] = "images/none.png"
@@ -239,7 +239,7 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
         for change in ({"expression": "x"}, {"gt_box": [1, 1, 9, 9]}, {"sample_id": "t"})
     ]
     Image.new("RGB", (128, 96), "white").save(tmp_path / sample["image"])
-    others.append(key())  # the picture's content
+    others.append(key())  # the image's content
     changed = dataclasses.replace(TASKS["trace"], template=prompts.TRACE + " Please.")
     monkeypatch.setitem(TASKS, "trace", changed)
     others.append(key())
@@ -541,7 +541,7 @@ def test_command_line(tmp_path):
         )
         poor = cli(tmp_path, url, "--budget", "0.0000001", env=environment)
         assert poor.returncode == 4 and "budget" in poor.stdout
-    (tmp_path / "images/3.png").write_bytes(b"no picture")
+    (tmp_path / "images/3.png").write_bytes(b"no image")
     with running() as url:
         some_fail = cli(tmp_path, url, env=environment)
     assert some_fail.returncode == 3 and "s7" in some_fail.stdout

@@ -86,7 +86,7 @@ def test_a_mirrored_expression_would_not_be_misread():
     assert mirror_expression("man left next to tree") is None
 
 
-def test_flip_mirrors_picture_boxes_and_words():
+def test_flip_mirrors_image_boxes_and_words():
     before = sample(
         "left dog",
         task="amodal",
@@ -97,7 +97,7 @@ def test_flip_mirrors_picture_boxes_and_words():
     assert after["gt_box"] == [339.75, 2, 660, 400] and after["modal_box"] == [540, 2, 640, 50]
     assert (after["expression"], after["flipped"]) == ("right dog", True)
     assert after["image"] != before["image"] and after["sample_id"] != before["sample_id"]
-    assert after["image_id"] == before["image_id"]  # the same picture, for leakage
+    assert after["image_id"] == before["image_id"]  # the same image, for leakage
     assert before["flipped"] is False
     assert flip(after) == before
 

@@ -31,7 +31,7 @@ from egm_lib.data.__main__ import main
 from egm_lib.data.leakage import remove_leakage
 from egm_lib.data.prepare import prepare
 from egm_lib.data.records import rows_to_dataset
-from egm_lib.data.survey import describe, picture_faults
+from egm_lib.data.survey import describe, image_faults
 
 
 def run(verb, root, *options):
@@ -40,7 +40,7 @@ def run(verb, root, *options):
 
 @pytest.fixture
 def refcoco_root(tmp_path):
-    """Pictures 1..9. Trained on: 1, 2 (all three sets). Picture 2 is tested on in RefCOCO+ alone:
+    """Images 1..9. Trained on: 1, 2 (all three sets). Image 2 is tested on in RefCOCO+ alone:
     it leaks.
     """
     for dataset, split_by, tested in (
@@ -61,7 +61,7 @@ def refcoco_root(tmp_path):
     return tmp_path
 
 
-def test_training_leaves_out_every_tested_picture_and_adds_twins(refcoco_root, capsys):
+def test_training_leaves_out_every_tested_image_and_adds_twins(refcoco_root, capsys):
     assert run("prepare", refcoco_root, "--task", "vanilla") == 0
     assert "paper 24,407: not the paper's number" in capsys.readouterr().out
     report = json.loads((refcoco_root / "prepare-vanilla.json").read_text())
@@ -115,7 +115,7 @@ def test_amodal_data_is_cut_filtered_and_counted(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         outside = hidden | {"segmentation": [-10, 10, 60, 10, 60, 90]}
         write_coco_amodal(path, hidden, outside, region(), region(isStuff=1, occlude_rate=0.4))
-        if split == "train":  # another picture than that of val and test
+        if split == "train":  # another image than that of val and test
             path.write_text(path.read_text().replace("57", "58"))
     (tmp_path / "tao_amodal").mkdir()
     write_tao(
@@ -138,32 +138,30 @@ def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     folder = refcoco_root / "images" / "train2014"
     (folder / coco_image(3)["file_name"]).unlink()
     Image.new("L", (640, 481)).save(folder / coco_image(5)["file_name"])
-    (folder / coco_image(7)["file_name"]).write_text("no picture")
+    (folder / coco_image(7)["file_name"]).write_text("no image")
     # Beyond PIL's own limit
     Image.new("1", (20_000, 10_000)).save(folder / coco_image(2)["file_name"], format="PNG")
     assert run("check", refcoco_root) == 1
     out = capsys.readouterr().out
     assert f"{coco_image(3)['file_name']} (e.g. sample refcoco-val-10-100): no such file" in out
-    assert (
-        "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable picture") >= 2
-    )
+    assert "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable image") >= 2
 
 
-def test_a_turned_picture_has_the_size_it_is_seen_with(refcoco_root):
+def test_a_turned_image_has_the_size_it_is_seen_with(refcoco_root):
     prepare(refcoco_root, tasks=["vanilla"])
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("L", (480, 640)).save(
         refcoco_root / "images/train2014" / coco_image(3)["file_name"], exif=exif
     )
-    assert list(picture_faults(read_eval(refcoco_root, "refcoco", "val"), refcoco_root)) == []
+    assert list(image_faults(read_eval(refcoco_root, "refcoco", "val"), refcoco_root)) == []
 
 
 def test_stats_print_table_3_beside_the_paper(refcoco_root, capsys):
     prepare(refcoco_root, tasks=["vanilla"])
     assert run("stats", refcoco_root) == 0
     out = capsys.readouterr().out
-    # three data sets ask about the same box of one picture; its mirrored twin is another file
+    # three data sets ask about the same box of one image; its mirrored twin is another file
     assert "| train.jsonl | 9 | 1 | 1.0 | 640.0 | 480.0 |" in out
     assert "| *paper, vanilla* | 575,208 | 24,407 | lost | lost | lost |" in out
     assert describe(read_train(refcoco_root, "vanilla").select([])) == dict(

@@ -19,7 +19,7 @@ from egm_lib.data import (
     split_id,
     write_samples,
 )
-from egm_lib.data.pictures import PictureError, mirrored_name, write_mirrored
+from egm_lib.data.images import ImageError, mirrored_name, write_mirrored
 from egm_lib.files import atomic_open
 
 
@@ -92,7 +92,7 @@ BAD = [
     (dict(gt_box=[1, 2, None, 4]), "not finite"),
     (dict(gt_box=[300, 2, 1, 400]), "corners are swapped"),
     (dict(gt_box=[1, 2, 1, 400]), "empty"),
-    (dict(gt_box=[1, 2, 642, 400]), "leaves the picture"),  # more than annotators' rounding
+    (dict(gt_box=[1, 2, 642, 400]), "leaves the image"),  # more than annotators' rounding
     (dict(gt_box=None), "gt_box is missing"),
     (dict(task="panoptic"), "task is neither"),
     (dict(expression=" "), "expression is blank"),
@@ -160,7 +160,7 @@ def test_a_data_root_is_read_by_task_and_split(tmp_path):
     assert read_eval(tmp_path, "refcoco+", "testA", limit=7)["sample_id"][:] == ["s9"]
 
 
-def test_pictures_stay_below_the_root(tmp_path):
+def test_images_stay_below_the_root(tmp_path):
     assert resolve_image(sample(), tmp_path) == tmp_path / "images/a.png"
     assert resolve_image(sample(image="/data/a.png"), tmp_path).as_posix() == "/data/a.png"
     with pytest.raises(ValueError, match="leaves the data root"):
@@ -177,31 +177,31 @@ def test_pictures_stay_below_the_root(tmp_path):
         ("1", 1, "png", (255, 255, 255)),
     ],
 )
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, suffix, expected):
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, colour, suffix, expected):
     Image.new(mode, (4, 3), colour).save(tmp_path / f"a.{suffix}")
-    picture = open_image(tmp_path / f"a.{suffix}")
-    assert (picture.mode, picture.size, picture.getpixel((1, 1))) == ("RGB", (4, 3), expected)
+    image = open_image(tmp_path / f"a.{suffix}")
+    assert (image.mode, image.size, image.getpixel((1, 1))) == ("RGB", (4, 3), expected)
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    picture = Image.new("RGB", (4, 2), "black")
-    picture.putpixel((0, 0), (255, 255, 255))
+    image = Image.new("RGB", (4, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    picture.save(tmp_path / "a.png", exif=exif)
+    image.save(tmp_path / "a.png", exif=exif)
     seen = open_image(tmp_path / "a.png")
     assert seen.size == (2, 4) and seen.getpixel((1, 0)) == (255, 255, 255)
 
 
-def test_pictures_that_cannot_be_shown(tmp_path):
+def test_images_that_cannot_be_shown(tmp_path):
     Image.new("L", (100, 100)).save(tmp_path / "large.png")
-    with pytest.raises(PictureError, match="100 x 100"):
+    with pytest.raises(ImageError, match="100 x 100"):
         open_image(tmp_path / "large.png", max_pixels=9_999)
     whole = (tmp_path / "large.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     for name in ("cut.png", "text.jpg"):
-        with pytest.raises(PictureError, match=name):
+        with pytest.raises(ImageError, match=name):
             open_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="check"):
         open_image(tmp_path / "none.png")
@@ -212,10 +212,10 @@ def test_a_mirrored_name_is_another_one_and_mirrors_back(name):
     assert mirrored_name(name) != name and mirrored_name(mirrored_name(name)) == name
 
 
-def test_a_mirrored_picture(tmp_path):
-    picture = Image.new("RGB", (3, 1), "black")
-    picture.putpixel((0, 0), (255, 0, 0))
-    picture.save(tmp_path / "a.png")
+def test_a_mirrored_image(tmp_path):
+    image = Image.new("RGB", (3, 1), "black")
+    image.putpixel((0, 0), (255, 0, 0))
+    image.save(tmp_path / "a.png")
     write_mirrored(tmp_path / "a.png", tmp_path / "flip" / "a.png")
     assert open_image(tmp_path / "flip" / "a.png").getpixel((2, 0)) == (255, 0, 0)
 

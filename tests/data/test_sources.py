@@ -32,7 +32,7 @@ from egm_lib.data import (
     open_image,
     resolve_image,
 )
-from egm_lib.data.amodal import fit_to_picture
+from egm_lib.data.amodal import fit_to_image
 from egm_lib.data.jsonl import image_ids, load_rl_parquet
 from egm_lib.parsing import parse_completion
 from egm_lib.prompts import FAMILIES
@@ -123,7 +123,7 @@ def test_unknown_splits_and_missing_files(tmp_path):
         ({"ref_id": 2}, "'split' is neither"),
         (ref(2, sentences=[{"sent_id": 1}]), "'sent' is neither"),
         (ref(2, sentences=[7]), "not a reference"),
-        (ref(2, ann_id=3), "picture 59"),
+        (ref(2, ann_id=3), "image 59"),
         ("text", "not a reference"),
     ],
 )
@@ -179,7 +179,7 @@ def test_jsonl_as_evaluators_write_it(tmp_path):
     ("change", "reason"),
     [
         (dict(bbox=[1, 2, 3]), "four numbers"),
-        (dict(bbox=[1, 2, 3000, 40]), "leaves the picture"),
+        (dict(bbox=[1, 2, 3000, 40]), "leaves the image"),
         (dict(sent=None), "expression is missing"),
         (dict(width="wide"), "wide"),
         (dict(bbox="1,2,3,4"), "list"),
@@ -211,7 +211,7 @@ def test_the_shared_sample_survives_both_families_targets():
                 row["gt_box"], image_wh, row["expression"], "It is the one asked for."
             )
             back = parse_completion(answer, frame=family.frame, image_wh=image_wh).box
-            # a 0-1000 integer is at most half a thousandth of the picture off
+            # a 0-1000 integer is at most half a thousandth of the image off
             errors = np.abs(np.subtract(back, row["gt_box"])) / np.tile(image_wh, 2) * 1000
             assert errors.max() <= 0.5 + 1e-9
 
@@ -333,7 +333,7 @@ def test_coco_amodal_refuses_with_file_region_and_reason(tmp_path, change, reaso
     assert reason in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_tao_boxes_may_leave_the_picture(tmp_path):
+def test_tao_boxes_may_leave_the_image(tmp_path):
     path = write_tao(
         tmp_path / "a.json",
         tao(1, (-40, 10, 60, 30)),
@@ -344,7 +344,7 @@ def test_tao_boxes_may_leave_the_picture(tmp_path):
     assert rows["gt_box"][:] == [[-40, 10, 20, 40], [-90, 0, -40, 40], [0, 0, 5, 5]]
     # Visibility 0: nothing to see
     assert rows["modal_box"][:] == [[0, 10, 20, 40], None, [0, 10, 20, 40]]
-    # Not COCO's picture 3
+    # Not COCO's image 3
     assert rows["expression"][0] == "baby buggy" and rows["image_id"][0] == "tao-3"
     assert rows["image"][0] == "tao/train/YFCC100M/v/frame0391.jpg"
     assert len(load_tao_amodal(path, split="train", uncertain=False)) == 2
@@ -359,7 +359,7 @@ def test_boxes_are_cut_to_what_an_answer_can_say(tmp_path):
         tao(3, (5, 5, 10, 10)),
     )
     samples, counts = load_tao_amodal(path, split="train"), Counter()
-    fitted = fit_to_picture(samples, counts)
+    fitted = fit_to_image(samples, counts)
     assert fitted["gt_box"][:] == [[0, 10, 20, 40], [5, 5, 15, 15]]
     assert iou(fitted["gt_box"][0], samples["gt_box"][0]) < 0.5
     assert counts == {
@@ -373,7 +373,7 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
     path = write_tao(tmp_path / "a.json", tao(1, (0, 0, 5, 5)), tao(2, (0, 0, 5, 5), category_id=1))
     with pytest.raises(SampleError, match="annotation 2"):
         load_tao_amodal(path, split="train")
-    with pytest.raises(SampleError, match="picture 9"):
+    with pytest.raises(SampleError, match="image 9"):
         load_tao_amodal(
             write_tao(tmp_path / "b.json", tao(1, (0, 0, 5, 5), image_id=9)), split="train"
         )
@@ -386,10 +386,10 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
     ("image", "image_id"),
     [
         ("train2014/COCO_train2014_000000000057.jpg", "57"),
-        ("val2017/000000000057.jpg", "57"),  # the same picture in COCO 2017
+        ("val2017/000000000057.jpg", "57"),  # the same image in COCO 2017
         ("COCO_train2014_000000000000.png", "0"),
         ("frames/0391.jpg", "frames/0391.jpg"),  # a frame's number is no COCO number
     ],
 )
-def test_a_picture_has_one_id_whatever_its_folder(image, image_id):
+def test_a_image_has_one_id_whatever_its_folder(image, image_id):
     assert image_ids(pa.chunked_array([[image]])).to_pylist() == [image_id]

@@ -24,7 +24,7 @@ from egm_lib.files import read_jsonl
 
 
 def answers(boxes, **columns) -> pd.DataFrame:
-    """Prediction rows for a 100 x 100 picture whose target is the left upper quarter; boxes in
+    """Prediction rows for a 100 x 100 image whose target is the left upper quarter; boxes in
     0-1000, None: no box.
     """
     texts = ["I see none." if box is None else f'[{{"bbox_2d": {list(box)}}}]' for box in boxes]
@@ -137,7 +137,7 @@ def test_without_clusters_the_interval_is_scipys():
 def test_intervals_cover_the_truth_about_95_percent_of_the_time():
     rng, covered = np.random.default_rng(2), 0
     for trial in range(200):
-        chance = rng.beta(4, 2, 80)  # of a picture; the mean is 2/3
+        chance = rng.beta(4, 2, 80)  # of an image; the mean is 2/3
         success = rng.random(240) < np.repeat(chance, 3)
         low, high = estimate(
             outcomes(success, np.repeat(np.arange(80), 3)), draws=400, rng_seed=trial

@@ -50,7 +50,7 @@ def sample(number: int, **changes) -> dict:
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for number in range(3):
         Image.new("RGB", (64, 48), (80 * number, 100, 200)).save(tmp_path / f"{number}.png")
     return tmp_path
@@ -90,8 +90,8 @@ def run(engine, samples, root, out, **options):
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_rows_carry_sample_prompt_and_boxes_in_pixels(pictures):
-    [row] = run(FakeEngine(), [sample(1)], pictures, pictures / "out.jsonl")
+def test_rows_carry_sample_prompt_and_boxes_in_pixels(images):
+    [row] = run(FakeEngine(), [sample(1)], images, images / "out.jsonl")
     prompt = FAMILIES["qwen3-vl"].prompt(sample(1)["expression"], "vanilla")
     assert row["prompt"] == prompt and row["reasoning"] == "look" and row["status"] == "ok"
     assert row["box"] == pytest.approx([0, 0, len(prompt) * 64 / 1000, 24.0])
@@ -100,35 +100,33 @@ def test_rows_carry_sample_prompt_and_boxes_in_pixels(pictures):
     assert set(sample(1)) <= set(row)
 
 
-def test_a_killed_run_goes_on_and_leaves_the_same_file(pictures):
+def test_a_killed_run_goes_on_and_leaves_the_same_file(images):
     samples = [sample(number) for number in range(50)]
-    whole = pictures / "whole.jsonl"
-    run(FakeEngine(), samples, pictures, whole)
+    whole = images / "whole.jsonl"
+    run(FakeEngine(), samples, images, whole)
     lines = whole.read_text().splitlines(keepends=True)
     for kept, torn in [(0, 30), (20, 0), (20, 40), (50, 0)]:
-        out = pictures / f"killed-{kept}-{torn}.jsonl"
+        out = images / f"killed-{kept}-{torn}.jsonl"
         out.write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:torn])
         engine = FakeEngine()
-        run(engine, samples, pictures, out)
+        run(engine, samples, images, out)
         assert out.read_text() == whole.read_text()
         # What is finished is not asked again, but for one window
         assert engine.asked < 50 - kept + 16
 
 
-def test_rows_of_another_model_are_not_continued(pictures):
-    out = pictures / "out.jsonl"
-    run(FakeEngine(), [sample(0)], pictures, out)
+def test_rows_of_another_model_are_not_continued(images):
+    out = images / "out.jsonl"
+    run(FakeEngine(), [sample(0)], images, out)
     before = out.read_text()
     with pytest.raises(ValueError, match="written for model 'small-base'"):
-        run(FakeEngine(), [sample(0)], pictures, out, model="large-base")
+        run(FakeEngine(), [sample(0)], images, out, model="large-base")
     assert out.read_text() == before
 
 
-def test_a_corrupt_picture_marks_its_row_and_the_run_goes_on(pictures):
-    (pictures / "1.png").write_bytes(b"not a picture")
-    rows = run(
-        FakeEngine(), [sample(number) for number in range(6)], pictures, pictures / "out.jsonl"
-    )
+def test_a_corrupt_image_marks_its_row_and_the_run_goes_on(images):
+    (images / "1.png").write_bytes(b"not an image")
+    rows = run(FakeEngine(), [sample(number) for number in range(6)], images, images / "out.jsonl")
     assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "error", "ok"]
     assert (
         "1.png" in rows[1]["error"]
@@ -137,35 +135,35 @@ def test_a_corrupt_picture_marks_its_row_and_the_run_goes_on(pictures):
     )
 
 
-def test_errors_are_asked_again_only_on_request(pictures):
-    samples, out = [sample(number) for number in range(6)], pictures / "out.jsonl"
+def test_errors_are_asked_again_only_on_request(images):
+    samples, out = [sample(number) for number in range(6)], images / "out.jsonl"
     longest = FAMILIES["qwen3-vl"].prompt(sample(3)["expression"], "vanilla")
-    rows = run(FakeEngine(lambda prompt: prompt == longest), samples, pictures, out)
+    rows = run(FakeEngine(lambda prompt: prompt == longest), samples, images, out)
     assert [row["sample_id"] for row in rows if row["status"] == "error"] == ["s3"]
     engine = FakeEngine()
-    assert run(engine, samples, pictures, out) == rows and engine.asked == 0
-    mended = run(FakeEngine(), samples, pictures, out, retry_errors=True)
+    assert run(engine, samples, images, out) == rows and engine.asked == 0
+    mended = run(FakeEngine(), samples, images, out, retry_errors=True)
     assert [row["sample_id"] for row in mended] == [row["sample_id"] for row in samples]
     assert all(row["status"] == "ok" for row in mended)
 
 
-def test_an_engine_that_fails_everywhere_stops_the_run(pictures):
+def test_an_engine_that_fails_everywhere_stops_the_run(images):
     with pytest.raises(EngineFailure, match="no memory"):
         run(
             FakeEngine(lambda prompt: True),
             [sample(0), sample(1)],
-            pictures,
-            pictures / "out.jsonl",
+            images,
+            images / "out.jsonl",
         )
 
 
-def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(pictures):
+def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images):
     samples = [sample(number) for number in range(40)]
-    engine, out = FakeEngine(), pictures / "latency" / "small-base.jsonl"
+    engine, out = FakeEngine(), images / "latency" / "small-base.jsonl"
     options = {
         "out": out,
         "model": "small-base",
-        "root": pictures,
+        "root": images,
         "sampling": GREEDY,
         "num_samples": 8,
     }
@@ -222,7 +220,7 @@ class StreamingHandler(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(pictures):
+def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(images):
     server = StreamingServer()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)
@@ -230,9 +228,9 @@ def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as
     rows = measure_latency(
         samples,
         engine,
-        out=pictures / "l.jsonl",
+        out=images / "l.jsonl",
         model="m",
-        root=pictures,
+        root=images,
         sampling=GREEDY,
         num_samples=2,
         concurrencies=(1, 6),
@@ -270,13 +268,13 @@ def engine():
 
 
 def requests_of(count: int) -> list[Request]:
-    """Pictures of two sizes and prompts of many lengths, so that batches are padded."""
+    """Images of two sizes and prompts of many lengths, so that batches are padded."""
     rng = np.random.default_rng(0)
-    pictures = [
+    images = [
         Image.fromarray(rng.integers(0, 256, (48, 32 + 16 * (n % 2), 3), dtype=np.uint8))
         for n in range(count)
     ]
-    return [Request(picture, "find " + "x" * (7 * n % 11)) for n, picture in enumerate(pictures)]
+    return [Request(image, "find " + "x" * (7 * n % 11)) for n, image in enumerate(images)]
 
 
 def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
@@ -302,7 +300,7 @@ def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_pictures_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(
+def test_images_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(
     engine, penalty
 ):
     sampling, requests = replace(GREEDY, repetition_penalty=penalty), requests_of(4)
@@ -495,7 +493,7 @@ def endpoint(server) -> OpenAIEngine:
     return OpenAIEngine("http://localhost", "m", "qwen3-vl", 4, client=server, opens_reasoning=True)
 
 
-def test_endpoint_sends_table_8_and_a_lossless_picture():
+def test_endpoint_sends_table_8_and_a_lossless_image():
     server = FakeServer(honours=True)
     [answer] = endpoint(server).answer(requests_of(1), GREEDY)
     [call] = server.calls
@@ -517,12 +515,12 @@ def test_an_endpoint_that_silently_ignores_the_schema_is_noticed():
         list(endpoint(FakeServer(honours=False)).answer(requests_of(1), GREEDY, reasoning=False))
 
 
-def test_rows_of_answers_given_together_have_no_latency(pictures):
+def test_rows_of_answers_given_together_have_no_latency(images):
     engine = FakeEngine()
-    rows = run(engine, [sample(0), sample(1)], pictures, pictures / "two.jsonl")
+    rows = run(engine, [sample(0), sample(1)], images, images / "two.jsonl")
     assert [row["latency_ms"] for row in rows] == [None, None]
     engine.batch_size = 1
-    [row] = run(engine, [sample(0)], pictures, pictures / "one.jsonl")
+    [row] = run(engine, [sample(0)], images, images / "one.jsonl")
     assert row["latency_ms"] == 1.5
 
 

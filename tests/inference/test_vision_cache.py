@@ -12,7 +12,7 @@ GRID_3 = torch.tensor([1, 4, 4])
 ROWS = 16
 
 
-def some_pictures(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def some_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     return torch.randn(count * ROWS, 3 * 2 * 8 * 8, generator=generator), GRID_3.repeat(count, 1)
 
@@ -25,7 +25,7 @@ def assert_equal_outputs(a, b):
 
 def test_cached_equals_uncached_first_and_later_and_in_another_order():
     visual = tiny_qwen()[0].model.visual
-    pixels, grids = some_pictures(3)
+    pixels, grids = some_images(3)
     with torch.no_grad():
         expected = visual(pixels, grid_thw=grids)
         mixed = torch.cat([pixels[2 * ROWS :], pixels[:ROWS], pixels[2 * ROWS :]])
@@ -42,7 +42,7 @@ def test_whole_model_gives_the_same_logits_and_the_same_parameter_names():
     plain, processor = tiny_qwen()
     cached = tiny_qwen()[0]
     freeze_vision(cached)
-    pixels, grids = some_pictures(2)
+    pixels, grids = some_images(2)
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = torch.tensor([[5, image, image, image, image, 7, 8]] * 2)
     inputs = dict(
@@ -62,10 +62,10 @@ def test_whole_model_gives_the_same_logits_and_the_same_parameter_names():
 
 def test_memory_is_bounded_and_the_least_recently_used_goes_first():
     model = tiny_qwen()[0]
-    pixels, grids = some_pictures(3)
+    pixels, grids = some_images(3)
     one = freeze_vision(tiny_qwen()[0])
-    one_picture = 4 * 64 * 4 * 2  # 4 tokens x 64 x float32, merged and one deepstack layer
-    cache = freeze_vision(model, VisionCache(max_bytes=2 * one_picture))
+    one_image = 4 * 64 * 4 * 2  # 4 tokens x 64 x float32, merged and one deepstack layer
+    cache = freeze_vision(model, VisionCache(max_bytes=2 * one_image))
     assert one.nbytes == 0
     visual = model.model.visual
     for index in (0, 1, 0, 2, 0):  # 1 is dropped for 2; 0, used again and again, stays
@@ -78,7 +78,7 @@ def test_towers_share_a_cache_without_mixing():
     first, other = tiny_qwen(seed=0)[0], tiny_qwen(seed=1)[0]
     assert tower_digest(first.model.visual) != tower_digest(other.model.visual)
     assert tower_digest(first.model.visual) == tower_digest(tiny_qwen(seed=0)[0].model.visual)
-    pixels, grids = some_pictures(1)
+    pixels, grids = some_images(1)
     expected = other.model.visual(pixels, grid_thw=grids).pooler_output.detach()
     cache = VisionCache()
     freeze_vision(first, cache)

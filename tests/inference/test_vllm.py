@@ -28,7 +28,7 @@ pytestmark = pytest.mark.vllm
 
 MODEL, FAMILY = project_root() / "data/mini/small", FAMILIES["qwen3-vl"]
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=None, max_new_tokens=32, repetition_penalty=1.0)
-QUARTER = 64 * 64  # px: a picture shrunk to 16 tokens from 64
+QUARTER = 64 * 64  # px: an image shrunk to 16 tokens from 64
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +66,7 @@ def test_greedy_answers_are_those_of_transformers(requests, engines, reasoning):
         list(engine.answer(requests, GREEDY, reasoning=reasoning)) for engine in engines
     )
     counts = ("raw_answer", "prompt_tokens", "reasoning_tokens", "answer_tokens", "finish_reason")
-    # It looks at the pictures
+    # It looks at the images
     assert len(ours) == 64 and len({answer.raw_answer for answer in theirs}) > 20
     for mine, reference in zip(ours, theirs, strict=True):
         assert [getattr(mine, name) for name in counts] == [
@@ -77,7 +77,7 @@ def test_greedy_answers_are_those_of_transformers(requests, engines, reasoning):
             assert regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], answer)
 
 
-def test_pictures_are_shrunk_as_the_profile_says(requests, engines):
+def test_images_are_shrunk_as_the_profile_says(requests, engines):
     few = requests[:4]
     whole, ours, theirs = (
         [answer.prompt_tokens for answer in engine.answer(few, GREEDY)]
@@ -107,7 +107,7 @@ def trainer(request, tmp_path, monkeypatch) -> Watched:
     """
     family = getattr(request, "param", FAMILY)
     place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
-    samples = make_samples(tmp_path / "pictures", pictures=4, per_picture=1)
+    samples = make_samples(tmp_path / "images", images=4, per_image=1)
     # On a CPU vLLM packs weights and drops them as they were, so none could be put in their place;
     # a GPU keeps them.
     monkeypatch.setattr(
@@ -116,7 +116,7 @@ def trainer(request, tmp_path, monkeypatch) -> Watched:
     monkeypatch.setattr(grpo, "PlainGRPO", Watched)
     return make_grpo_trainer(
         *stored(place, family.name),
-        question_rows(samples, family, tmp_path / "pictures"),
+        question_rows(samples, family, tmp_path / "images"),
         family,
         grpo_options(
             rollout="vllm-colocate", learning_rate=1e-2, max_steps=3, max_completion_length=32
@@ -132,7 +132,7 @@ def trainer(request, tmp_path, monkeypatch) -> Watched:
 def test_grpo_samples_from_the_weights_that_it_trains(trainer, requests, tmp_path, request):
     out = train_to(trainer, trainer.processing_class, tmp_path / "egm")
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    # Tokens of pictures are not sampled; a random model gives one 1 in 270, so that the others are
+    # Tokens of images are not sampled; a random model gives one 1 in 270, so that the others are
     # as much likelier.
     assert max(line["sampling/sampling_logp_difference/mean"] for line in log[:3]) < 0.005
     # What was trained is started as it was written
@@ -148,7 +148,7 @@ def test_grpo_stops_where_the_sampler_has_other_weights(trainer, monkeypatch):
 
 
 def test_grpo_stops_where_the_sampler_sees_another_prompt(trainer, monkeypatch):
-    monkeypatch.setattr(grpo, "collapse_picture_tokens", lambda ids, *_: list(ids))
+    monkeypatch.setattr(grpo, "collapse_image_tokens", lambda ids, *_: list(ids))
     with pytest.raises(TrainingError, match="read a prompt of"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from egm_lib.inference.loading import load_model, load_processor, video_half
-from egm_lib.mini.models import build, encode_pictures, patchify, processor, save
+from egm_lib.mini.models import build, encode_images, patchify, processor, save
 from egm_lib.mini.pretraining import base_models as pretrain
 from egm_lib.mini.pretraining import questions as question_module
 from egm_lib.mini.pretraining.packing import pack, packed_loss
@@ -30,14 +30,14 @@ def tiny():
 
 
 def test_patches_and_tower_equal_transformers(tiny):
-    _, pictures = scene_batch(5, 0, 3)
-    images = [Image.fromarray(p) for p in pictures]
+    _, pixels_B_H_W_3 = scene_batch(5, 0, 3)
+    images = [Image.fromarray(p) for p in pixels_B_H_W_3]
     stock = processor(build_tokenizer()).image_processor(images=images, return_tensors="pt")
-    patches = patchify(pictures)
+    patches = patchify(pixels_B_H_W_3)
     torch.testing.assert_close(stock["pixel_values"], patches.flatten(0, 1))
     with torch.no_grad():
         wanted = tiny.model.visual(stock["pixel_values"], grid_thw=stock["image_grid_thw"])
-        merged, deepstack = encode_pictures(tiny.model.visual, patches)
+        merged, deepstack = encode_images(tiny.model.visual, patches)
     torch.testing.assert_close(merged.flatten(0, 1), wanted.pooler_output, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(deepstack, wanted.deepstack_features, strict=True):
         torch.testing.assert_close(ours.flatten(0, 1), theirs, atol=1e-5, rtol=1e-5)
@@ -46,16 +46,16 @@ def test_patches_and_tower_equal_transformers(tiny):
 def test_packed_questions_score_as_each_question_alone(tiny):
     tokenizer = build_tokenizer()
     chat = processor(tokenizer)
-    scenes, pictures = scene_batch(6, 0, 2)
+    scenes, pixels_B_H_W_3 = scene_batch(6, 0, 2)
     asked = [
         question_module.questions(scene, Random(n), WORDED_STEPS) for n, scene in enumerate(scenes)
     ]
     packed = pack([[(p, a) for _, p, a in questions] for questions in asked], tokenizer)
     assert tokenizer.unk_token_id not in packed.ids_N
-    patches = patchify(pictures)
+    patches = patchify(pixels_B_H_W_3)
     try:
         with torch.no_grad():
-            _, scores = packed_loss(tiny, packed, *encode_pictures(tiny.model.visual, patches))
+            _, scores = packed_loss(tiny, packed, *encode_images(tiny.model.visual, patches))
     finally:
         tiny.model.language_model.config._attn_implementation = "sdpa"
     begin = 0
@@ -64,10 +64,8 @@ def test_packed_questions_score_as_each_question_alone(tiny):
             text = chat.apply_chat_template(
                 FAMILIES["qwen3-vl"].messages(prompt), add_generation_prompt=True
             )
-            picture = Image.fromarray(pictures[number])
-            inputs = chat(
-                text=[text + answer + "<|im_end|>"], images=[picture], return_tensors="pt"
-            )
+            image = Image.fromarray(pixels_B_H_W_3[number])
+            inputs = chat(text=[text + answer + "<|im_end|>"], images=[image], return_tensors="pt")
             length = len(tokenizer(answer).input_ids) + 1
             with torch.no_grad():
                 alone = tiny(**inputs).logits[0, -length - 1 : -1]

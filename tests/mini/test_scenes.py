@@ -1,4 +1,4 @@
-"""The miniature's pictures and boxes: what is stored is what can be seen."""
+"""The miniature's images and boxes: what is stored is what can be seen."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ def scene_of(*things: Thing) -> Scene:
 @pytest.mark.parametrize("shape", ["circle", "square", "triangle", "star", "cross", "ring"])
 def test_an_unhidden_thing_fills_its_box(shape):
     box = (30.0, 40.0, 60.0, 64.0)
-    picture = np.asarray(render(scene_of(Thing("red", shape, box)))).astype(int)
+    image = np.asarray(render(scene_of(Thing("red", shape, box)))).astype(int)
     empty = np.asarray(render(Scene((), 3))).astype(int)
-    rows, columns = np.nonzero(np.abs(picture - empty).max(-1) > 12)
+    rows, columns = np.nonzero(np.abs(image - empty).max(-1) > 12)
     seen = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert np.abs(np.array(seen) - box).max() <= 1, "the drawn pixels end where the box does"
 
@@ -37,7 +37,7 @@ def test_a_buried_thing_has_no_visible_box():
     assert scene.members.get(("red", "circle")) is None
 
 
-def test_random_scenes_stay_in_the_picture_and_repeat_by_seed():
+def test_random_scenes_stay_in_the_image_and_repeat_by_seed():
     for seed in range(60):
         scene = sample_scene(np.random.default_rng(seed), occlusion=0.5)
         assert 5 <= len(scene.things) <= 24

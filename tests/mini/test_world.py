@@ -25,7 +25,7 @@ def rows_of(root, name):
     return list(read_samples(root / name))
 
 
-def test_every_file_has_its_samples_and_every_sample_its_picture(root):
+def test_every_file_has_its_samples_and_every_sample_its_image(root):
     for name, count in WANTED.items():
         rows = rows_of(root, name)
         assert len(rows) == count
@@ -33,11 +33,11 @@ def test_every_file_has_its_samples_and_every_sample_its_picture(root):
             assert open_image(resolve_image(row, root)).size == (row["width"], row["height"])
 
 
-def test_no_picture_is_shared_between_files(root):
+def test_no_image_is_shared_between_files(root):
     seen: dict[str, str] = {}
     for name in WANTED:
-        for picture in {row["image"] for row in rows_of(root, name)}:
-            digest = np.asarray(open_image(root / picture)).tobytes()
+        for image in {row["image"] for row in rows_of(root, name)}:
+            digest = np.asarray(open_image(root / image)).tobytes()
             assert seen.setdefault(digest, name) == name
 
 

@@ -94,7 +94,7 @@ def test_the_command_says_what_is_missing(capsys):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_restore_says_where_pictures_come_from(run, monkeypatch, capsys, there):
+def test_a_restore_says_where_images_come_from(run, monkeypatch, capsys, there):
     monkeypatch.setattr(cli, "load_profile", lambda name: replace(run.profile, seeds=(0,)))
     archive.pack(run)
     shutil.rmtree(run.root)

@@ -23,9 +23,9 @@ def test_a_failure_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
     slow = python(
         tmp_path, "slow", "import time, pathlib; print('on', flush=True); time.sleep(600)"
     )
-    bad = python(tmp_path, "bad", "print('line before'); raise SystemExit('no such picture')")
+    bad = python(tmp_path, "bad", "print('line before'); raise SystemExit('no such image')")
     began = time.monotonic()
-    with pytest.raises(JobFailed, match="(?s)bad ended with code 1.*line before\nno such picture"):
+    with pytest.raises(JobFailed, match="(?s)bad ended with code 1.*line before\nno such image"):
         run_side_by_side([slow, bad], workers=2)
     assert time.monotonic() - began < 120
 

@@ -89,7 +89,7 @@ def test_the_readme_links_to_what_is_there():
 
 
 def test_the_readme_shows_the_committed_results():
-    """Nothing is typed by hand: picture and numbers are what figures/mini-full gives (`make tables`
+    """Nothing is typed by hand: image and numbers are what figures/mini-full gives (`make tables`
     writes them).
     """
     assert (ROOT / "README.md").read_text(encoding="utf-8") == committed_readme(ROOT)

@@ -13,6 +13,7 @@ import papermill
 import pytest
 from roots import use_root
 
+from egm_lib.errors import InputError
 from egm_lib.pipeline import manifest
 from egm_lib.pipeline import publish as publish_module
 from egm_lib.pipeline import reproduce as module
@@ -196,7 +197,7 @@ def test_a_broken_manifest_is_named(project):
     run, _, _, _ = project
     reproduce(run)
     run.manifest.write_text('{"profile": "smo')
-    with pytest.raises(ReproduceError, match="manifest.json is not JSON; delete it"):
+    with pytest.raises(InputError, match="manifest.json is not JSON .* delete it"):
         reproduce(run)
 
 
@@ -210,7 +211,7 @@ def test_the_manifest_says_what_ran(project):
     assert "torch" in manifest["versions"]
 
 
-def test_clean_strips_widget_state_and_keeps_the_picture(tmp_path):
+def test_clean_strips_widget_state_and_keeps_the_image(tmp_path):
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "aGk="}
     said = nbformat.v4.new_output(
         "stream", text=f"saved to {publish_module.project_root()}/data/runs/x.jsonl"
@@ -271,10 +272,10 @@ def test_command_line_says_one_sentence(capsys):
 def test_a_real_kernel_runs_and_fails_clearly(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     source = tmp_path / "notebooks" / "00_a.ipynb"
-    write_notebook(source, "print(profile, seed)", "raise ValueError('the picture is torn')")
+    write_notebook(source, "print(profile, seed)", "raise ValueError('the image is torn')")
     use_root(monkeypatch, tmp_path)
     run = Run(load_profile("smoke"), 7)
-    with pytest.raises(ReproduceError, match="00_a stopped in its cell .: the picture is torn"):
+    with pytest.raises(ReproduceError, match="00_a stopped in its cell .: the image is torn"):
         reproduce(run)
     outputs = [
         str(cell.outputs) for cell in nbformat.read(run.notebook("00_a.ipynb"), as_version=4).cells

@@ -32,6 +32,6 @@ def test_an_unknown_placeholder_is_named(tmp_path, monkeypatch):
 def test_without_slurm_the_script_is_written_and_the_other_way_named(tmp_path, monkeypatch, capsys):
     use_root(monkeypatch, tmp_path)
     monkeypatch.setattr(submit.shutil, "which", lambda name: None)
-    assert submit.main(["--profile", "mini"]) == 1
+    assert submit.main(["--profile", "mini"]) == 2
     assert "--launcher local" in capsys.readouterr().err
     assert (tmp_path / "data/runs/mini-0/submit.sh").read_text().startswith("#!/bin/bash")

@@ -38,15 +38,15 @@ def test_it_fetches_nothing(page):
     assert outside == [] and "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_it_holds_traces_of_every_kind_with_their_pictures(page):
-    kinds, pictures = traces(page)["kinds"], traces(page)["pictures"]
-    assert len(set(pictures)) == len(pictures)  # each once, however many traces show it
+def test_it_holds_traces_of_every_kind_with_their_images(page):
+    kinds, images = traces(page)["kinds"], traces(page)["images"]
+    assert len(set(images)) == len(images)  # each once, however many traces show it
     assert {"EGM solves what the base misses", "both solve"} <= {kind["kind"] for kind in kinds}
     assert {kind["task"] for kind in kinds} == {"vanilla", "amodal"}
     for kind in kinds:
         assert 0 < len(kind["views"]) <= min(TRACES_A_KIND, kind["of"])
         for view in kind["views"]:
-            assert view["error"] is None and pictures[view["picture"]].startswith("data:image/")
+            assert view["error"] is None and images[view["image"]].startswith("data:image/")
             base, egm = view["models"][0], view["models"][1]
             assert (egm["success"] and not base["success"]) == (
                 kind["kind"] == "EGM solves what the base misses"

@@ -20,10 +20,10 @@ from egm_lib.curation.outputs import JsonlSamples
 CONCURRENCY = 64
 
 
-def make_samples(folder: Path, count: int, pictures: int = 50) -> Path:
-    """A data root with noise pictures of COCO's size and `count` samples."""
+def make_samples(folder: Path, count: int, images: int = 50) -> Path:
+    """A data root with noise images of COCO's size and `count` samples."""
     rng = random.Random(0)
-    for number in range(pictures):
+    for number in range(images):
         noise = Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3)).resize((640, 480))
         noise.save(folder / f"{number}.jpg")
     with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
@@ -35,7 +35,7 @@ def make_samples(folder: Path, count: int, pictures: int = 50) -> Path:
                 "task": "vanilla",
             }
             sample |= {
-                "image": f"{number * pictures // count}.jpg",
+                "image": f"{number * images // count}.jpg",
                 "width": 640,
                 "height": 480,
                 "image_id": "0",

@@ -27,7 +27,7 @@ def ref(number, split="train", image_id=57, sents=("man on left",), **changes):
         dict(sent_id=10 * number + i, sent=sent, raw=sent.upper(), tokens=sent.split())
         for i, sent in enumerate(sents)
     ]
-    # The oddity: file_name carries the annotation's number, and is not the picture's name.
+    # The oddity: file_name carries the annotation's number, and is not the image's name.
     return (
         dict(
             ref_id=number,

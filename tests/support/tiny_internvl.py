@@ -9,13 +9,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from egm_lib.inference.loading import InternVLProcessor
 
-PICTURE = {
+IMAGE = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
     "context_image_token": "<IMG_CONTEXT>",
     "video_token": "<video>",
 }
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *PICTURE.values()]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *IMAGE.values()]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}"
@@ -25,7 +25,7 @@ TILE_PX, TILE_TOKENS = 32, 4
 
 
 def tiny_internvl(seed: int = 0):
-    """(model, processor): 2 layers, bytes as vocabulary; a picture becomes one tile of 4 tokens, or
+    """(model, processor): 2 layers, bytes as vocabulary; an image becomes one tile of 4 tokens, or
     several.
     """
     vocab = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *SPECIAL])}
@@ -35,7 +35,7 @@ def tiny_internvl(seed: int = 0):
         unk_token=None,
         eos_token=SPECIAL[2],
         pad_token=SPECIAL[0],
-        extra_special_tokens=PICTURE,
+        extra_special_tokens=IMAGE,
         additional_special_tokens=SPECIAL[1:2],
         chat_template=TEMPLATE,
     )
@@ -71,10 +71,10 @@ def tiny_internvl(seed: int = 0):
     model = InternVLForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = token_id(SPECIAL[2])
     model.generation_config.pad_token_id = token_id(SPECIAL[0])
-    pictures = GotOcr2ImageProcessorPil(
+    images = GotOcr2ImageProcessorPil(
         size={"height": TILE_PX, "width": TILE_PX},
         crop_to_patches=True,
         min_patches=1,
         max_patches=4,
     )
-    return model, InternVLProcessor(pictures, tokenizer, TILE_TOKENS, chat_template=TEMPLATE)
+    return model, InternVLProcessor(images, tokenizer, TILE_TOKENS, chat_template=TEMPLATE)

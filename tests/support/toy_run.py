@@ -19,7 +19,7 @@ from egm_lib.curation.tasks import CAUSES
 
 
 def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path:
-    """folder/toy-<seed> with predictions, latency, failures, traces and logs; pictures under
+    """folder/toy-<seed> with predictions, latency, failures, traces and logs; images under
     world.
     """
     root, rng = folder / f"toy-{seed}", random.Random(seed)

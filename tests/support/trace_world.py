@@ -15,7 +15,7 @@ SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
 
 
 def draw_world(root: Path, count: int = 6, size: int = 128, seed: int = 0) -> list[dict]:
-    """Samples of `count` pictures written under root/images: three like-coloured squares, one asked
+    """Samples of `count` images written under root/images: three like-coloured squares, one asked
     for.
     """
     rng = random.Random(seed)

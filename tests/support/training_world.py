@@ -1,4 +1,4 @@
-"""What the training tests train on: a tiny model in a folder, a few pictures with one coloured
+"""What the training tests train on: a tiny model in a folder, a few images with one coloured
 square each.
 """
 
@@ -43,17 +43,17 @@ def moved_names(before: Path, after: Path) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-def make_samples(folder: Path, pictures: int = 4, per_picture: int = 2) -> list[dict]:
+def make_samples(folder: Path, images: int = 4, per_image: int = 2) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
-    for number in range(pictures):
+    for number in range(images):
         pixels = np.random.default_rng(number).integers(
             0, 60, (SIZE_PX, SIZE_PX, 3), dtype=np.uint8
         )
         left, top = 4 + 6 * number, 8 + 4 * number
         pixels[top : top + 20, left : left + 20] = (250, 40 * number, 10)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-        for question in range(per_picture):
+        for question in range(per_image):
             samples.append(
                 {
                     "sample_id": f"{number}-{question}",

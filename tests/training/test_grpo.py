@@ -29,7 +29,7 @@ from egm_lib.training import grpo_shared_prefix, grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
 from egm_lib.training.groups import read_groups
 from egm_lib.training.grpo_trainer import check_same_policy
-from egm_lib.training.grpo_trl import check_same_prompts, collapse_picture_tokens
+from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.viewer import TraceViewer
 
@@ -39,7 +39,7 @@ FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return store_model(folder / "model"), make_samples(folder, pictures=4, per_picture=1), folder
+    return store_model(folder / "model"), make_samples(folder, images=4, per_image=1), folder
 
 
 def count_letter(completions, **kwargs) -> list[float]:
@@ -108,7 +108,7 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
     trl_loss = 0.0
     for part in parts:
         texts = [p for p in part["prompts"] for _ in range(4)]
-        images = [[grpo_module.open_image(p.picture)] for p in texts]
+        images = [[grpo_module.open_image(p.image)] for p in texts]
         chat = [grpo_module.chat_text(processor, rows[0]["prompt"])] * len(images)
         inputs = processor(images=images, text=chat, return_tensors="pt", padding=True)
         assert all(ids == p.ids for ids, p in zip(inputs["input_ids"].tolist(), texts, strict=True))
@@ -203,7 +203,7 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)], ids=["full", "lora"])
 def test_two_steps_of_internvl_move_the_language_model_alone(world, tmp_path, lora):
-    """Pictures of several tiles, and the InternVL column of Table 6: no KL, an entropy term."""
+    """Images of several tiles, and the InternVL column of Table 6: no KL, an entropy term."""
     folder = store_model(tmp_path / "model", "internvl-3")
     trainer, processor = trainer_of(
         (folder, *world[1:]),
@@ -353,15 +353,15 @@ def test_nan_is_no_agreement():
     ("ids", "ends", "collapsed"),
     [
         ([1, 9, 9, 9, 2], (), [1, 9, 2]),
-        ([9, 9, 1, 9, 9, 9], (), [9, 1, 9]),  # two pictures
+        ([9, 9, 1, 9, 9, 9], (), [9, 1, 9]),  # two images
         ([1, 1, 2], (), [1, 1, 2]),  # other repeated tokens stay
         ([1, 7, 9, 9, 8, 2], (7, 8), [1, 9, 2]),  # InternVL-3's ends, which vLLM puts there
         ([1, 7, 9, 9, 8, 2], (None, None), [1, 7, 9, 8, 2]),
         ([], (), []),
     ],
 )
-def test_picture_tokens_collapse_to_one_a_picture(ids, ends, collapsed):
-    assert collapse_picture_tokens(ids, 9, ends) == collapsed
+def test_image_tokens_collapse_to_one_a_image(ids, ends, collapsed):
+    assert collapse_image_tokens(ids, 9, ends) == collapsed
 
 
 def test_a_sampler_that_reads_another_prompt_is_stopped():

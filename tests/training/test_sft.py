@@ -29,7 +29,7 @@ from egm_lib.training.command import stage_command
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.training.plan import count_parameters
 from egm_lib.training.preflight import check_device, check_memory
-from egm_lib.training.sft_trainers import PictureSampler, PlainCollator
+from egm_lib.training.sft_trainers import ImageSampler, PlainCollator
 
 FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
 
@@ -87,7 +87,7 @@ def test_the_loss_covers_the_answer_and_its_end_and_nothing_else(world, tmp_path
         )
         prompt = processor.tokenizer.decode(batch["suffix"][row][labels == -100])
         assert FAMILY.prompt(sample["expression"], "vanilla") in prompt
-    assert batch["group"].tolist() == [0, 0, 1]  # two questions of the first picture share it
+    assert batch["group"].tolist() == [0, 0, 1]  # two questions of the first image share it
 
 
 def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl_world, tmp_path):
@@ -108,8 +108,8 @@ def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl
         assert INTERNVL.prompt(sample["expression"], "vanilla") in processor.tokenizer.decode(
             ids[labels == -100]
         )
-    picture_tokens = (batch["input_ids"] == trainer.model.config.image_token_id).sum().item()
-    assert picture_tokens == 4 * len(batch["pixel_values"]) > 4 * 2  # several tiles a picture
+    image_tokens = (batch["input_ids"] == trainer.model.config.image_token_id).sum().item()
+    assert image_tokens == 4 * len(batch["pixel_values"]) > 4 * 2  # several tiles an image
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -264,13 +264,13 @@ def test_the_clock_ends_a_run_and_its_schedule():
     assert clock.progress(0, 10) == 1.0
 
 
-def test_rows_of_a_picture_stand_together_and_every_row_once():
-    pictures = [str(n % 10) for n in range(45)]
-    sampler = PictureSampler(pictures, together=2, seed=3)
+def test_rows_of_a_image_stand_together_and_every_row_once():
+    images = [str(n % 10) for n in range(45)]
+    sampler = ImageSampler(images, together=2, seed=3)
     order = list(sampler)
     assert sorted(order) == list(range(45)) and order == list(sampler)
-    pairs = sum(pictures[a] == pictures[b] for a, b in zip(order, order[1:], strict=False))
-    assert pairs >= 20  # 10 pictures, 4 or 5 rows each: two pairs a picture
+    pairs = sum(images[a] == images[b] for a, b in zip(order, order[1:], strict=False))
+    assert pairs >= 20  # 10 images, 4 or 5 rows each: two pairs an image
     sampler.set_epoch(1)
     assert list(sampler) != order
 
@@ -288,15 +288,15 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
     json.dumps(options)
 
 
-def test_pictures_are_shrunk_to_the_profile_s_pixels(world):
-    """SFT and GRPO see pictures as the profile's `max_pixels` says; of 64 x 64 px there are 16
+def test_images_are_shrunk_to_the_profile_s_pixels(world):
+    """SFT and GRPO see images as the profile's `max_pixels` says; of 64 x 64 px there are 16
     merged patches.
     """
     folder, _, root = world
     for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):
         start = Model(path=str(folder), family="qwen3-vl", dtype="float32", max_pixels=max_pixels)
-        pictures = model_setup.load_start(start.location, start, "float32")[1].image_processor
-        grid = pictures([Image.open(root / "0.png")], return_tensors="pt")["image_grid_thw"][0]
+        images = model_setup.load_start(start.location, start, "float32")[1].image_processor
+        grid = images([Image.open(root / "0.png")], return_tensors="pt")["image_grid_thw"][0]
         assert grid.prod() == 4 * merged
 
 

@@ -23,21 +23,19 @@ EXPRESSIONS = ("red", "the second red square from the left", "a")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    make_samples(folder, pictures=3)
+    make_samples(folder, images=3)
     model, processor = stored(store_model(folder / "model"))
     model.generation_config.max_length = None
     reader = Reader(processor, model, freeze_vision(model), open_image)
-    pictures = [folder / f"{n}.png" for n in range(3)]
+    images = [folder / f"{n}.png" for n in range(3)]
     texts = [chat_text(processor, [{"role": "user", "content": text}]) for text in EXPRESSIONS]
-    prompts = [reader.prompt(picture, text) for picture, text in zip(pictures, texts, strict=True)]
-    return model, processor, reader, pictures, texts, prompts
+    prompts = [reader.prompt(image, text) for image, text in zip(images, texts, strict=True)]
+    return model, processor, reader, images, texts, prompts
 
 
 def plain_inputs(world, row: int) -> dict:
-    _, processor, _, pictures, texts, _ = world
-    return dict(
-        processor(images=[open_image(pictures[row])], text=[texts[row]], return_tensors="pt")
-    )
+    _, processor, _, images, texts, _ = world
+    return dict(processor(images=[open_image(images[row])], text=[texts[row]], return_tensors="pt"))
 
 
 def plain_logps(world, row: int, completion: list[int]) -> torch.Tensor:
@@ -67,13 +65,13 @@ def test_reader_makes_the_processor_s_tokens_and_the_model_s_positions(world):
             inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
         )
         assert torch.equal(prompt.positions_3_T, positions_3_1_T[:, 0])
-        assert prompt.ids[prompt.picture_end - 1] == model.config.vision_end_token_id
+        assert prompt.ids[prompt.image_end - 1] == model.config.vision_end_token_id
 
 
 @pytest.mark.parametrize("small_logits", [0, 2**25], ids=["chunked head", "plain head"])
 def test_logps_and_gradients_equal_a_plain_forward(world, monkeypatch, small_logits):
     monkeypatch.setattr(prefix_logps, "SMALL_LOGITS", small_logits)
-    model, _, reader, pictures, _, prompts = world
+    model, _, reader, images, _, prompts = world
     completions = [[70, 71, 72], [80, 81], [90], [91, 92, 93, 94], [60], [61, 62]]
     group = torch.tensor([0, 0, 1, 1, 2, 2])
     width = max(map(len, completions))
@@ -81,7 +79,7 @@ def test_logps_and_gradients_equal_a_plain_forward(world, monkeypatch, small_log
     mask = torch.tensor([[1.0] * len(c) + [0.0] * (width - len(c)) for c in completions])
     parameter = model.model.language_model.layers[0].self_attn.k_proj.weight
     got, entropy = suffix_logps(
-        model, prompts, reader.features(pictures), group, tokens, mask, mask, entropy="value"
+        model, prompts, reader.features(images), group, tokens, mask, mask, entropy="value"
     )
     (got_gradient,) = torch.autograd.grad(got.sum(), parameter)
     expected = [plain_logps(world, int(g), c) for g, c in zip(group, completions, strict=True)]
@@ -93,22 +91,22 @@ def test_logps_and_gradients_equal_a_plain_forward(world, monkeypatch, small_log
     torch.testing.assert_close(got_gradient, expected_gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_a_picture_s_prefix_serves_several_questions(world):
-    model, _, reader, pictures, _, prompts = world
+def test_a_image_s_prefix_serves_several_questions(world):
+    model, _, reader, images, _, prompts = world
     prompt = prompts[1]
-    suffix = [*prompt.ids[prompt.picture_end :], 70, 71]
+    suffix = [*prompt.ids[prompt.image_end :], 70, 71]
     ones = torch.ones(1, len(suffix))
-    features = reader.features([pictures[1]])
-    prefix, group = [prompt.upto_picture()], torch.tensor([0])
+    features = reader.features([images[1]])
+    prefix, group = [prompt.upto_image()], torch.tensor([0])
     got, _ = suffix_logps(model, prefix, features, group, torch.tensor([suffix]), ones, ones)
     torch.testing.assert_close(got[0, -2:], plain_logps(world, 1, [70, 71]), atol=1e-5, rtol=0)
 
 
 def test_greedy_equals_generate_and_sampler_logps_equal_the_trainer_s(world):
-    model, processor, reader, pictures, _, prompts = world
+    model, processor, reader, images, _, prompts = world
     eos, image = processor.tokenizer.eos_token_id, model.config.image_token_id
     options = SamplingOptions(max_new_tokens=12, temperature=0.0, suppress_ids=(image,))
-    tokens, logps = sample(model, prompts, reader.features(pictures), 2, options, [eos])
+    tokens, logps = sample(model, prompts, reader.features(images), 2, options, [eos])
     for row, (ids, values) in enumerate(zip(tokens, logps, strict=True)):
         inputs = plain_inputs(world, row // 2)
         expected = model.generate(
@@ -121,11 +119,11 @@ def test_greedy_equals_generate_and_sampler_logps_equal_the_trainer_s(world):
 
 
 def test_sampling_ends_rows_at_any_end_token_and_keeps_their_order(world):
-    model, _, reader, pictures, _, prompts = world
+    model, _, reader, images, _, prompts = world
     # A quarter of the bytes end an answer: rows leave the batch at unlike times
     ends = list(range(0, 256, 4))
     torch.manual_seed(0)
-    tokens, logps = sample(model, prompts, reader.features(pictures), 16, SamplingOptions(10), ends)
+    tokens, logps = sample(model, prompts, reader.features(images), 16, SamplingOptions(10), ends)
     assert len(tokens) == 48 and {len(ids) for ids in tokens} >= {1, 2, 3}
     for row, (ids, values) in enumerate(zip(tokens, logps, strict=True)):
         assert len(ids) == len(values) <= 10
@@ -137,14 +135,14 @@ def test_sampling_ends_rows_at_any_end_token_and_keeps_their_order(world):
 
 
 def test_the_loop_ends_with_the_longest_completion(world, monkeypatch):
-    model, _, reader, pictures, _, prompts = world
+    model, _, reader, images, _, prompts = world
     steps = []
     monkeypatch.setattr(
         decode_loop, "_pick", lambda *args, pick=decode_loop._pick: steps.append(1) or pick(*args)
     )
     torch.manual_seed(0)
     ends = list(range(0, 256, 20))  # rows end one by one, too few at a time to leave the batch
-    tokens, _ = sample(model, prompts, reader.features(pictures), 8, SamplingOptions(120), ends)
+    tokens, _ = sample(model, prompts, reader.features(images), 8, SamplingOptions(120), ends)
     assert len(steps) == max(map(len, tokens)) < 120
 
 
@@ -166,8 +164,8 @@ def test_draws_follow_the_distribution_within_top_k_and_top_p():
     assert set(decode_loop._pick(logits, SamplingOptions(1), None).tolist()) == {1, 2, 3}
 
 
-def test_a_picture_file_is_opened_once(world):
-    model, processor, _, pictures, texts, _ = world
+def test_a_image_file_is_opened_once(world):
+    model, processor, _, images, texts, _ = world
     opened: list[Path] = []
 
     def spy(path):
@@ -176,6 +174,6 @@ def test_a_picture_file_is_opened_once(world):
 
     reader = Reader(processor, model, freeze_vision(model), spy)
     for _ in range(3):
-        reader.features([*pictures, *pictures])
-        reader.prompt(pictures[0], texts[0])
-    assert opened == pictures
+        reader.features([*images, *images])
+        reader.prompt(images[0], texts[0])
+    assert opened == images

@@ -23,11 +23,11 @@ from egm_lib.training.verl_export import _hydra, export, verl_overrides
 def exported(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "root", tmp_path / "run")
     run = Run(load_profile("paper-qwen3vl-8b"), 42)
-    rows = make_samples(tmp_path / "pictures", pictures=2, per_picture=1)
+    rows = make_samples(tmp_path / "images", images=2, per_image=1)
     for row in rows:
         del row["reasoning"]
         row |= {
-            "image": str(tmp_path / "pictures" / row["image"]),
+            "image": str(tmp_path / "images" / row["image"]),
             "dataset": "refcoco",
             "split": "train",
             "image_id": row["image"],
@@ -37,7 +37,7 @@ def exported(tmp_path, monkeypatch):
     return export(run, "vanilla"), rows
 
 
-def test_parquet_has_verl_s_columns_and_one_placeholder_a_picture(exported):
+def test_parquet_has_verl_s_columns_and_one_placeholder_a_image(exported):
     out, samples = exported
     rows = pq.read_table(out / "train.parquet").to_pylist()
     assert len(rows) == len(samples)
@@ -136,8 +136,8 @@ def test_verl_s_own_reader_takes_every_row(exported):
     )
     assert len(rows) == len(samples)
     for row, sample in zip(rows, samples, strict=True):
-        picture, question = row["raw_prompt"][0]["content"]
-        assert picture == {
+        image, question = row["raw_prompt"][0]["content"]
+        assert image == {
             "type": "image",
             "image": f"file://{sample['image']}",
             "max_pixels": 50_176,

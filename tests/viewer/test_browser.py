@@ -235,7 +235,7 @@ def look_at_viewer(
 
 
 def measurable(each: Comparison) -> bool:
-    """Both models' boxes lie well within the picture and apart, so that their strokes can be
+    """Both models' boxes lie well within the image and apart, so that their strokes can be
     measured in a print.
     """
     boxes = [each.answers[model].box for model in (SMALL, EGM)]
@@ -249,10 +249,10 @@ def measurable(each: Comparison) -> bool:
 
 def assert_export_has_boxes(path: Path, each: Comparison) -> None:
     """In the PNG export, each box's colour has its middle where the row says, measured from the
-    picture's corner.
+    image's corner.
     """
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the picture; the text is at its right
+    pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the image; the text is at its right
     drawn = (pixels.sum(axis=2) < 3 * 255).any(axis=1)
     # A GRPO group may stand below
     pixels = pixels[drawn.argmax() :][: drawn[drawn.argmax() :].argmin() or None]

@@ -1,4 +1,4 @@
-"""The viewer's Python side: joining, filtering, sorting, the still picture, and rows that are
+"""The viewer's Python side: joining, filtering, sorting, the still image, and rows that are
 broken.
 """
 
@@ -45,7 +45,7 @@ def viewer(world):
     return TraceViewer(predictions_of(samples), root=root)
 
 
-def picture(viewer) -> np.ndarray:
+def image(viewer) -> np.ndarray:
     data, _ = viewer._repr_mimebundle_()
     return np.asarray(
         Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
@@ -134,7 +134,7 @@ def test_an_unknown_filter_is_refused_and_the_view_stays(viewer, bad):
 def test_a_filter_that_leaves_nothing_says_so_and_can_be_undone(viewer):
     viewer.filter = {"search": "no such words"}
     assert (viewer.count, viewer.view, viewer.sample) == (0, {}, {})
-    assert picture(viewer).shape[2] == 3
+    assert image(viewer).shape[2] == 3
     viewer.filter = {}
     assert viewer.count == viewer.total and viewer.view["sample_id"] == "s0"
 
@@ -150,7 +150,7 @@ def test_the_page_gets_the_boxes_of_the_row_in_pixels(viewer, world):
             sample["gt_box"],
             None,
         ]
-        assert view["picture"].startswith("data:image/png;base64,")
+        assert view["image"].startswith("data:image/png;base64,")
     json.dumps(viewer.view, allow_nan=False)
 
 
@@ -158,12 +158,12 @@ def test_the_mime_bundle_carries_a_png_with_every_shown_models_colour(viewer):
     viewer.filter = {"show": "B solves what A misses"}
     data, _ = viewer._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    both = picture(viewer)
+    both = image(viewer)
     assert has_colour(both, "#D55E00") and has_colour(both, "#0072B2")
     # Words of EGM's trace
     assert has_colour(both, TINTS["place"]) and has_colour(both, TINTS["alike"])
     viewer.hidden = [SMALL, LARGE]
-    assert not has_colour(picture(viewer), "#D55E00")
+    assert not has_colour(image(viewer), "#D55E00")
 
 
 @pytest.mark.parametrize("suffix, head", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
@@ -198,7 +198,7 @@ def test_an_error_in_one_row_shows_in_that_row(world):
         viewer.index = place
         [model] = viewer.view["models"]
         said.append(model["error"] or viewer.view["error"])
-        picture(viewer)  # the still picture, too
+        image(viewer)  # the still image, too
     for text, words in zip(
         said, ("engine said no", "gt_box must be four", "none.png", "must be finite"), strict=True
     ):
@@ -299,8 +299,8 @@ def test_groups_that_training_kept_are_shown(world, tmp_path):
     assert (
         shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
     )
-    assert viewer.view["picture"] and viewer.view["error"] is None
-    still = picture(viewer)
+    assert viewer.view["image"] and viewer.view["error"] is None
+    still = image(viewer)
     assert has_colour(still, FAILED) and has_colour(still, SOLVED)  # where widgets do not run, too
 
 

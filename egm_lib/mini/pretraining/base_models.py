@@ -3,9 +3,9 @@
 A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour,
 shape, boxes, centre) in the language model's own embeddings, through throw-away square adapters.
 `small` and `large` both start from these.
-Base: some fifteen questions a picture, packed so that each question sees the picture and itself
+Base: some fifteen questions an image, packed so that each question sees the image and itself
 only: descriptions, detection lists, ordered lists of places, naming, plain and complex expressions,
-full boxes. Every answer is direct. Both sizes see the same pictures and questions in the same order
+full boxes. Every answer is direct. Both sizes see the same images and questions in the same order
 with the same schedule.
 """
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from egm_lib.files import project_root
 from egm_lib.mini.grid import GRID_1000, grid_length, level
-from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify, save
+from egm_lib.mini.models import CELLS, WIDTH, build, encode_images, patchify, save
 from egm_lib.mini.pretraining.packing import pack, packed_loss
 from egm_lib.mini.pretraining.questions import questions
 from egm_lib.mini.pretraining.vision import cell_of, optimizers, rate_factor, scene_batch
@@ -79,7 +79,7 @@ def align(args: argparse.Namespace) -> None:
     ]
     opts, start = optimizers(named, args.rate), time.time()
     for step in range(args.steps):
-        scenes, pictures = scene_batch(args.seed + 1, step, args.batch)
+        scenes, images = scene_batch(args.seed + 1, step, args.batch)
         rows, wanted = [], []
         for number, scene in enumerate(scenes):
             for thing in scene.things:
@@ -90,7 +90,7 @@ def align(args: argparse.Namespace) -> None:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 40)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cells = encode_pictures(visual, patchify(pictures))[0].flatten(0, 1)[rows]
+            cells = encode_images(visual, patchify(images))[0].flatten(0, 1)[rows]
             cells = F.rms_norm(cells.float(), (WIDTH,))
             losses, hits = [], []
             for adapter, target in zip(adapters, torch.tensor(wanted).T, strict=True):
@@ -124,15 +124,15 @@ def load_aligned(size: str, out: Path, seed: int, tokenizer):
 
 
 def base_batch(seed: int, index: int, size: int, tokenizer, step: int):
-    """Batch `index` of the base stage as asked at a step: packed tensors, pictures, each answer's
+    """Batch `index` of the base stage as asked at a step: packed tensors, images, each answer's
     question group.
     """
-    scenes, pictures = scene_batch(seed, index, size, OCCLUSION)
+    scenes, images = scene_batch(seed, index, size, OCCLUSION)
     asked = [
         questions(scene, Random(f"{seed}-{index}-{n}"), step) for n, scene in enumerate(scenes)
     ]
     batch = pack([[(p, a) for _, p, a in qs] for qs in asked], tokenizer)
-    return batch, pictures, [group for qs in asked for group, _, _ in qs]
+    return batch, images, [group for qs in asked for group, _, _ in qs]
 
 
 def first_coordinate_hits(
@@ -195,7 +195,7 @@ def base(args: argparse.Namespace) -> None:
     """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
 
     The first TRUNK_STEPS are common: `small` leaves its state there in trunk.pt, from which `large`
-    is grown. Trained from nothing, `large` did not find plain things yet after as many pictures as
+    is grown. Trained from nothing, `large` did not find plain things yet after as many images as
     `small` needed for it.
     """
     torch.set_num_threads(args.threads)
@@ -227,13 +227,13 @@ def base(args: argparse.Namespace) -> None:
         base_batch(990_001, i, args.batch, tokenizer, args.steps) for i in range(args.held_out)
     ]
     for step in range(first, args.steps):
-        batch, pictures, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, step)
+        batch, images, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, step)
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 100)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
-                merged, deepstack = encode_pictures(model.model.visual, patchify(pictures))
+                merged, deepstack = encode_images(model.model.visual, patchify(images))
             loss, _ = packed_loss(model, batch, merged, deepstack)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
@@ -283,9 +283,9 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
     thing.
     """
     losses, hits = [], {}
-    for batch, pictures, groups in held_out:
+    for batch, images, groups in held_out:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            merged, deepstack = encode_pictures(model.model.visual, patchify(pictures))
+            merged, deepstack = encode_images(model.model.visual, patchify(images))
             loss, scores = packed_loss(model, batch, merged, deepstack)
         losses.append(loss.item())
         for group, values in first_coordinate_hits(batch, scores, groups, tokenizer).items():

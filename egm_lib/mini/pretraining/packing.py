@@ -14,9 +14,9 @@ from egm_lib.mini.models import CELLS
 
 @dataclass(frozen=True)
 class Packed:
-    """Pictures and their questions as one ragged row of N tokens, and which tokens belong together.
+    """Images and their questions as one ragged row of N tokens, and which tokens belong together.
 
-    prefix_B_P indexes each picture's prefix; each bucket is (picture of question, token index Q_L,
+    prefix_B_P indexes each image's prefix; each bucket is (image of question, token index Q_L,
     valid Q_L). labels_N is -100 outside answers; segments_N numbers the questions, -1 in prefixes.
     """
 
@@ -29,7 +29,7 @@ class Packed:
 
 
 def pack(prompts_answers: list[list[tuple[str, str]]], tokenizer, buckets: int = 4) -> Packed:
-    """Tokenise each picture's (prompt, answer) pairs; positions restart after the picture for every
+    """Tokenise each image's (prompt, answer) pairs; positions restart after the image for every
     question.
     """
     ids = tokenizer.convert_tokens_to_ids
@@ -93,7 +93,7 @@ def _attend(q, k, v, scaling: float) -> Tensor:
 def packed_attention(
     module, query, key, value, attention_mask, scaling, dropout=0.0, *, packed: Packed, **kwargs
 ):
-    """Attention in which each question sees its picture's prefix and itself; query 1 x heads x N x
+    """Attention in which each question sees its image's prefix and itself; query 1 x heads x N x
     d.
     """
     groups = query.shape[1] // key.shape[1]

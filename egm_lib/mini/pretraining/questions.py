@@ -103,7 +103,7 @@ def worded(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
 
 
 def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one picture, in random order, as they are asked at a step of the
+    """(group, prompt, answer) for one image, in random order, as they are asked at a step of the
     training.
     """
     easy, in_words = step < EASY_STEPS, step >= WORDED_STEPS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from egm_lib.mini.grid import GRID_1000, LEVELS, level
-from egm_lib.mini.models import CELLS, WIDTH, build, encode_pictures, patchify
+from egm_lib.mini.models import CELLS, WIDTH, build, encode_images, patchify
 from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing, render, sample_scene
 from egm_lib.mini.tokens import build_tokenizer
 
@@ -115,7 +115,7 @@ def rate_factor(step: int, steps: int, warmup: int, hold: float = 0.5) -> float:
 def scene_batch(
     seed: int, index: int, size: int, occlusion: float = 0.15
 ) -> tuple[list[Scene], np.ndarray]:
-    """Batch number `index`: its scenes and pictures_B_H_W_3, a pure function of (seed, index)."""
+    """Batch number `index`: its scenes and images_B_H_W_3, a pure function of (seed, index)."""
     rng = np.random.default_rng([seed, index])
     scenes = [sample_scene(rng, occlusion=occlusion) for _ in range(size)]
     return scenes, np.stack([np.asarray(render(scene)) for scene in scenes])
@@ -152,13 +152,13 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
     opts = optimizers(named, args.rate)
     start = time.time()
     for step in range(args.steps):
-        scenes, pictures = scene_batch(args.seed, step * world + rank, args.batch)
+        scenes, images = scene_batch(args.seed, step * world + rank, args.batch)
         targets = torch.from_numpy(np.stack([cell_targets(s) for s in scenes]))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = args.rate * rate_factor(step, args.steps, 40)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            objectness, slots = head(encode_pictures(visual, patchify(pictures))[0])
+            objectness, slots = head(encode_images(visual, patchify(images))[0])
         loss, log = head_loss(objectness.float(), slots, targets)
         loss.backward()
         average_gradients(parameters, world)
@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step and process")
+    parser.add_argument("--batch", type=int, default=32, help="images a step and process")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)

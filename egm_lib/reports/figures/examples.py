@@ -15,7 +15,7 @@ from egm_lib.viewer.drawing import (
     comparison_height_in,
     draw_comparison,
     draw_group,
-    draw_picture,
+    draw_image,
     group_height_in,
     text_width_pt,
     verdict,
@@ -52,7 +52,7 @@ def fig3(material: Material) -> tuple[Figure, str]:
     for ax in axes[2 * len(rows) :]:
         ax.set_axis_off()
     for place, (task, row) in enumerate(rows):
-        draw_picture(axes[2 * place], row, [], material.root)
+        draw_image(axes[2 * place], row, [], material.root)
         axes[2 * place].set_title(f"{task}", fontsize=8, color=FAINT, fontweight="normal")
         say(
             axes[2 * place + 1],
@@ -88,7 +88,7 @@ def _side_by_side(
         ]
         for ax, model in ((first, SMALL), (second, EGM)):
             answer = each.answers[model]
-            draw_picture(ax, each.sample, [(answer.box, look(model))], material.root)
+            draw_image(ax, each.sample, [(answer.box, look(model))], material.root)
             said = textwrap.shorten(verdict(answer), 34)
             ax.set_title(
                 f"{look(model).label}: {said}",
@@ -124,7 +124,7 @@ def fig12(material: Material) -> tuple[Figure, str]:
 
 
 def overview(material: Material) -> tuple[Figure, str]:
-    """The picture at the top of the README."""
+    """The image at the top of the README."""
     fixed = [each for each in material.of("vanilla") if _FIXED[1](each)]
     if not fixed:
         raise NotRun(f"no vanilla sample that {EGM} solves and {SMALL} misses")
@@ -138,7 +138,7 @@ def overview(material: Material) -> tuple[Figure, str]:
     figure = new_figure(10.4, 3.3)
     first, text, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.35, 1.25))
     shown = [(each.answers[model].box, look(model)) for model in (SMALL, EGM)]
-    draw_picture(first, each.sample, shown, material.root)
+    draw_image(first, each.sample, shown, material.root)
     reasoning, _ = reasoning_and_answer(each.answers[EGM].row)
     say(
         text,

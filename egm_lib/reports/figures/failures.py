@@ -10,7 +10,7 @@ from egm_lib.reports.figures.material import DRAWS, LARGE, SMALL, Material, NotR
 from egm_lib.reports.figures.pieces import down_up, draw_legend
 from egm_lib.reports.tables.paper import cause_shares, counted_failures
 from egm_lib.viewer.drawing import (
-    draw_picture,
+    draw_image,
 )
 from egm_lib.viewer.palette import (
     INK,
@@ -97,7 +97,7 @@ def fig2_examples(material: Material) -> tuple[Figure, str]:
     for ax, (cause, each) in zip(
         figure.subplots(1, len(picked), squeeze=False)[0], picked, strict=True
     ):
-        draw_picture(ax, each.sample, [(each.answers[SMALL].box, look(SMALL))], material.root)
+        draw_image(ax, each.sample, [(each.answers[SMALL].box, look(SMALL))], material.root)
         ax.set_title(cause, fontsize=8)
         ax.text(
             0,

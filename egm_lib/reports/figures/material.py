@@ -33,7 +33,7 @@ class Drawn:
 
 
 class Material:
-    """What figures are made of: scored results, whole prediction rows where text or pictures are
+    """What figures are made of: scored results, whole prediction rows where text or images are
     shown, parameters.
     """
 
@@ -65,7 +65,7 @@ def lot(items: Sequence, count: int) -> list:
 
 
 def data_root(results: Results) -> Path:
-    """Where the pictures of the runs' profile lie; the current folder for a profile that is no
+    """Where the images of the runs' profile lie; the current folder for a profile that is no
     more.
     """
     try:

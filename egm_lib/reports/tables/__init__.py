@@ -51,7 +51,7 @@ def build_tables(
     name.
 
     run_roots: the runs of one profile, one a seed; several are pooled, and intervals cover seeds as
-    well as pictures.
+    well as images.
     """
     results = Results(run_roots, rule, draws)
     stamp = (

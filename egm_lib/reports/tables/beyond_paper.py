@@ -64,7 +64,7 @@ def table_differences(results: Results) -> Table:
         )
         table.rows.append(Row(label, "ours", cells))
     table.notes.append(
-        "Mean over the splits; 95 % intervals from a bootstrap over pictures (and seeds). only first / only second: "
+        "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first / only second: "
         "samples that just one of the two solves. small-direct-control: the base trained on, on direct answers, with "
         "the compute of SFT + GRPO; small-sft-control: SFT continued for GRPO's minutes."
     )
@@ -299,7 +299,7 @@ def table_latency(results: Results) -> Table:
                 )
             )
     table.notes.append(
-        "Ours: after a warm-up, from handing the request over (picture in memory) to the last token; several at a time "
+        "Ours: after a warm-up, from handing the request over (image in memory) to the last token; several at a time "
         "are a batch, whose answers come together, or requests on the way to an endpoint. "
         f"Paper: {paper('fig5')['source']}; its released script measures at concurrency 64."
     )

@@ -135,8 +135,8 @@ def _agreement(failures: pd.DataFrame) -> str:
     if failures["judge"].nunique() < 2:
         return NOT_RUN
     apart = failures.assign(sample_id=failures["seed"].astype(str) + ":" + failures["sample_id"])
-    pictures = dict(zip(apart["sample_id"], apart["image_id"], strict=True))
-    table = agreement(apart, pictures)
+    images = dict(zip(apart["sample_id"], apart["image_id"], strict=True))
+    table = agreement(apart, images)
     if "all" not in table.index:
         return "no failure was judged by all"
     everyone = table.loc["all"]

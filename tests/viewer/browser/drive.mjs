@@ -23,9 +23,9 @@ page.on("request", (request) => { if (!request.url().startsWith("data:")) seen.r
 const shot = (name, options = {}) => page.screenshot({ path: join(job.out, `${name}.png`), ...options });
 const text = (selector) => page.locator(selector).first().innerText();
 
-// Each box in pixels of the original picture, from where the browser has really put it on the screen.
+// Each box in pixels of the original image, from where the browser has really put it on the screen.
 const boxes = () => page.evaluate(() => {
-  const drawing = document.querySelector(".egm-stage .egm-picture");
+  const drawing = document.querySelector(".egm-stage .egm-image");
   const image = drawing.querySelector("image").getBoundingClientRect();
   const x = drawing.dataset.width / image.width, y = drawing.dataset.height / image.height;
   return Object.fromEntries([...drawing.querySelectorAll(".egm-box")].map((group) => {
@@ -38,7 +38,7 @@ async function gallery() {
   for (const [name, width, height] of [["desktop", 1280, 900], ["phone", 390, 844]]) {
     await page.setViewportSize({ width, height });
     await page.goto(job.url);
-    await page.waitForSelector(".egm-picture");
+    await page.waitForSelector(".egm-image");
     const first = await text(".egm-of"), before = await text(".egm-side");
     await page.click(".egm-step[aria-label=next]");
     const clicked = await text(".egm-side");
@@ -68,7 +68,7 @@ async function lab() {
   seen.cell_errors = await page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
   if (seen.cell_errors.length) throw new Error(seen.cell_errors[0]);
   await page.locator(".egm-viewer").scrollIntoViewIfNeeded();
-  await page.waitForSelector(".egm-picture, .egm-empty"); // a run of two steps may have nothing that its filter shows
+  await page.waitForSelector(".egm-image, .egm-empty"); // a run of two steps may have nothing that its filter shows
   await shot("lab");
 
   const now = async () => ({ side: await text(".egm-side"), of: await text(".egm-of"), boxes: await boxes() });

@@ -1,4 +1,4 @@
-"""Pictures as files: where they are, opening them safely, mirroring them."""
+"""Images as files: where they are, opening them safely, mirroring them."""
 
 import os
 import warnings
@@ -10,16 +10,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from egm_lib.errors import EgmError
 from egm_lib.files import atomic_open
 
-# 64 megapixels: no picture of COCO or TAO comes near, a decompression bomb does
+# 64 megapixels: no image of COCO or TAO comes near, a decompression bomb does
 MAX_PIXELS = 64_000_000
 
 
-class PictureError(EgmError, ValueError):
+class ImageError(EgmError, ValueError):
     """A file that cannot be shown; the message says which and why."""
 
 
 def resolve_image(sample: Mapping, root: str | Path) -> Path:
-    """Where the picture of a sample lies; root: the data root its `image` is relative to. Does not
+    """Where the image of a sample lies; root: the data root its `image` is relative to. Does not
     look at the disk.
 
     Raises ValueError for a relative path that climbs out of the root.
@@ -35,10 +35,10 @@ def resolve_image(sample: Mapping, root: str | Path) -> Path:
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture as RGB, upright (EXIF orientation applied), fully read.
+    """The image as RGB, upright (EXIF orientation applied), fully read.
 
-    Grey, 16-bit grey, palette, CMYK and transparent pictures become RGB.
-    Raises FileNotFoundError, or PictureError for a file that is no picture, is broken or has over
+    Grey, 16-bit grey, palette, CMYK and transparent images become RGB.
+    Raises FileNotFoundError, or ImageError for a file that is no image, is broken or has over
     max_pixels.
     """
     try:
@@ -46,17 +46,17 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
-                    raise PictureError(
+                    raise ImageError(
                         f"{path}: {image.width} x {image.height} px, over the limit of {max_pixels} px"
                     )
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"no picture {path}; is the data root right? `python -m egm_lib.data check` lists "
+            f"no image {path}; is the data root right? `python -m egm_lib.data check` lists "
             "every missing one"
         ) from None
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise PictureError(f"{path}: not a readable picture ({error}); fetch it again") from error
+        raise ImageError(f"{path}: not a readable image ({error}); fetch it again") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -66,7 +66,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def mirrored_name(image: str) -> str:
-    """Path of the mirrored twin of a picture, in a sibling folder: `train2014/a.jpg` <->
+    """Path of the mirrored twin of an image, in a sibling folder: `train2014/a.jpg` <->
     `train2014_flip/a.jpg`.
     """
     path = PurePosixPath(image)
