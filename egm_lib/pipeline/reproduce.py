@@ -4,8 +4,8 @@
 
 A stage is a notebook. It is skipped where it has run already with the same profile, the same
 notebook and all its files still there; once a stage runs, all later ones do. Long work inside a
-stage keeps its own checkpoints, so that a stage that was stopped goes on. The manifest says what
-ran, with which revisions, on what, for how long.
+stage keeps its own checkpoints, so that a stopped stage continues. The manifest says what ran, with
+which revisions, on which machine, for how long.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import papermill
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
 
 from egm_lib.cli import ends, run_parser
 from egm_lib.files import digest, project_root, read_json
+from egm_lib.pipeline.jobs import without_gpus
 from egm_lib.pipeline.manifest import environment, git_revision, open_manifest, write_manifest
 from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish, stages
 from egm_lib.profile import load_profile
@@ -46,11 +49,10 @@ OUTPUTS = (  # folders that stages fill
 
 
 def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
-    """Runs the stages whose number lies between `first` and `last`. fresh: even those that are
-    done.
+    """Runs the stages whose number lies between `first` and `last`. fresh: finished ones, too.
 
     Raises ReproduceError where another process works on the run, where the profile was changed
-    since it began, and where a notebook fails.
+    since the run began, and where a notebook fails.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     with _locked(run.root / ".lock"):
@@ -62,47 +64,30 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
             if not first[:2] <= name[:2] <= last[:2]:
                 continue
             done = manifest["stages"].get(name, {})
-            say = f"[{number + 1}/{len(notebooks)}] {name}:"
-            if (
-                not stale
-                and done.get("key") == key
-                and done.get("finished")
-                and not _missing(run, done)
-            ):
-                print(f"{say} done before ({done['seconds']:.0f} s)", flush=True)
+            whole = done.get("key") == key and done.get("finished") and not _missing(run, done)
+            prefix = f"[{number + 1}/{len(notebooks)}] {name}:"
+            if whole and not stale:
+                print(f"{prefix} done before ({done['seconds']:.0f} s)", flush=True)
                 continue
             stale = True
-            print(f"{say} running", flush=True)
+            print(f"{prefix} running", flush=True)
             seconds = _run_stage(run, notebook, manifest, key)
-            print(f"{say} finished in {seconds:.0f} s", flush=True)
+            print(f"{prefix} finished in {seconds:.0f} s", flush=True)
 
 
 def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
-    """Executes a notebook and records it; the seconds of all sittings count: their long work is not
-    done again.
+    """Executes a notebook and records it; returns its seconds.
+
+    They add up over interrupted runs, whose long work is not done again.
     """
     name, executed = notebook.stem, run.notebook(notebook.name)
     executed.parent.mkdir(parents=True, exist_ok=True)
     old = manifest["stages"].get(name, {})
     files, began, finished = _files(run), time.monotonic(), False
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            {"profile": run.profile.name, "seed": run.seed},
-            kernel_name=KERNEL,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            cwd=str(notebook.parent),
-            extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings would bury our lines
-        )
+        with without_gpus():
+            _execute(notebook, executed, {"profile": run.profile.name, "seed": run.seed})
         finished = True
-    except papermill.PapermillExecutionError as error:
-        reason = str(error.evalue).strip() or error.ename
-        raise ReproduceError(
-            f"{name} stopped in its cell {error.exec_count}: {reason}\n"
-            f"What it had shown until then: {executed}. Mend the cause; the same command goes on with this notebook."
-        ) from None
     finally:
         if executed.exists():
             clean(executed)
@@ -122,6 +107,39 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
         }
         write_manifest(run, manifest)
     return seconds
+
+
+def _execute(notebook: Path, executed: Path, parameters: dict) -> None:
+    """Runs a notebook through papermill. Raises ReproduceError naming the cell and the reason."""
+    # papermill fills {name} in its paths with parameters.
+    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
+    again = f"The notebook as far as it ran: {executed}. The same command continues with it."
+    try:
+        papermill.execute_notebook(
+            source,
+            target,
+            parameters,
+            kernel_name=KERNEL,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            cwd=str(notebook.parent),
+            extra_arguments=["--IPKernelApp.log_level=50"],  # its warnings would bury our lines
+        )
+    except papermill.PapermillExecutionError as error:
+        reason = str(error.evalue).strip() or error.ename
+        raise ReproduceError(
+            f"{notebook.stem} stopped in its cell {error.exec_count}: {reason}\n{again}"
+        ) from None
+    except DeadKernelError:
+        raise ReproduceError(
+            f"{notebook.stem}: its kernel died, most often because memory ran out. {again}"
+        ) from None
+    except NoSuchKernel as error:
+        raise ReproduceError(
+            f"There is no Jupyter kernel {error.name!r}; `make setup` installs ipykernel into .venv."
+        ) from None
+    except RuntimeError as error:  # jupyter_client's word for a kernel that cannot start
+        raise ReproduceError(f"{notebook.stem}: its kernel cannot start: {error}. {again}") from None
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
-"""Notebooks 04-06 of a profile without a screen: through SLURM, or here.
+"""Notebooks 04-06 of a profile without a screen: through SLURM, or on this machine.
 
     python -m egm_lib.pipeline.submit --profile paper-qwen3vl-8b [--hours 24] [--launcher local]
 
-The SLURM script is rendered from egm_lib/configs/slurm.sh.template into the run's folder, to be
+The SLURM script is written into the run's folder from pipeline/configs/slurm.sh.template, to be
 read and changed.
 """
 
 import argparse
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,29 +24,27 @@ TEMPLATE = Path(__file__).parent / "configs" / "slurm.sh.template"
 
 
 def render(run: Run, hours: int) -> str:
-    """The job script of a run. Raises ValueError where the template asks for a value that we do not
-    have.
-    """
+    """The job script of a run. Raises InputError where the template asks for an unknown value."""
     values = {
         "profile": run.profile.name,
         "seed": run.seed,
         "gpus": run.profile.launch.num_processes,
         "hours": hours,
-        "root": run.root,
-        "project": project_root(),
+        # sbatch reads %j and the like in a file name, and takes it in quotes.
+        "output": str(run.root / "logs").replace("%", "%%").replace('"', r"\""),
+        "project": shlex.quote(str(project_root())),
     }
     text = TEMPLATE.read_text(encoding="utf-8").replace("{{...}}", "placeholders")
     if unknown := set(re.findall(r"\{\{(.*?)\}\}", text)) - set(values):
-        raise InputError(
-            f"{TEMPLATE.name} asks for {', '.join(sorted(unknown))}; there are {', '.join(values)}"
-        )
+        known = ", ".join(values)
+        raise InputError(f"{TEMPLATE.name} asks for {', '.join(sorted(unknown))}; known: {known}.")
     return re.sub(r"\{\{(.*?)\}\}", lambda match: str(values[match[1]]), text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser("pipeline.submit", "Notebooks 04-06 on a GPU node.")
     parser.add_argument(
-        "--hours", type=int, default=24, help="of a job; one that runs out of time is queued again"
+        "--hours", type=int, default=24, help="of one job; it is queued again when they run out"
     )
     parser.add_argument("--launcher", choices=("slurm", "local"), default="slurm")
     args = parser.parse_args(argv)
