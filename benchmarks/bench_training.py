@@ -2,7 +2,7 @@
 ours (shared prefix).
 
     python benchmarks/bench_training.py grpo --way plain|cache|ours [--dtype bfloat16] [--steps 2]
-    python benchmarks/bench_training.py grpo --way plain|cache|ours --size 8b --lora 16 --dtype bfloat16 --rows 16
+    python benchmarks/bench_training.py grpo --way plain --size 8b --lora 16 --rows 16
 
 One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's:
 other work does not count. Rewards are drawn at random in half of the groups and equal in the

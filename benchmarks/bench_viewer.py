@@ -21,8 +21,8 @@ from egm_lib.viewer import TraceViewer
 
 SAMPLES, IMAGES, IMAGE_WH = 10_000, 64, (640, 480)
 TRACE = (
-    "There are three people at the table; the second one from the left wears a red hat, the others do not. "
-    * 6
+    "There are three people at the table; the second one from the left wears a red hat, the others "
+    "do not. " * 6
 )
 
 
@@ -88,12 +88,14 @@ def main() -> None:
         filtering = cpu_s(lambda: viewer.set_trait("filter", {"show": "B solves what A misses"}))
         sorting = cpu_s(lambda: viewer.set_trait("sort", "gain A to B, high first"))
         print(
-            f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: {1000 * sorting:.0f} ms"
+            f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: "
+            f"{1000 * sorting:.0f} ms"
         )
         steps = 50
         walking = cpu_s(lambda: [viewer.set_trait("index", place) for place in range(1, steps + 1)])
         print(
-            f"next sample: {1000 * walking / steps:.1f} ms, {len(json.dumps(viewer.view)) / 1000:.0f} kB to the page"
+            f"next sample: {1000 * walking / steps:.1f} ms, "
+            f"{len(json.dumps(viewer.view)) / 1000:.0f} kB to the page"
         )
 
 

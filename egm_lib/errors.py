@@ -2,7 +2,7 @@
 
 
 class EgmError(Exception):
-    """Something that the user can mend; the message says what is wrong, where, and how to mend it."""
+    """Something that the user can mend; the message says what is wrong, where, and how."""
 
 
 class InputError(EgmError, ValueError):

@@ -25,7 +25,7 @@ def project_root() -> Path:
 
 @contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """A file that replaces `path` when the block ends well, and leaves no trace when it does not."""
+    """A file that replaces `path` when the block ends well, and else leaves no trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile's: its files cannot be read by others.
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -100,8 +100,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:
     """Writes rows as JSON lines, whole or not at all; returns their number."""
     count = 0
     with atomic_open(Path(path)) as file:
-        for count, row in enumerate(rows, start=1):
+        for row in rows:
             file.write(json_line(row))
+            count += 1
     return count
 
 

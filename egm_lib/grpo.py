@@ -69,7 +69,8 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
     per_step = options.per_device_train_batch_size * num_processes
     if rows % per_step:
         raise TrainingError(
-            f"prompts_per_step x num_generations = {rows} does not divide into batches of {per_step} "
+            f"prompts_per_step x num_generations = {rows} does not divide into batches of "
+            f"{per_step} "
             f"({num_processes} processes): change grpo.per_device_train_batch_size."
         )
     return common_options(work, seed, options.dtype) | {
@@ -174,7 +175,8 @@ def make_grpo_trainer(
     if len(dataset) < options.prompts_per_step:
         repeats = -(-options.prompts_per_step // len(dataset))
         print(
-            f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands {repeats} times in one"
+            f"{len(dataset)} RL samples for steps of {options.prompts_per_step}: each stands "
+            f"{repeats} times in one"
         )
         dataset = Dataset.from_list(list(dataset) * repeats)
     clock, keeper = (

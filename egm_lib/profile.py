@@ -301,7 +301,8 @@ def _raw(name: str) -> tuple[dict, dict]:
                 return _merge(values, variants[variant] or {}), variants
         known = [path.stem for path in PROFILES_DIR.glob("*.yaml")]
         raise ProfileError(
-            f"There is no profile {name!r}.{_nearest(name, known)} Known: {', '.join(sorted(known))}."
+            f"There is no profile {name!r}.{_nearest(name, known)} Known: "
+            f"{', '.join(sorted(known))}."
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -101,7 +101,8 @@ FAMILIES: dict[str, Family] = {
         frame=BoxFrame.NORM_1000,
         prompts={
             "vanilla": "Locate {expression}, output its bbox coordinates using JSON format.",
-            "amodal": "Locate {expression} amodally, output its bbox coordinates using JSON format.",
+            "amodal": "Locate {expression} amodally, output its bbox coordinates using JSON "
+            "format.",
         },
         reasoning_opener="<think>\n",
         no_reasoning_prefix="</think>\n\n",
@@ -111,10 +112,10 @@ FAMILIES: dict[str, Family] = {
         name="internvl-3",
         frame=BoxFrame.NORM_1000,
         prompts={
-            "vanilla": "Please provide the bounding box coordinate of the region this sentence describes: "
-            "<ref>{expression}</ref>",
-            "amodal": "Please provide the amodal bounding box coordinate of the region this sentence describes: "
-            "<ref>{expression}</ref>",
+            "vanilla": "Please provide the bounding box coordinate of the region this sentence "
+            "describes: <ref>{expression}</ref>",
+            "amodal": "Please provide the amodal bounding box coordinate of the region this "
+            "sentence describes: <ref>{expression}</ref>",
         },
         reasoning_opener="",
         no_reasoning_prefix="<answer>",

@@ -1,4 +1,4 @@
-"""`Run(profile, seed)` names the files of one run; `open_run` is the first line of every notebook."""
+"""The names of the files of one run: `Run(profile, seed)`, and `open_run` for notebooks."""
 
 from __future__ import annotations
 

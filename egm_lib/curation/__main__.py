@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if price is None:
         price = DEAREST
         print(
-            f"price of {args.model!r} unknown, counted as {price.prompt:g} + {price.completion:g} USD per million "
+            f"price of {args.model!r} unknown, counted as {price.prompt:g} + {price.completion:g} "
+            "USD per million "
             "tokens; say it with --price PROMPT COMPLETION (0 0 for a server of your own)",
             file=sys.stderr,
         )
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.input.resolve() in (args.output.resolve(), ledger.resolve()):
             raise CurationError(
-                f"{args.input} is the input: it would be overwritten; name another output and ledger"
+                f"{args.input} is the input: it would be overwritten; name another output and "
+                "ledger"
             )
         samples = JsonlSamples(args.input)
         root = args.root or _find_root(samples)

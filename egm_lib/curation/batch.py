@@ -232,7 +232,8 @@ class _BatchJob:
         reasons = [error.message for error in (theirs.errors.data if theirs.errors else None) or []]
         for key, (sample_id, prompt) in batch.requests.items():
             if not (self.receipts.ledger.answer(key) or self.receipts.ledger.failure(key)):
-                reason = f"batch {batch.batch_id} {theirs.status} without an answer: {'; '.join(map(str, reasons))}"
+                why = "; ".join(map(str, reasons))
+                reason = f"batch {batch.batch_id} {theirs.status} without an answer: {why}"
                 self.receipts.fail(CurationRequest(key, sample_id, prompt), reason)
         self.receipts.ledger.sync()
         self.log.append("collected", batch.name)

@@ -107,6 +107,7 @@ class SpendingCap:
     @property
     def used_up(self) -> str:
         return (
-            f"stopped at {self.ledger.cost_usd:.4f} USD: the next request might pass the budget of {self.limit_usd:g} "
+            f"stopped at {self.ledger.cost_usd:.4f} USD: the next request might pass the budget of "
+            f"{self.limit_usd:g} "
             "USD; run again with a larger one to go on"
         )

@@ -46,17 +46,22 @@ _PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|fra
 _DRAWN = _pattern(
     rf"bounding[- ]?{_FRAME}",
     "bbox(?:es)?",
-    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
+    r"green[- ](?:\w+ "
+    rf")?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
     "blue (?:box|rectangle|outline)",
-    rf"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) {_FRAME}",
+    r"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) "
+    rf"{_FRAME}",
     rf"{_PASSIVE} (?:in|with|by) (?:a |an |the )?(?:\w+ )?(?:green|{_FRAME})",
-    r"the (?:marked|highlighted|outlined|boxed|annotated) (?:object|region|area|one|person|man|woman|item|part)",
-    r"(?:object|region|area|one) (?:that is |which is |is )?(?:marked|highlighted|outlined|boxed|annotated)",
+    r"the (?:marked|highlighted|outlined|boxed|annotated) "
+    r"(?:object|region|area|one|person|man|woman|item|part)",
+    r"(?:object|region|area|one) (?:that is |which is |is "
+    r")?(?:marked|highlighted|outlined|boxed|annotated)",
     rf"{_FRAME} labell?ed",
 )
 _SOME_BOX = _pattern(  # of a drawn box, unless the scene has a thing that is a box or a frame
     r"(?:inside|within|by|in|from) (?:the|this|that) (?:box|rectangle)",
-    r"(?:the|this|that) (?:box|rectangle) (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
+    r"(?:the|this|that) (?:box|rectangle) "
+    r"(?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
     r"(?:box|rectangle|mark|outline) (?:drawn|around (?:the|it|him|her|them))",
 )
 _IS_BOX = _pattern(_FRAME)
@@ -67,7 +72,8 @@ _GROUND_TRUTH = _pattern(
     "ground[- ]?truth",
     "gt box",
     rf"{_GIVEN} {_ANSWER}",
-    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already )?{_GIVEN}",
+    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already "
+    rf")?{_GIVEN}",
     "as (?:given|provided|indicated|annotated)",
     "the target (?:object|box|region|mark)",
     f"already {_GIVEN}",

@@ -81,7 +81,7 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            message = f"another process is using {self.path}; wait for it, stop it, or name another ledger"
+            message = f"another process uses {self.path}; wait, stop it, or name another ledger"
             raise LedgerError(message) from None
         except OSError as error:
             raise LedgerError(f"cannot write {self.path} ({error}); name another ledger") from error
@@ -115,7 +115,10 @@ class Ledger:
                 raise OSError(f"only {written} of {len(line)} bytes were written")
         except OSError as error:
             self._file.truncate(self._size)
-            message = f"cannot write {self.path} ({error}); make room and run again, the answers so far are kept"
+            message = (
+                f"cannot write {self.path} ({error}); make room and run again, the answers so far "
+                "are kept"
+            )
             raise LedgerError(message) from error
         self._note(record, self._size)
         self._size += len(line)
@@ -185,7 +188,8 @@ class Ledger:
             json.loads(tail)
         except ValueError:
             print(
-                f"{self.path}: cut off a torn last line of {len(tail)} bytes; its sample is asked again",
+                f"{self.path}: cut off a torn last line of {len(tail)} bytes; its sample is asked "
+                "again",
                 file=sys.stderr,
             )
             self._file.truncate(tail_at)

@@ -38,7 +38,8 @@ def marked_jpeg(image: Image.Image, marks: list[Mark], sample: Mapping) -> bytes
             f"{image.width} x {image.height}",
         )
         raise ValueError(
-            f"the record says {said} px, the image has {seen}: boxes would be drawn in the wrong place"
+            f"the record says {said} px, the image has {seen}: boxes would be drawn in the wrong "
+            "place"
         )
     scale = min(1.0, MAX_SIDE_PX / max(image.size))
     size = (round(image.width * scale), round(image.height * scale))

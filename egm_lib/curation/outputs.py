@@ -68,7 +68,8 @@ def count_checked(task: CurationTask, samples: Iterable[Mapping]) -> int:
             if name.endswith("box"):
                 if value is not None and not _is_box(value):
                     raise CurationError(
-                        f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)"
+                        f"{where}: {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in "
+                        "pixels)"
                     )
             elif not isinstance(value, kind := int if name in ("width", "height") else str):
                 raise CurationError(f"{where}: {name} = {value!r} is no {kind.__name__}")
@@ -162,7 +163,8 @@ def kept(samples: Iterable[Mapping], out: Path, name: str) -> Iterator[dict]:
         row = next(rows, None)
     if row is not None:
         raise CurationError(
-            f"{out} was made from other samples: {row['sample_id']!r} is not among these in its place"
+            f"{out} was made from other samples: {row['sample_id']!r} is not among these in its "
+            "place"
         )
 
 

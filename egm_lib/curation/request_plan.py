@@ -121,7 +121,8 @@ class Report:
     def __str__(self) -> str:
         total = self.kept + self.dropped.total() + self.failed + self.waiting
         lines = [
-            f"{self.task} by {self.model}: {total} samples; now {self.asked} asked, {self.prompt_tokens:,} + "
+            f"{self.task} by {self.model}: {total} samples; now {self.asked} asked, "
+            f"{self.prompt_tokens:,} + "
             f"{self.completion_tokens:,} tokens, {self.cost_usd:.4f} USD, {self.wall_s:.1f} s"
         ]
         rows = [
@@ -132,7 +133,8 @@ class Report:
         lines += [f"  {name:<32} {count:>8}" for name, count in rows if count or name == "kept"]
         if self.unreadable:
             lines.append(
-                f"  {self.unreadable} replies could not be read; the budget counts them as charged in full"
+                f"  {self.unreadable} replies could not be read; the budget counts them as charged "
+                "in full"
             )
         lines += [f"  failed: {sample_id}: {error}" for sample_id, error in self.failures]
         if self.failed > len(self.failures):

@@ -2,7 +2,8 @@
 
 A data root is a folder with images and, in GroundingSample JSONL files, what is asked about them:
 
-    train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl  eval/<dataset>_<split>.jsonl
+    train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl
+    eval/<dataset>_<split>.jsonl
 
 The miniature world writes one; `python -m egm_lib.data prepare` makes one from RefCOCO, COCO-Amodal
 and TAO-Amodal.

@@ -83,7 +83,8 @@ def _prepare(given: argparse.Namespace) -> int:
             else "not the paper's number"
         )
         print(
-            f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: {verdict}"
+            f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: "
+            f"{verdict}"
         )
     return 0
 

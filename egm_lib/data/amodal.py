@@ -192,7 +192,8 @@ def _image_of(annotation: dict, images: dict, where: str) -> dict:
     image = images.get(annotation.get("image_id"))
     if image is None or not {"file_name", "width", "height"} <= set(image):
         raise SampleError(
-            f"{where}: image {annotation.get('image_id')} is not among the file's images, or has no "
+            f"{where}: image {annotation.get('image_id')} is not among the file's images, or has "
+            "no "
             "file_name, width and height"
         )
     return image
@@ -219,7 +220,8 @@ def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | 
     width, height = image_wh
     if list(rle.get("size", ())) != [height, width]:
         raise SampleError(
-            f"{where}: a mask of size {rle.get('size')} for an image of height {height}, width {width}"
+            f"{where}: a mask of size {rle.get('size')} for an image of height {height}, width "
+            f"{width}"
         )
     counts = rle.get("counts")
     if isinstance(counts, list):

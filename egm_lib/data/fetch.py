@@ -116,8 +116,10 @@ SOURCES = {
             "tao_frames",
             "each video source its own; AVA and HACS by request",
             manual=(
-                "TAO's frames may not be fetched without a request: AVA and HACS videos are given out by a form. Follow "
-                f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the file "
+                "TAO's frames may not be fetched without a request: AVA and HACS videos are given "
+                "out by a form. Follow "
+                f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the "
+                "file "
                 "<root>/images/tao/train/YFCC100M/... exists."
             ),
         ),
@@ -237,7 +239,8 @@ def download(
     if checksum and (found := _digest(part, checksum[0])) != checksum[1]:
         _forget(part)
         raise FetchError(
-            f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown away"
+            f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown "
+            "away"
         )
     part.replace(target)
     _forget(part)
@@ -308,7 +311,8 @@ def _need_room(folder: Path, wanted_bytes: int, what: str | Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted_bytes + RESERVE_BYTES:
         raise FetchError(
-            f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
+            f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, "
+            "but "
             f"{folder} has {free / 1e9:.1f} GB; make room and start again"
         )
 
@@ -388,7 +392,8 @@ def _unpack_members(members: list[_Member], archive: Path, folder: Path) -> None
         path = PurePosixPath(member.name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in member.name:
             raise FetchError(
-                f"{archive}: member {member.name!r} would land outside {folder}; nothing was unpacked"
+                f"{archive}: member {member.name!r} would land outside {folder}; nothing was "
+                "unpacked"
             )
         if not (member.is_folder or member.is_file):
             raise FetchError(

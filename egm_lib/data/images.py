@@ -47,7 +47,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageError(
-                        f"{path}: {image.width} x {image.height} px, over the limit of {max_pixels} px"
+                        f"{path}: {image.width} x {image.height} px, over the limit of "
+                        f"{max_pixels} px"
                     )
                 return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

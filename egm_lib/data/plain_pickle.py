@@ -110,7 +110,8 @@ def load_plain_pickle(path: str | Path) -> Any:
             reason = f"no pickle (byte {byte} is none of its codes); delete it and fetch it again"
             raise UnsafePickleError(f"{path}: {reason}") from error
         raise UnsafePickleError(
-            f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings and numbers are read. "
+            f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings "
+            "and numbers are read. "
             "If you trust the file, convert it to JSON yourself"
         ) from error
     except (

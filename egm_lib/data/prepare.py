@@ -70,7 +70,8 @@ def prepare(
             if report.get(name, chosen[name]) != chosen[name]
         ]:
             raise InputError(
-                f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it again"
+                f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it "
+                "again"
             )
     return reports
 

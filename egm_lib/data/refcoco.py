@@ -114,7 +114,8 @@ def _rows(
                 yield common | dict(sample_id=sample_id, expression=sentence["sent"].strip())
         except KeyError as error:
             raise SampleError(
-                f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference nor an "
+                f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference "
+                "nor an "
                 "id in instances.json"
             ) from error
         except (TypeError, AttributeError) as error:

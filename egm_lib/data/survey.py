@@ -76,7 +76,8 @@ def image_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
     for row in tqdm(images.to_pylist(), desc="check images", mininterval=10):
         where = f"{row['image']} (e.g. sample {row['sample_id_min']})"
         if row["image"] in repeated:
-            yield f"{where}: the samples state different sizes, one of them {row['width']} x {row['height']}"
+            stated = f"{row['width']} x {row['height']}"
+            yield f"{where}: the samples state different sizes, one of them {stated}"
         try:
             size = image_size(
                 resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root)
@@ -93,7 +94,8 @@ def image_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
             yield f"{where}: not a readable image ({error})"
         else:
             if size != (row["width"], row["height"]):
-                yield f"{where}: is {size[0]} x {size[1]} px, stated are {row['width']} x {row['height']}"
+                stated = f"{row['width']} x {row['height']}"
+                yield f"{where}: is {size[0]} x {size[1]} px, stated are {stated}"
 
 
 def image_size(path: Path) -> tuple[int, int]:

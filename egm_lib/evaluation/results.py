@@ -58,7 +58,8 @@ class Results:
         names = {root.name.rpartition("-")[0] for root in self.roots}
         if len(names) > 1:
             raise InputError(
-                f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at a time"
+                f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at "
+                "a time"
             )
         self.profile = names.pop()
         self.paper_models, self.same_models = paper_models(self.profile)
@@ -135,7 +136,7 @@ class Results:
 
     @cached_property
     def ablations(self) -> pd.DataFrame:
-        """Scored answers of the variants of `egm_lib.pipeline.ablations`; model is the variant, steps its
+        """Scored answers of the ablations' variants; model is the variant, steps its
         GRPO steps.
         """
         parts = []

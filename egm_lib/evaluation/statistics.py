@@ -192,7 +192,8 @@ def pair(a: pd.DataFrame, b: pd.DataFrame, column: str = "success") -> pd.DataFr
         if frame.duplicated(keys).any():
             twice = frame.loc[frame.duplicated(keys), "sample_id"].iloc[0]
             raise InputError(
-                f"sample {twice} has more than one row for one model and seed: pass one model at a time"
+                f"sample {twice} has more than one row for one model and seed: pass one model at a "
+                "time"
             )
     left = a[[*keys, "dataset", "split", "image_id", column]].rename(columns={column: "a"})
     return left.merge(

@@ -14,7 +14,10 @@ _BOX = rf"\[{_NUMBER}(?:, ?{_NUMBER}){{3}}\]"
 _OBJECT = rf'\{{"bbox_2d": ?{_BOX}(?:, ?"label": ?"{_LABEL}")?\}}'
 ANSWER_PATTERNS = {
     "qwen3-vl": rf"(?:```json\n)?\[[ \n\t]{{0,2}}{_OBJECT}[ \n\t]{{0,2}}\](?:\n```)?",
-    "internvl-3": rf"(?:<answer>)?(?:<ref>[^<\n]{{0,200}}</ref>)?<box>\[?{_BOX}\]?</box>(?:</answer>)?",
+    "internvl-3": (
+        r"(?:<answer>)?(?:<ref>[^<\n]{0,200}</ref>)?"
+        rf"<box>\[?{_BOX}\]?</box>(?:</answer>)?"
+    ),
 }
 # The same for endpoints that take JSON schemas; a family that answers in tags has the pattern alone
 ANSWER_SCHEMA = {
@@ -48,7 +51,8 @@ def check_bound(text: str, pattern: str, *, finished: bool) -> None:
     """
     if not regex.fullmatch(pattern, text.strip(), partial=not finished):
         raise ConstraintIgnored(
-            f"asked for an answer of a fixed form, got {text[:80]!r}: this engine ignores structured output; "
+            f"asked for an answer of a fixed form, got {text[:80]!r}: this engine ignores "
+            "structured output; "
             "update it or leave out the row without reasoning"
         )
 

@@ -1,7 +1,7 @@
 """Other ways to decode, for the ablations that the paper lacks: a cap on the reasoning, and a vote
 among samples.
 
-A name such as `small-egm@budget-16` or `small-egm@majority-8` (of `egm_lib.inference.predict --model`) is
+A name such as `small-egm@budget-16` or `small-egm@majority-8` (`predict --model`) is
 the model decoded so.
 """
 

@@ -77,7 +77,8 @@ class OpenAIEngine:
 
         if request.begun:
             raise InputError(
-                "a chat endpoint cannot go on from a begun answer; use the engine transformers or vllm"
+                "a chat endpoint cannot go on from a begun answer; use the engine transformers or "
+                "vllm"
             )
         start = time.perf_counter()
         extra = {}

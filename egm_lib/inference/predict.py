@@ -1,7 +1,7 @@
 """Samples -> prediction files: the rows that every table, figure and viewer reads.
 
-    python -m egm_lib.inference.predict --profile mini --model small-base            # every split that is not finished yet
-    python -m egm_lib.inference.predict --profile mini --model small-base --latency  # the latency protocol
+    python -m egm_lib.inference.predict --profile mini --model small-base
+    python -m egm_lib.inference.predict --profile mini --model small-base --latency
 
 A file is written in the order of its samples; a run that was stopped goes on where it stopped and
 leaves the same file.
@@ -142,7 +142,8 @@ def _finished_rows(
                 else f"the sample {row['sample_id']!r}"
             )
             raise InputError(
-                f"{out} was written for {what}, which this run does not ask for; move the file away first"
+                f"{out} was written for {what}, which this run does not ask for; move the file "
+                "away first"
             )
     kept = [row for row in rows if not (retry_errors and row["status"] == "error")]
     write_jsonl(out, kept)
@@ -277,7 +278,8 @@ def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> 
             **common,
         )
         print(
-            f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> {out}",
+            f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> "
+            f"{out}",
             flush=True,
         )
 

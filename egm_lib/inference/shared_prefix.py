@@ -182,7 +182,7 @@ def sample(
     """group_size completions of each prompt, in order, end token included; and the log-prob of each
     token.
 
-    The log-probs are the policy's at the temperature, as `egm_lib.inference.decode_loop.complete` has them.
+    The log-probs are the policy's at the temperature, as those of `decode_loop.complete`.
     """
     done = complete(
         model, read_prefix(model, prompts, features), group_size, options, eos_ids, generator

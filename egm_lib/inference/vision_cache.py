@@ -100,7 +100,8 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
     visual = getattr(getattr(model, "model", None), "visual", None)
     if visual is None:
         raise ValueError(
-            f"{type(model).__name__} has no model.visual: the vision cache knows the Qwen3-VL family only"
+            f"{type(model).__name__} has no model.visual: the vision cache knows the Qwen3-VL "
+            "family only"
         )
     cache = VisionCache() if cache is None else cache
     visual.requires_grad_(False)

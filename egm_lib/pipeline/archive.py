@@ -1,8 +1,8 @@
 """What a run's tables and figures are made from, as one small file that can be committed and put
 back.
 
-    python -m egm_lib.pipeline.archive --profile mini-full            # data/runs/mini-full-* -> results/mini-full/seed-*.tar.xz
-    python -m egm_lib.pipeline.archive --profile mini-full --restore  # and back: then `make tables PROFILE=mini-full`
+    python -m egm_lib.pipeline.archive --profile mini-full
+    python -m egm_lib.pipeline.archive --profile mini-full --restore
 
 Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and images.
 Curated data, of which Table 3 is made, is large and counted for the first seed only; so it is kept

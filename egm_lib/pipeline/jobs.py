@@ -104,7 +104,7 @@ def _workers(run: Run) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may hand to its jobs, as CUDA_VISIBLE_DEVICES has them."""
+    """The GPUs that this process may hand to its jobs, named as in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get(KEPT, os.environ.get(VISIBLE))
     if named is not None:
         return [name for name in named.split(",") if name.strip()]

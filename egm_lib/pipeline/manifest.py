@@ -48,7 +48,8 @@ def open_manifest(run: Run) -> dict:
         ]
         if changed:
             raise ReproduceError(
-                f"{run.root} was begun with another profile or other base models: {'; '.join(changed)}. Delete that "
+                f"{run.root} was begun with another profile or other base models: "
+                f"{'; '.join(changed)}. Delete that "
                 "folder to begin anew, or put them back."
             )
     else:

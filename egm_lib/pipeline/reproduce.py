@@ -112,7 +112,9 @@ def _run_stage(run: Run, notebook: Path, manifest: dict, key: str) -> float:
 def _execute(notebook: Path, executed: Path, parameters: dict) -> None:
     """Runs a notebook through papermill. Raises ReproduceError naming the cell and the reason."""
     # papermill fills {name} in its paths with parameters.
-    source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
+    source, target = (
+        str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)
+    )
     again = f"The notebook as far as it ran: {executed}. The same command continues with it."
     try:
         papermill.execute_notebook(
@@ -136,10 +138,13 @@ def _execute(notebook: Path, executed: Path, parameters: dict) -> None:
         ) from None
     except NoSuchKernel as error:
         raise ReproduceError(
-            f"There is no Jupyter kernel {error.name!r}; `make setup` installs ipykernel into .venv."
+            f"There is no Jupyter kernel {error.name!r}; `make setup` installs ipykernel into "
+            ".venv."
         ) from None
     except RuntimeError as error:  # jupyter_client's word for a kernel that cannot start
-        raise ReproduceError(f"{notebook.stem}: its kernel cannot start: {error}. {again}") from None
+        raise ReproduceError(
+            f"{notebook.stem}: its kernel cannot start: {error}. {again}"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -142,7 +142,8 @@ def _figure(drawn: dict, folder: Path) -> str:
     data = base64.b64encode(file.read_bytes()).decode()
     caption = html.escape(drawn["caption"])
     return (
-        f'<figure><h3>{title}</h3><div class="scroll"><img alt="{caption}" src="data:image/png;base64,{data}"></div>'
+        f'<figure><h3>{title}</h3><div class="scroll"><img alt="{caption}" '
+        f'src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -178,7 +179,8 @@ def _table(path: Path) -> str:
     opened = " open" if path.stem == TABLES[0] else ""
     return (
         f"<details{opened}><summary>{html.escape(title)}</summary>"
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{said}</details>'
+        "<div "
+        f'class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{said}</details>'
     )
 
 

@@ -1,8 +1,8 @@
 """What README.md shows of the committed results: the image at its top, and the numbers, paper
 beside ours.
 
-`python -m egm_lib.reports.readme` writes both between their markers, from figures/mini-full or, until
-that has been run, figures/mini (`make tables` does).
+`python -m egm_lib.reports.readme` writes both between their markers, from figures/mini-full or,
+until that has been run, figures/mini (`make tables` does).
 """
 
 import json

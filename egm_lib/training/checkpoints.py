@@ -1,4 +1,4 @@
-"""Where a model is trained and where it stands finished; resuming, and finishing without leaving halves."""
+"""Where a model is trained and where it stands when finished; how a training resumes and ends."""
 
 from __future__ import annotations
 

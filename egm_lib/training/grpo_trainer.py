@@ -33,9 +33,12 @@ def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
     gap = (trainer_logps - sampler_logps).abs().mean().item()
     if not gap <= MAX_LOGP_GAP:  # nan too
         raise TrainingError(
-            f"trainer and sampler disagree: mean log-prob of the sampled tokens {trainer_logps.mean().item():.4f} by "
-            f"the trainer, {sampler_logps.mean().item():.4f} by the sampler, mean difference {gap:.4f} "
-            f"(limit {MAX_LOGP_GAP}). They see other prompts or other weights: compare the prompt ids that both get."
+            "trainer and sampler disagree: mean log-prob of the sampled tokens "
+            f"{trainer_logps.mean().item():.4f} by "
+            f"the trainer, {sampler_logps.mean().item():.4f} by the sampler, mean difference "
+            f"{gap:.4f} "
+            f"(limit {MAX_LOGP_GAP}). They see other prompts or other weights: compare the prompt "
+            "ids that both get."
         )
     return gap
 

@@ -37,8 +37,10 @@ def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Seque
     for ours, theirs in zip(trainer, sampler, strict=True):
         if list(ours) != list(theirs):
             raise TrainingError(
-                f"the sampler read a prompt of {len(theirs)} tokens, and the trainer has {len(ours)}: they expand a "
-                "image in different ways, which the checkpoint's processor and vLLM's model of it decide."
+                f"the sampler read a prompt of {len(theirs)} tokens, and the trainer has "
+                f"{len(ours)}: they expand a "
+                "image in different ways, which the checkpoint's processor and vLLM's model of it "
+                "decide."
             )
 
 

@@ -80,6 +80,7 @@ def load_start(place: str, start: Model, dtype: str):
     except OSError as error:  # transformers' word for "gated", "no such model" and "no network"
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"{place} cannot be loaded: {reason} If it is gated, accept its licence on its page and run "
+            f"{place} cannot be loaded: {reason} If it is gated, accept its licence on its page "
+            "and run "
             "`hf auth login`; without a network, set HF_HOME to a folder that holds it."
         ) from error

@@ -21,7 +21,8 @@ def check_rollout(options: GRPO) -> None:
         return
     if not torch.cuda.is_available():
         raise TrainingError(
-            f"grpo.rollout is {options.rollout!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
+            f"grpo.rollout is {options.rollout!r}, and PyTorch sees no GPU here: run it on a GPU "
+            "machine, "
             "or set grpo.rollout to transformers."
         )
     if importlib.util.find_spec("vllm") is None:
@@ -45,7 +46,7 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     """Raises TrainingError, before anything is loaded, where not even weights and optimizer state
     fit into a GPU.
 
-    These are exact; that the rest fits too, nobody can promise (egm_lib.training.plan estimates it).
+    These are exact. Whether the rest fits, too, `egm_lib.training.plan` estimates.
     """
     if not torch.cuda.is_available():
         return
@@ -61,14 +62,18 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     needed_gib = parts.weights_gib + parts.gradients_gib + parts.optimizer_gib + parts.reference_gib
     if needed_gib > memory_gib:
         raise TrainingError(
-            f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on each of {gpus} "
-            f"GPUs, and one has {memory_gib:.0f}: take more GPUs (launch.num_processes) or train with lora; "
+            f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on "
+            f"each of {gpus} "
+            f"GPUs, and one has {memory_gib:.0f}: take more GPUs (launch.num_processes) or train "
+            "with lora; "
             f"`python -m egm_lib.training.plan --profile {profile.name}` says what would do."
         )
     share_gib = profile.grpo.vllm_gpu_memory_utilization * memory_gib
     if parts.rollout_weights_gib > share_gib:
         raise TrainingError(
-            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, and its share is "
-            f"{share_gib:.0f} of {memory_gib:.0f}: raise grpo.vllm_gpu_memory_utilization, or set grpo.rollout to "
+            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, "
+            "and its share is "
+            f"{share_gib:.0f} of {memory_gib:.0f}: raise grpo.vllm_gpu_memory_utilization, or set "
+            "grpo.rollout to "
             "vllm-server or transformers."
         )

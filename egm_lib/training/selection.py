@@ -1,7 +1,7 @@
 """The RL data of a run (Sec. 4.2, Table 7): what the SFT model misses and a stronger one solves,
 and as many easy ones.
 
-    python -m egm_lib.training.selection --profile mini --role learner      # the SFT model's answers on the pool
+    python -m egm_lib.training.selection --profile mini --role learner
     python -m egm_lib.training.selection --profile mini --role reference    # the stronger model's
 
 The learner is the SFT model (Sec. 5.1), so SFT comes first. All amodal samples are kept (Sec. 4.2).

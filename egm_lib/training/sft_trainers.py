@@ -66,7 +66,8 @@ def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> l
         return ids
     if asked >= max_length:
         raise TrainingError(
-            f"{row['image']}: image and question take {asked} tokens, and sft.max_length is {max_length}: "
+            f"{row['image']}: image and question take {asked} tokens, and sft.max_length is "
+            f"{max_length}: "
             "raise it, or lower the model's max_pixels."
         )
     return ids[: max_length - asked]

@@ -1,7 +1,8 @@
 """The same RL run on VeRL, the paper's framework: parquet in its schema, Hydra overrides of Table
 6, the reward's path.
 
-`python -m egm_lib.training.verl_export --profile paper-qwen3vl-8b` writes train.parquet, overrides.txt and
+`python -m egm_lib.training.verl_export --profile paper-qwen3vl-8b` writes train.parquet,
+overrides.txt and
 run.sh into the run's folder `verl/`. VeRL itself is not needed here. Where it is installed,
 tests/test_verl.py puts parquet and overrides through VeRL's own RLHFDataset, configuration and its
 checks (done with verl 0.9.1 on a CPU; no training was run).

@@ -58,7 +58,8 @@ class TraceViewer(anywidget.AnyWidget):
     models: which to draw, at most four; default the first four of the story. root: data root of
     relative images.
     causes: failure cause by sample_id. groups: GRPO groups
-    (`egm_lib.training.groups.read_groups(run.groups(task))`), each {"sample_id", "completions": [text, ...]}
+    (`training.groups.read_groups(run.groups(task))`), each
+    {"sample_id", "completions": [text, ...]}
     with, where known, "rewards", "advantages", "step" and "frame" (default NORM_1000); a group
     whose sample has no prediction brings the sample's fields itself; of one sample the last counts.
 
@@ -103,11 +104,13 @@ class TraceViewer(anywidget.AnyWidget):
         self.models = list(models) if models is not None else found[:MAX_MODELS]
         if len(self.models) > MAX_MODELS:
             raise ValueError(
-                f"at most {MAX_MODELS} models at a time, got {len(self.models)}: {', '.join(self.models)}"
+                f"at most {MAX_MODELS} models at a time, got {len(self.models)}: "
+                f"{', '.join(self.models)}"
             )
         if missing := [model for model in self.models if model not in found]:
             raise ValueError(
-                f"no predictions of {', '.join(missing)}; there are those of {', '.join(found) or 'none'}"
+                f"no predictions of {', '.join(missing)}; there are those of "
+                f"{', '.join(found) or 'none'}"
             )
         self._left: list[int] = list(range(len(self._comparisons)))
         super().__init__(**traits)
@@ -116,7 +119,6 @@ class TraceViewer(anywidget.AnyWidget):
         self.on_msg(self._answer_page)
 
     # --- what a notebook asks
-    # -------------------------------------------------------------------------------------
 
     @property
     def sample(self) -> dict:
@@ -181,7 +183,6 @@ class TraceViewer(anywidget.AnyWidget):
         }, metadata
 
     # --- behind it
-    # ------------------------------------------------------------------------------------------------
 
     def _current(self) -> Comparison:
         return self._comparisons[self._left[self.index]]

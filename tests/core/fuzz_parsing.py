@@ -20,8 +20,14 @@ FRAMES = list(BoxFrame)
 SIZES = [(640, 480), (1, 1), (10**9, 3)]
 GT = (0.0, 0.0, 1.0, 1.0)
 # One byte picks a fragment, so that the grammar is in reach of random bytes
-TAGS = '<think> </think> <answer> </answer> <box> </box> <ref> </ref> bbox {"bbox_2d": "label": ```json'
-BOXES = "[1,2,3,4] (1,2),(3,4) <1><2><3><4> x_min y_min x_max y_max x1 y1 x2 y2 ),( ]] [[ [ ] ( ) { } < >"
+TAGS = (
+    "<think> </think> <answer> </answer> <box> </box> <ref> </ref> "
+    'bbox {"bbox_2d": "label": ```json'
+)
+BOXES = (
+    "[1,2,3,4] (1,2),(3,4) <1><2><3><4> x_min y_min x_max y_max x1 y1 x2 y2 "
+    "),( ]] [[ [ ] ( ) { } < >"
+)
 NUMBERS = "0 1 9 . - + e E 1e308 -1e308 1e999 99999999999999999999 nan inf １ ［ ， 、 −"
 SIGNS = [" ", "\n", "\t", '"', "'", "\\", ",", ":", "=", "\u3000", "\x00", "İ", "\ud800"]
 FRAGMENTS = [*TAGS.split(), *BOXES.split(), *NUMBERS.split(), *SIGNS]

@@ -37,12 +37,14 @@ boxes = st.tuples(ends, ends).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1
         (
             "internvl-3",
             "vanilla",
-            "Please provide the bounding box coordinate of the region this sentence describes: <ref>red cup</ref>",
+            "Please provide the bounding box coordinate of the region this sentence describes: "
+            "<ref>red cup</ref>",
         ),
         (
             "internvl-3",
             "amodal",
-            "Please provide the amodal bounding box coordinate of the region this sentence describes: "
+            "Please provide the amodal bounding box coordinate of the region this sentence "
+            "describes: "
             "<ref>red cup</ref>",
         ),
     ],
@@ -56,7 +58,8 @@ def test_answers_are_written_as_the_families_write_them():
     assert FAMILIES["qwen3-vl"].answer(
         (444, 468, 757, 745), (1000, 1000), "lady in blue", "Look."
     ) == (
-        'Look.\n</think>\n\n```json\n[\n\t{"bbox_2d": [444, 468, 757, 745], "label": "lady in blue"}\n]\n```'
+        'Look.\n</think>\n\n```json\n[\n\t{"bbox_2d": [444, 468, 757, 745], "label": "lady in '
+        'blue"}\n]\n```'
     )
     assert FAMILIES["internvl-3"].answer((81, 104, 998, 999), (1000, 1000), "man", "Look.") == (
         "<think>Look.</think><answer><ref>man</ref><box>[81, 104, 998, 999]</box></answer>"

@@ -85,7 +85,8 @@ def make_root(folder: Path, count: int) -> list[dict]:
         truth |= {"reasoning": "two red circles : 1 at 825 300 , 2 at 750 850 . it is 2 ."}
         truth |= {"amodal_expression": f"second red circle {number}", "gt_box": [20, 20, 60, 60]}
         truth |= {
-            "amodal_reasoning": "a log hides the circle. it extends downward from the visible part moderately."
+            "amodal_reasoning": "a log hides the circle. it extends downward from the visible "
+            "part moderately."
         }
         truths.append(truth | {"lookalike_boxes_px": [[70, 20, 110, 60]]})
     for name, rows in (("samples", samples), ("teacher", truths)):
@@ -336,7 +337,8 @@ def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
     make_root(tmp_path, 200)
     log, ledger = tmp_path / "paid.log", tmp_path / "out.ledger.jsonl"
     with running("--delay-ms", "150", "--log", str(log)) as url:
-        words = f"trace --input {tmp_path}/samples.jsonl --output {tmp_path}/out.jsonl --base-url {url} --model fake"
+        words = f"trace --input {tmp_path}/samples.jsonl --output {tmp_path}/out.jsonl"
+        words += f" --base-url {url} --model fake"
         command = [sys.executable, "-m", "egm_lib.curation", *words.split(), "--concurrency", "8"]
         for _ in range(3):
             had = ledger.read_bytes().count(b"\n") if ledger.exists() else 0
@@ -377,7 +379,8 @@ def test_ctrl_c_ends_the_requests_under_way_and_keeps_them(tmp_path):
     make_root(tmp_path, 100)
     log = tmp_path / "paid.log"
     with running("--delay-ms", "300", "--log", str(log)) as url:
-        words = f"trace --input {tmp_path}/samples.jsonl --output {tmp_path}/out.jsonl --base-url {url} --model fake"
+        words = f"trace --input {tmp_path}/samples.jsonl --output {tmp_path}/out.jsonl"
+        words += f" --base-url {url} --model fake"
         command = [sys.executable, "-m", "egm_lib.curation", *words.split(), "--concurrency", "4"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         while not log.read_text():

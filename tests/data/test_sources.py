@@ -238,7 +238,8 @@ def test_the_shared_test_set_loads_without_its_empty_cases():
             "amodal",
         ),
         (
-            "<image>\nPlease provide the bounding box coordinate of the region this sentence describes: "
+            "<image>\nPlease provide the bounding box coordinate of the region this sentence "
+            "describes: "
             "<ref>man on left</ref>",
             "vanilla",
         ),

@@ -73,7 +73,8 @@ class FakeEngine:
             if self.fails_on(request.prompt):
                 yield Answer.failed(RuntimeError("no memory"))
             else:
-                text = f'<think>\nlook\n</think>\n\n[{{"bbox_2d": [0, 0, {len(request.prompt)}, 500]}}]'
+                box = f'[{{"bbox_2d": [0, 0, {len(request.prompt)}, 500]}}]'
+                text = f"<think>\nlook\n</think>\n\n{box}"
                 yield Answer(text, 10, 3, 20, "stop", latency_ms=1.5)
 
 

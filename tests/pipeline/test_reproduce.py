@@ -235,7 +235,10 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
     run, ran, _, root = project
     reproduce(run)
     executed = nbformat.read(run.notebook("01_b.ipynb"), as_version=4)
-    job = "sft-vanilla: started\nsft-vanilla: 0 min 30 s, {'loss': 1}\nseen\nsft-vanilla: done in 1 min 05 s\n"
+    job = (
+        "sft-vanilla: started\nsft-vanilla: 0 min 30 s, {'loss': 1}\nseen\n"
+        "sft-vanilla: done in 1 min 05 s\n"
+    )
     executed.cells[-1].outputs = [
         nbformat.v4.new_output("stream", text=job),
         nbformat.v4.new_output("stream", name="stderr", text="FutureWarning"),

@@ -100,7 +100,8 @@ class Server:
             status, body = 500, b'{"error": {"message": "internal"}}'
         elif kind == "half-json":
             body = body[: len(body) // 2]
-        start = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}\r\n"
+        start = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n"
+        start += f"Content-Length: {len(body)}\r\n{extra}\r\n"
         writer.write(start.encode() + (body[: len(body) // 2] if kind == "drop-half" else body))
         await writer.drain()
         return kind != "drop-half"

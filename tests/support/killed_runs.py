@@ -49,7 +49,8 @@ def make_samples(folder: Path, count: int, images: int = 50) -> Path:
 
 
 def command(folder: Path, url: str, out: Path, timeout_s: float) -> list[str]:
-    words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out} --base-url {url} --model fake"
+    words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out}"
+    words += f" --base-url {url} --model fake"
     return [
         sys.executable,
         *words.split(),

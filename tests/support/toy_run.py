@@ -69,7 +69,8 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
             [
                 {
                     **sample,
-                    "reasoning": "Three squares share this colour. Counting from the left the one meant is next "
+                    "reasoning": "Three squares share this colour. Counting from the left the one "
+                    "meant is next "
                     "to the edge; extend downward from the visible part considerably.",
                 }
                 for sample in samples

@@ -104,7 +104,8 @@ def predictions_of(samples: list[dict], seed: int = 0) -> list[dict]:
     for sample in samples:
         trace = (
             "There are three squares of this colour. "
-            f"From the left, the {PLACES[sample['place']]} one is below the dot; the others do not count."
+            f"From the left, the {PLACES[sample['place']]} one is below the dot; the others do not "
+            "count."
         )
         rows.append(answer_row(sample, SMALL, sample["boxes_all"][0], None, seed))
         rows.append(answer_row(sample, EGM, sample["gt_box"], trace, seed))

@@ -46,7 +46,8 @@ def drive(job: dict) -> dict:
         and not (ROOT / "node_modules" / "playwright-core").is_dir()
     ):
         pytest.skip(
-            "needs playwright-core: npm install --no-save playwright-core, or PLAYWRIGHT_CORE=its folder"
+            "needs playwright-core: npm install --no-save playwright-core, or PLAYWRIGHT_CORE=its "
+            "folder"
         )
     out = SHOTS / job["name"]
     out.mkdir(parents=True, exist_ok=True)

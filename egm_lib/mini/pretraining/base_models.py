@@ -211,7 +211,8 @@ def base(args: argparse.Namespace) -> None:
     if args.size == "large" and not state_file.exists():
         if not trunk.exists():
             raise SystemExit(
-                f"{trunk} is missing: run `base --size small` first, the large model grows out of it"
+                f"{trunk} is missing: run `base --size small` first, the large model grows out of "
+                "it"
             )
         state = torch.load(trunk, weights_only=True)
         grow(state["model"], model)
@@ -273,7 +274,8 @@ def export(args: argparse.Namespace) -> None:
     model.load_state_dict(torch.load(args.out / args.size / "state.pt", weights_only=True)["model"])
     save(model.to(torch.bfloat16), args.to / args.size)
     print(
-        f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.to / args.size}"
+        f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters in "
+        f"{args.to / args.size}"
     )
 
 
@@ -305,7 +307,7 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
 
 
 def main() -> None:
-    """`python -m egm_lib.mini.pretraining.base_models align|base|export --out FOLDER [--size small|large]`."""
+    """One stage: align, base or export, into --out, for --size small or large."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=["align", "base", "export"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the work in progress")

@@ -276,5 +276,6 @@ def lookalikes(material: Material) -> tuple[Figure, str]:
     )
     return (
         figure,
-        "Accuracy on the vanilla splits by what makes a prompt hard; bars: 95 %, clustered on images.",
+        "Accuracy on the vanilla splits by what makes a prompt hard; bars: 95 %, clustered on "
+        "images.",
     )

@@ -73,7 +73,8 @@ def training(material: Material) -> tuple[Figure, str]:
     }.get(seeds, "mean of the seeds, 95 % interval (t)")
     return (
         figure,
-        f"Training logs against steps; faint: as logged; line: running mean of a tenth of the steps, {band}.",
+        "Training logs against steps; faint: as logged; line: running mean of a tenth of the "
+        f"steps, {band}.",
     )
 
 

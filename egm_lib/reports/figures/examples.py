@@ -63,7 +63,8 @@ def fig3(material: Material) -> tuple[Figure, str]:
         )
     return (
         figure,
-        "Curated reasoning: the target's box (hatched where hidden) and the trace that the teacher wrote.",
+        "Curated reasoning: the target's box (hatched where hidden) and the trace that the teacher "
+        "wrote.",
     )
 
 
@@ -178,7 +179,10 @@ def overview(material: Material) -> tuple[Figure, str]:
     bars.tick_params(axis="y", length=0)
     bars.grid(True, axis="x")
     draw_legend(figure, [SMALL, EGM])
-    caption = "A small model that thinks before it points. A sample drawn by lot; mean over the splits, 95 % intervals."
+    caption = (
+        "A small model that thinks before it points. A sample drawn by lot; mean over the "
+        "splits, 95 % intervals."
+    )
     return figure, caption
 
 

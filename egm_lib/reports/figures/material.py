@@ -89,9 +89,8 @@ def parameters_of(results: Results) -> dict[str, int]:
         total = 0
         for file in sorted(Path(location).glob("*.safetensors")):
             with safe_open(file, framework="np") as tensors:
-                total += sum(
-                    int(np.prod(tensors.get_slice(key).get_shape())) for key in tensors.keys()
-                )  # noqa: SIM118
+                names = tensors.keys()
+                total += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
         if total:
             counts[name] = total
     return {

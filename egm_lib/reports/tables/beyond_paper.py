@@ -64,8 +64,10 @@ def table_differences(results: Results) -> Table:
         )
         table.rows.append(Row(label, "ours", cells))
     table.notes.append(
-        "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first / only second: "
-        "samples that just one of the two solves. small-direct-control: the base trained on, on direct answers, with "
+        "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first "
+        "/ only second: "
+        "samples that just one of the two solves. small-direct-control: the base trained on, on "
+        "direct answers, with "
         "the compute of SFT + GRPO; small-sft-control: SFT continued for GRPO's minutes."
     )
     return table
@@ -177,8 +179,10 @@ def table_decoding(results: Results) -> Table:
                 Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))])
             )
     table.notes.append(
-        "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; majority-N: of N "
-        "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as in Table 8."
+        "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; "
+        "majority-N: of N "
+        "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as "
+        "in Table 8."
     )
     return table
 
@@ -240,8 +244,10 @@ def table_ablations(results: Results) -> Table:
                 )
             )
     table.notes.append(
-        "Short GRPO runs of one length, whatever the run itself did; difference: paired, to sft-and-grpo, which has "
-        "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: IoU alone."
+        "Short GRPO runs of one length, whatever the run itself did; difference: paired, to "
+        "sft-and-grpo, which has "
+        "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: "
+        "IoU alone."
     )
     return table
 
@@ -299,7 +305,8 @@ def table_latency(results: Results) -> Table:
                 )
             )
     table.notes.append(
-        "Ours: after a warm-up, from handing the request over (image in memory) to the last token; several at a time "
+        "Ours: after a warm-up, from handing the request over (image in memory) to the last token; "
+        "several at a time "
         "are a batch, whose answers come together, or requests on the way to an endpoint. "
         f"Paper: {paper('fig5')['source']}; its released script measures at concurrency 64."
     )

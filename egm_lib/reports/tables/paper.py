@@ -70,11 +70,13 @@ def table1(results: Results) -> Table:
         if not judged.empty:
             open_share = (judged["cause"] == "no majority").mean()
             table.notes.append(
-                f"{model}: {counted_failures(len(judged), judged['seed'].nunique())}; without a majority of judges: "
+                f"{model}: {counted_failures(len(judged), judged['seed'].nunique())}; without a "
+                "majority of judges: "
                 f"{decimal_text(100 * open_share)} %."
             )
     table.notes.append(
-        f"Paper: {source['source']}. Ours: the cause that most judges ({', '.join(results.judges) or NOT_RUN}) name."
+        f"Paper: {source['source']}. Ours: the cause that most judges "
+        f"({', '.join(results.judges) or NOT_RUN}) name."
     )
     return table
 
@@ -99,7 +101,8 @@ def table2(results: Results) -> Table:
             value = None if rows.empty else estimate(rows, draws=results.draws)
             table.rows.append(Row(model, "ours", [percent(value), value and count(value.n)]))
     table.notes.append(
-        "Chosen because the small base fails on them: a model that resembles it starts lower than an unrelated one."
+        "Chosen because the small base fails on them: a model that resembles it starts lower than "
+        "an unrelated one."
     )
     return table
 
@@ -331,7 +334,8 @@ def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
             table.rows.append(_split_gains(results, model, "small-base"))
     table.rows += [_published_row(row) for row in source["rows"] if row["name"] not in listed]
     table.notes.append(
-        f"Accuracy at IoU > 0.5, percent; rule: {results.rule}. Paper: {source['source']}.{miniature(results)}"
+        f"Accuracy at IoU > 0.5, percent; rule: {results.rule}. Paper: "
+        f"{source['source']}.{miniature(results)}"
     )
     return table
 
@@ -486,7 +490,8 @@ def table11(results: Results) -> Table:
             )
         )
     table.notes.append(
-        "Any model that differs from the base solves some of its failures; what it loses stands in the last column "
+        "Any model that differs from the base solves some of its failures; what it loses stands in "
+        "the last column "
         "(the paper does not print it)."
     )
     return table
