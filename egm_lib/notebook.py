@@ -1,6 +1,4 @@
-"""What every notebook does to show something: tables from files, figures from files, a training log
-as curves.
-"""
+"""What every notebook does to show something: tables, figures, samples, training logs, findings."""
 
 import io
 import textwrap
@@ -11,30 +9,43 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
+from egm_lib.data import eval_splits, split_id
+from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.scoring import load_predictions, score
 from egm_lib.files import read_jsonl
 from egm_lib.reports.figures import build_figures
+from egm_lib.reports.findings import findings
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.viewer.drawing import draw_image
 from egm_lib.viewer.palette import look, new_figure, styled
 
 
-def show_tables(run: Run, *names: str) -> None:
-    """Rebuilds tables (such as "table4") from the files of all seeds that were run, and shows
-    them.
-    """
+def scored(run: Run, model: str, task: str = "vanilla") -> pd.DataFrame:
+    """The model's predictions on the splits of a task, with IoU and success; this seed alone."""
+    files = [run.predictions(model, split_id(*pair)) for pair in eval_splits(task)]
+    return score(load_predictions(files), run.profile.evaluation.rule)
+
+
+def show_findings(run: Run, *topics: str) -> None:
+    """What we see, in sentences made from the numbers of all seeds that were run."""
     evaluation = run.profile.evaluation
-    build_tables(
-        run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
-    )
+    results = Results(run.roots, evaluation.rule, evaluation.bootstrap_samples)
+    for topic in topics:
+        display(Markdown(findings(results, topic)))
+
+
+def show_tables(run: Run, *names: str) -> None:
+    """Rebuilds tables (such as "table4") from the files of all seeds, and shows them."""
+    evaluation = run.profile.evaluation
+    draws = evaluation.bootstrap_samples
+    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=draws, only=names)
     for name in names:
         display(Markdown((run.figures / f"{name}.md").read_text(encoding="utf-8")))
 
 
 def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
-    """Redraws figures (such as "fig5") from the files of all seeds that were run; shows them with
-    their captions.
-    """
+    """Redraws figures (such as "fig5") from the files of all seeds; shows them with captions."""
     for drawn in build_figures(
         run.roots, run.figures, rule=run.profile.evaluation.rule, only=names
     ):
@@ -46,8 +57,9 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
-    """Images in a row with the ground truth (its hidden part hatched) and, for prediction rows,
-    the model's box.
+    """Images in a row with the ground truth, its hidden part hatched.
+
+    A prediction row also shows the model's box.
     """
     samples = list(samples)
     if not samples:
@@ -64,8 +76,9 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
 
 
 def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
-    """A panel a column, a line a log (JSONL of a training); a column that no log has is left
-    out.
+    """A panel for each column, a line for each training log (JSON lines).
+
+    A column that no log has is left out.
     """
     frames = {name: pd.DataFrame(read_jsonl(path)) for name, path in logs.items() if path.exists()}
     shown = [column for column in columns if any(column in frame for frame in frames.values())]
@@ -88,5 +101,5 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
 def show(figure: Figure) -> None:
     """A figure as a PNG, in whatever shows this notebook."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=80)
     display(Image(buffer.getvalue()))
