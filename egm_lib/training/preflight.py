@@ -64,7 +64,7 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     share_gib = profile.grpo.vllm_gpu_memory_utilization * memory_gib
     if parts.rollout_weights_gib > share_gib:
         raise TrainingError(
-            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, and "
-            f"its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
+            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, "
+            f"and its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
             "grpo.vllm_gpu_memory_utilization, or set grpo.rollout to vllm-server or transformers."
         )
