@@ -142,8 +142,13 @@ class SFT:
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
     answer_label: bool = True  # whether an answer repeats the expression as its label
     max_length: int | None = None
+    max_pixels: int | None = None  # larger images are shrunk in SFT alone; null: as the checkpoint
+    # Processes that decode images beside the training, where each image is read with its row
+    dataloader_num_workers: int = 4
     max_steps: int | None = None  # stops earlier than the epochs
     max_minutes: float | None = None  # stops earlier than both
+    # Ours: a checkpoint of an 8B with its optimizer is 123 GB, minutes of writing
+    save_minutes: float = 30.0
     lora: Lora | None = None
 
 
@@ -154,6 +159,8 @@ class Selection:
     """
 
     num_easy: Literal["equal", "none"]
+    # What the reference answers: Sec. 4.2 needs the learner's misses; all: for the whole of Table 7
+    reference: Literal["misses", "all"] = "misses"
     easy: Literal["uniform", "iou-buckets"]
     # Fewer are filled up with others of the pool: a smoke test's models are too weak to select by
     fill_to: int = 0

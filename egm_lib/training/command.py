@@ -9,7 +9,7 @@ import torch
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.run import Run
-from egm_lib.training import plan
+from egm_lib.training import plan, ranks
 from egm_lib.training.model_setup import TrainingError
 
 
@@ -42,7 +42,9 @@ def stage_command(
 
 def _within_memory(args: argparse.Namespace, act: Callable) -> object:
     try:
-        return act(run_of(args), args)
+        result = act(run_of(args), args)
+        ranks.leave()
+        return result
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"The GPU has too little memory: {str(error).splitlines()[0]} Make "

@@ -209,8 +209,8 @@ def as_text(plans: list[MemoryPlan], hardware: Hardware) -> str:
         )
 
     lines = [
-        f"{hardware.gpus} x {hardware.memory_gib:g} GiB, {hardware.tflops:g} Tflop/s; fits: a "
-        "tenth stays free"
+        f"{hardware.gpus} x {hardware.memory_gib:g} GiB, {hardware.tflops:g} Tflop/s; "
+        "fits: a tenth stays free"
     ]
     for name in (field.name for field in fields(MemoryPlan)):
         label = name.replace("_gib", ", GiB a GPU").replace("_", " ")

@@ -14,16 +14,13 @@ from egm_lib.training.model_setup import TrainingError
 
 
 def check_rollout(options: GRPO) -> None:
-    """Raises TrainingError, before anything long starts, where this machine cannot sample as the
-    profile says.
-    """
+    """Raises TrainingError where this machine cannot sample as the profile says."""
     if options.rollout == "transformers":
         return
     if not torch.cuda.is_available():
         raise TrainingError(
             f"grpo.rollout is {options.rollout!r}, and PyTorch sees no GPU here: run it on a GPU "
-            "machine, "
-            "or set grpo.rollout to transformers."
+            "machine, or set grpo.rollout to transformers."
         )
     if importlib.util.find_spec("vllm") is None:
         raise TrainingError(
@@ -32,9 +29,7 @@ def check_rollout(options: GRPO) -> None:
 
 
 def check_device(dtype: str, section: str) -> None:
-    """Raises TrainingError, before anything long starts, where half precision is asked for and
-    there is no GPU.
-    """
+    """Raises TrainingError where half precision is asked for and there is no GPU."""
     if dtype != "float32" and not torch.cuda.is_available():
         raise TrainingError(
             f"{section}.dtype is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
@@ -43,10 +38,9 @@ def check_device(dtype: str, section: str) -> None:
 
 
 def check_memory(profile: Profile, stage: str, place: str) -> None:
-    """Raises TrainingError, before anything is loaded, where not even weights and optimizer state
-    fit into a GPU.
+    """Raises TrainingError where not even weights and optimizer state fit into a GPU.
 
-    These are exact. Whether the rest fits, too, `egm_lib.training.plan` estimates.
+    These are exact. Whether the rest fits too is an estimate, which egm_lib.training.plan makes.
     """
     if not torch.cuda.is_available():
         return
@@ -63,17 +57,14 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     if needed_gib > memory_gib:
         raise TrainingError(
             f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on "
-            f"each of {gpus} "
-            f"GPUs, and one has {memory_gib:.0f}: take more GPUs (launch.num_processes) or train "
-            "with lora; "
-            f"`python -m egm_lib.training.plan --profile {profile.name}` says what would do."
+            f"each of {gpus} GPUs, and one has {memory_gib:.0f}: take more GPUs "
+            "(launch.num_processes) or train with lora. "
+            f"`python -m egm_lib.training.plan --profile {profile.name}` shows what would fit."
         )
     share_gib = profile.grpo.vllm_gpu_memory_utilization * memory_gib
     if parts.rollout_weights_gib > share_gib:
         raise TrainingError(
             f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, "
-            "and its share is "
-            f"{share_gib:.0f} of {memory_gib:.0f}: raise grpo.vllm_gpu_memory_utilization, or set "
-            "grpo.rollout to "
-            "vllm-server or transformers."
+            f"and its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
+            "grpo.vllm_gpu_memory_utilization, or set grpo.rollout to vllm-server or transformers."
         )

@@ -15,17 +15,12 @@ from trl import SFTTrainer
 from egm_lib.data import open_image
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.training.clock import Clock, TimedSchedule
-from egm_lib.training.model_setup import (
-    TrainingError,
-    chat_text,
-)
+from egm_lib.training.model_setup import TrainingError, chat_text
 from egm_lib.training.prefix_logps import suffix_logps
 
 
 class ImageSampler(Sampler[int]):
-    """Rows in random order, rows of one image side by side (at most `together`), so that they
-    share its prefix.
-    """
+    """Rows in random order, those of one image side by side (at most `together`)."""
 
     def __init__(self, images: list[str], together: int, seed: int):
         self.together, self.seed, self.epoch, self.size = together, seed, 0, len(images)
@@ -53,10 +48,9 @@ class ImageSampler(Sampler[int]):
 
 
 def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> list[int]:
-    """A row's answer and its end as tokens; cut where they and the `asked` ones before would pass
-    max_length.
+    """Tokens of a row's answer and its end, cut so that question and answer fit into max_length.
 
-    Raises TrainingError where the question alone fills it.
+    asked: tokens of image and question. Raises TrainingError where they alone fill max_length.
     """
     ids = [
         *tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"],
@@ -67,16 +61,13 @@ def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> l
     if asked >= max_length:
         raise TrainingError(
             f"{row['image']}: image and question take {asked} tokens, and sft.max_length is "
-            f"{max_length}: "
-            "raise it, or lower the model's max_pixels."
+            f"{max_length}: raise it, or lower sft.max_pixels."
         )
     return ids[: max_length - asked]
 
 
 class SharedPrefixCollator:
-    """Rows -> one batch: a prefix for each image, and for each row its question and answer as a
-    suffix of it.
-    """
+    """Rows -> one batch: a prefix for each image; question and answer of each row as its suffix."""
 
     def __init__(self, reader: Reader, processor, max_length: int | None):
         self.reader, self.processor, self.max_length = reader, processor, max_length
@@ -107,9 +98,7 @@ class SharedPrefixCollator:
 
 
 class PlainCollator:
-    """Rows -> one batch as any model takes it: image, question and answer in a row, padded on the
-    right.
-    """
+    """Rows -> one batch as any model takes it: image, question and answer, padded on the right."""
 
     def __init__(self, processor, max_length: int | None):
         self.processor, self.max_length = processor, max_length
@@ -143,9 +132,7 @@ class PlainCollator:
 
 
 class SharedPrefixSFT(TimedSchedule, SFTTrainer):
-    """SFTTrainer on SharedPrefixCollator's batches: the same loss, each image read once a
-    batch.
-    """
+    """SFTTrainer on SharedPrefixCollator's batches: the same loss, each image read once a batch."""
 
     def __init__(self, *args, reader: Reader, clock: Clock, together: int, **kwargs):
         self.reader, self.clock, self.together = reader, clock, together
@@ -172,6 +159,10 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
                 inputs["attend"],
                 keep,
             )
+        lengths = torch.tensor([len(prefix.ids) for prefix in inputs["prefixes"]])
+        read = int(lengths[inputs["group"].cpu()].sum() + inputs["attend"].sum())
+        self.state.num_input_tokens_seen += read  # as many as a plain forward reads
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         self._metrics["train"]["tokens"].append(float(keep.sum()))
         self._metrics["train"]["rows"].append(float(len(keep)))
         return -logps.sum() / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
@@ -183,3 +174,11 @@ class PlainSFT(TimedSchedule, SFTTrainer):
     def __init__(self, *args, clock: Clock, **kwargs):
         self.clock = clock
         super().__init__(*args, callbacks=[clock], **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        before = self._total_train_tokens
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL counts from zero after an interruption; the state is kept with the checkpoint
+        self.state.num_input_tokens_seen += self._total_train_tokens - before
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+        return result

@@ -1,11 +1,10 @@
-"""The same RL run on VeRL, the paper's framework: parquet in its schema, Hydra overrides of Table
-6, the reward's path.
+"""The same RL run for VeRL, the paper's framework: its samples, its options, the reward.
 
-`python -m egm_lib.training.verl_export --profile paper-qwen3vl-8b` writes train.parquet,
-overrides.txt and
-run.sh into the run's folder `verl/`. VeRL itself is not needed here. Where it is installed,
-tests/test_verl.py puts parquet and overrides through VeRL's own RLHFDataset, configuration and its
-checks (done with verl 0.9.1 on a CPU; no training was run).
+`python -m egm_lib.training.verl_export --profile paper-qwen3vl-8b` writes train.parquet (in VeRL's
+schema), overrides.txt (Table 6 as Hydra overrides) and run.sh into the run's folder `verl/`. VeRL
+itself is not needed here. Where it is installed, tests/training/test_verl.py puts parquet and
+overrides through VeRL's own RLHFDataset, configuration and checks (done with verl 0.9.1 on a CPU;
+no training was run).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from egm_lib.training.command import stage_command
 from egm_lib.training.model_setup import TrainingError
 
 REWARD = Path(egm_lib.reward.__file__)
-# Tokens, ours: InternVL-3's 13 tiles of 256 and the question; VeRL's default of 512 would refuse
-# them
+# Tokens, ours: 13 tiles of 256 (InternVL-3) and the question; VeRL's default is 512
 PROMPT = 4_096
 
 
@@ -42,9 +40,7 @@ def verl_rows(
     weight: float,
     max_pixels: int | None = None,
 ) -> Iterator[dict]:
-    """Samples as VeRL's RLHFDataset reads them: `<image>` in the prompt stands for the image in
-    `images`.
-    """
+    """Samples as VeRL's RLHFDataset reads them; `<image>` in the prompt stands for the image."""
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     for number, sample in enumerate(samples):
         prompt = family.prompt(sample["expression"], sample["task"])

@@ -84,6 +84,7 @@ def sft_options(**changes) -> SFT:
         freeze_vision=True,
         freeze_merger=True,
         dtype="float32",
+        dataloader_num_workers=0,
     )
     return SFT(**values | changes)
 

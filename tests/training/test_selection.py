@@ -7,9 +7,11 @@ import pytest
 from roots import use_root
 
 from egm_lib.data import read_samples, write_samples
+from egm_lib.errors import InputError
 from egm_lib.profile import load_profile
 from egm_lib.run import Run
-from egm_lib.training.selection import ROLES, pool_answers, select
+from egm_lib.training import selection
+from egm_lib.training.selection import ROLES, answer_pool, pool_answers, select
 
 HIT, MISS = "</think>\n\n[100, 100, 500, 500]", "</think>\n\n[600, 600, 900, 900]"
 GT_BOX = [10.0, 10.0, 50.0, 50.0]  # px of 100 x 100
@@ -125,6 +127,49 @@ def test_without_easy_ones(run):
 
 def test_answers_to_different_samples_are_refused(run):
     answer(run, "learner", {0})
-    answer(run, "reference", {0}, numbers=range(1, 10))
+    answer(run, "reference", {0}, numbers=range(2, 10))
     with pytest.raises(ValueError, match="answered different samples"):
         select(run)
+
+
+def asked(run, monkeypatch) -> list[str]:
+    """Samples that the reference is asked about."""
+    seen = []
+    run = Run(replace(run.profile, selection=replace(run.profile.selection, reference="misses")), 0)
+    monkeypatch.setattr(selection, "make_engine", lambda *args: None)
+    monkeypatch.setattr(
+        selection, "predict", lambda rows, engine, **kwargs: seen.extend(rows["sample_id"])
+    )
+    answer_pool(run, "reference")
+    return seen
+
+
+def test_the_reference_answers_the_learners_misses_alone(run, monkeypatch):
+    answer(run, "learner", {0, 1, 2, 3})
+    assert asked(run, monkeypatch) == [f"s{number:02}" for number in range(4, 10)]
+
+
+def test_the_reference_waits_for_the_whole_learner(run, monkeypatch):
+    answer(run, "learner", {0, 1}, numbers=range(5))
+    with pytest.raises(InputError, match="--role learner"):
+        asked(run, monkeypatch)
+
+
+def test_the_misses_alone_select_what_all_answers_select(run):
+    """And what they cannot tell is None, not zero."""
+    answer(run, "learner", {0, 1, 2, 3})
+    answer(run, "reference", {0, 5, 6})
+    whole, chosen = select(run)["vanilla"], kept(run)
+    answer(run, "reference", {5, 6}, numbers=range(4, 10))
+    assert select(run)["vanilla"] == whole | {"both": None, "learner_only": None}
+    assert kept(run) == chosen
+
+
+def test_an_error_of_the_learners_engine_is_no_miss(run):
+    answer(run, "learner", {0, 1})
+    path = pool_answers(run, "learner")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[5] |= {"status": "error", "error": "timeout", "raw_answer": ""}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer(run, "reference", {5, 6})
+    assert select(run)["vanilla"]["learnable"] == 1 and "s05" not in kept(run)

@@ -16,17 +16,18 @@ from training_world import VIDEOS, make_samples, moved_names, sft_options, store
 from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import grpo, sft
-from egm_lib.inference.loading import video_half
+from egm_lib.files import write_jsonl
+from egm_lib.inference.loading import load_processor, video_half
 from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
-from egm_lib.sft import answer_rows, make_sft_trainer, read_traces
+from egm_lib.sft import answer_rows, make_sft_trainer, preview_batch, read_traces, run_sft
 from egm_lib.sft import sft_options as trl_options
 from egm_lib.training import model_setup
 from egm_lib.training.checkpoints import is_finished, train_to, work_folder
-from egm_lib.training.clock import Clock, TimedSchedule
+from egm_lib.training.clock import Clock, TimedSchedule, logged_tokens
 from egm_lib.training.command import stage_command
-from egm_lib.training.model_setup import TrainingError
+from egm_lib.training.model_setup import TrainingError, limit_pixels, lora_config
 from egm_lib.training.plan import count_parameters
 from egm_lib.training.preflight import check_device, check_memory
 from egm_lib.training.sft_trainers import ImageSampler, PlainCollator
@@ -248,7 +249,7 @@ def test_the_clock_ends_a_run_and_its_schedule():
 
     class Trainer(TimedSchedule):
         class args:
-            warmup_steps, lr_scheduler_type = 0, "cosine"
+            warmup_steps, lr_scheduler_type, max_steps = 0, "cosine", -1
 
     trainer = Trainer()
     trainer.clock = clock
@@ -404,3 +405,125 @@ def test_training_lowers_the_loss(world, tmp_path):
     train_to(trainer, processor, tmp_path / "out")
     values = losses(tmp_path / "log.jsonl")
     assert values[-1] < 0.7 * values[0] and all(map(math.isfinite, values))
+
+
+def traces_run(world, tmp_path, monkeypatch, **changes) -> Run:
+    """A run of the smoke profile that trains the tiny model on the world's traces."""
+    folder, samples, root = world
+    base = load_profile("smoke")
+    small = replace(base.models.small, path=str(folder))
+    profile = replace(
+        base,
+        models=replace(base.models, small=small),
+        data=replace(base.data, root=str(root)),
+        sft=sft_options(**changes),
+    )
+    monkeypatch.setattr(Run, "root", property(lambda run: tmp_path / "run"))
+    run = Run(profile, 0)
+    write_jsonl(run.traces("vanilla"), samples)
+    return run
+
+
+def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp_path, monkeypatch):
+    """Else everyone who loads the model later answers with smaller images than its authors."""
+    seen = []
+    collate = PlainCollator.__call__
+    monkeypatch.setattr(
+        PlainCollator,
+        "__call__",
+        lambda self, rows: seen.append(collate(self, rows)) or seen[-1],
+    )
+    monkeypatch.setattr(sft, "can_share_prefix", lambda *args: False)
+    run = traces_run(world, tmp_path, monkeypatch, max_pixels=1024)
+    out = run_sft(run, "vanilla")
+    assert {int(grid.prod()) for batch in seen for grid in batch["image_grid_thw"]} == {4 * 4}
+    start, made = (
+        load_processor(place, "qwen3-vl").image_processor.size for place in (world[0], out)
+    )
+    assert made == start
+
+
+def test_no_image_is_enlarged(world):
+    """An image below the limit keeps its size; the authors' least is one token too."""
+    processor = load_processor(world[0], "qwen3-vl")
+    limit_pixels(processor, FAMILY, 50_176)
+    grid = processor.image_processor([Image.new("RGB", (16, 32))], return_tensors="pt")
+    assert grid["image_grid_thw"][0].tolist() == [1, 4, 2]
+    with pytest.raises(TrainingError, match="for Qwen3-VL"):
+        limit_pixels(processor, INTERNVL, 50_176)
+
+
+def test_a_preview_needs_no_trainer(world, tmp_path, monkeypatch):
+    run = traces_run(world, tmp_path, monkeypatch)
+    monkeypatch.setattr(sft, "load_start", None)  # no model is loaded
+    batch, tokenizer = preview_batch(run, "vanilla")
+    labels = batch["labels"][0]
+    text = tokenizer.decode(labels[labels != -100])
+    assert text.startswith(world[1][0]["reasoning"]) and text.endswith("<|im_end|>")
+
+
+@pytest.mark.parametrize("control", ["direct", "sft"])
+def test_a_control_gets_the_tokens_of_what_it_is_compared_with(
+    world, tmp_path, monkeypatch, capsys, control
+):
+    run = traces_run(world, tmp_path, monkeypatch)
+    run_sft(run, "vanilla")
+    tokens = {"sft": logged_tokens(run.log("sft-vanilla.jsonl")), "grpo": 20_000}
+    write_jsonl(
+        run.log("grpo-vanilla.jsonl"),
+        [{"step": 1, "elapsed_s": 2.0, "num_tokens": tokens["grpo"]}],
+    )
+    run_sft(run, "vanilla", control=control)
+    budget = sum(tokens.values()) if control == "direct" else tokens["grpo"]
+    spent = logged_tokens(run.log(f"sft-control-{control}-vanilla.jsonl"))
+    assert spent == pytest.approx(budget, rel=0.05)
+    stated = capsys.readouterr().out
+    assert f"{tokens['grpo']:,} of grpo" in stated and "steps x" in stated
+
+
+def test_tokens_are_counted_alike_by_both_trainers_and_across_an_interruption(world, tmp_path):
+    counts = []
+    for name, shared in (("ours", True), ("trl", False)):
+        (tmp_path / name).mkdir()
+        trainer, processor = trainer_of(
+            world, tmp_path / name, shared=shared, max_steps=4, per_device_train_batch_size=8
+        )
+        train_to(trainer, processor, tmp_path / name / "out")
+        counts.append(logged_tokens(tmp_path / name / "log.jsonl"))
+    assert counts[0] == counts[1] > 0
+
+
+def test_decoding_in_other_processes_changes_nothing(world, tmp_path):
+    for name, workers in (("none", 0), ("two", 2)):
+        (tmp_path / name).mkdir()
+        trainer, processor = trainer_of(
+            world, tmp_path / name, shared=False, dataloader_num_workers=workers
+        )
+        assert trainer.get_train_dataloader().num_workers == workers
+        train_to(trainer, processor, tmp_path / name / "out")
+    assert losses(tmp_path / "none/log.jsonl") == losses(tmp_path / "two/log.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3"), ("ACCELERATE_USE_FSDP", "true")],
+)
+def test_lora_on_divided_weights_is_refused(monkeypatch, name, value):
+    """What is merged there would be a piece of each weight."""
+    lora_config(Lora(r=2, alpha=4))
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match="LoRA does not go with ZeRO-3 or FSDP"):
+        lora_config(Lora(r=2, alpha=4))
+
+
+def test_steps_govern_the_schedule_and_minutes_only_guard(world, tmp_path):
+    """Else the learning rate, and so the weights, depend on how fast the machine is."""
+    trainer, _ = trainer_of(
+        world, tmp_path, max_steps=10, max_minutes=0.001, lr_scheduler_type="linear"
+    )
+    trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(10)
+    trainer.clock.before_s = 3600.0
+    trainer.optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.9e-2)
