@@ -171,7 +171,7 @@ class _Draft:
 
     def reply(self) -> ChatReply:
         reason = self.finish_reason if isinstance(self.finish_reason, str) else None
-        refusal = _writable("".join(self.refusal)) or None
+        refusal = writable("".join(self.refusal)) or None
         found = self.text or self.reasoning or self.refusal
         error = self.error
         if error is None and (refusal or (reason or "").lower() in DECLINED):
@@ -184,16 +184,16 @@ class _Draft:
             error = "the message's content is neither text nor a list of text parts"
         prompt, reasoning, answer = _tokens(self.usage)
         return ChatReply(
-            text=_writable("".join(self.text)),
-            reasoning=_writable("".join(self.reasoning)) or None,
+            text=writable("".join(self.text)),
+            reasoning=writable("".join(self.reasoning)) or None,
             finish="error" if error else reason,
             error=error,
             prompt_tokens=prompt,
             reasoning_tokens=reasoning,
             answer_tokens=answer,
-            finish_reason=reason and _writable(reason),
+            finish_reason=reason and writable(reason),
             refusal=refusal,
-            response_id=_writable(self.response_id) if isinstance(self.response_id, str) else None,
+            response_id=writable(self.response_id) if isinstance(self.response_id, str) else None,
             first_token_at=self.first_token_at,
         )
 
@@ -281,11 +281,12 @@ def _shown(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def _writable(text: str) -> str:
+def writable(text: str) -> str:
+    """A text that can be written as UTF-8: half a surrogate pair becomes U+FFFD."""
     return _SURROGATE.sub("\ufffd", text)
 
 
 def _excerpt(text: str, length: int = MAX_SHOWN) -> str:
     """A text as one short line."""
-    line = " ".join(_writable(text[: 4 * length]).split())
+    line = " ".join(writable(text[: 4 * length]).split())
     return line if len(line) <= length else line[: length - 1] + "…"
