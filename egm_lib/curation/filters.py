@@ -37,8 +37,8 @@ def _pattern(*alternatives: str) -> re.Pattern:
 
 
 _REFUSAL = re.compile(
-    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e | unfortunately,?\ i\b
-    | as\ an\ ai\b
+    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e
+    | unfortunately,?\ i\b | as\ an\ ai\b
     | (?:i|we)\ (?:can['’]?t | can\ ?not | am\ (?:un|not\ )able\ to | won['’]?t | will\ not) \b
     | (?:i|we)['’](?:m|re)\ (?:un|not\ )able\ to)""",
     re.IGNORECASE | re.VERBOSE,
@@ -49,18 +49,23 @@ _PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|fra
 _DRAWN = _pattern(
     rf"bounding[- ]?{_FRAME}",
     "bbox(?:es)?",
-    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
+    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?"
+    "|outlined|boxed|framed|lines?)",
     "blue (?:box|rectangle|outline)",
-    rf"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) {_FRAME}",
+    "(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated)"
+    f" {_FRAME}",
     rf"{_PASSIVE} (?:in|with|by) (?:a |an |the )?(?:\w+ )?(?:green|{_FRAME})",
-    r"the (?:marked|highlighted|outlined|boxed|annotated) (?:object|region|area|one|person|man|woman|item|part)",
-    r"(?:object|region|area|one) (?:that is |which is |is )?(?:marked|highlighted|outlined|boxed|annotated)",
+    "the (?:marked|highlighted|outlined|boxed|annotated)"
+    " (?:object|region|area|one|person|man|woman|item|part)",
+    "(?:object|region|area|one) (?:that is |which is |is )?"
+    "(?:marked|highlighted|outlined|boxed|annotated)",
     rf"{_FRAME} labell?ed",
 )
 # Means the drawn box, unless the scene has a thing that is a box or a frame
 _SOME_BOX = _pattern(
     r"(?:inside|within|by|in|from) (?:the|this|that) (?:box|rectangle)",
-    r"(?:the|this|that) (?:box|rectangle) (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
+    "(?:the|this|that) (?:box|rectangle)"
+    " (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
     r"(?:box|rectangle|mark|outline) (?:drawn|around (?:the|it|him|her|them))",
 )
 _IS_BOX = _pattern(_FRAME)
@@ -71,7 +76,8 @@ _GROUND_TRUTH = _pattern(
     "ground[- ]?truth",
     "gt box",
     rf"{_GIVEN} {_ANSWER}",
-    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already )?{_GIVEN}",
+    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been)"
+    rf" (?:already )?{_GIVEN}",
     "as (?:given|provided|indicated|annotated)",
     "the target (?:object|box|region|mark)",
     f"already {_GIVEN}",

@@ -148,7 +148,7 @@ def _cause(reply: str) -> str | None:
 
 
 def _drawn(box: tuple[float, ...] | None) -> bool:
-    """Whether a predicted box can be drawn: an answer without a box, or with an empty one, cannot."""
+    """Whether a predicted box can be drawn: not without a box, nor with an empty one."""
     return box is not None and box[0] < box[2] and box[1] < box[3]
 
 
