@@ -17,7 +17,7 @@ import os
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -101,12 +101,17 @@ class Teacher:
 
     base_url: str
     model: str
-    temperature: float
+    temperature: float | None  # null: left out of the requests
     max_tokens: int
     concurrency: int
     price_per_mtok: Price | None = None
     # The environment variable that holds this service's key, never the key itself
     api_key_env: str = "OPENAI_API_KEY"
+    # What the service calls its limit on tokens. null: max_completion_tokens for OpenAI's reasoning
+    # models, else max_tokens; a service that refuses one of the two is asked with the other.
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
+    # More fields of every request, such as {top_p: 0.9}; one that the service refuses is left out
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +119,7 @@ class Curation:
     teacher: Teacher
     judges: tuple[Teacher, ...]
     limit: int | None = None
-    budget_usd: float | None = None
+    budget_usd: float | None = None  # of all tasks of a run together; paid services need one
     skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
 
 
@@ -348,17 +353,19 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             if key not in hints:
                 hint = _nearest(str(key), list(hints)) or f" Known: {', '.join(hints)}."
                 raise ProfileError(f"{where}: unknown key {key!r}.{hint}")
-        required = [
-            field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
-        ]
-        for key in required:
-            if key not in value:
-                raise ProfileError(f"{where}: {key!r} is missing.")
+        for known in dataclasses.fields(kind):
+            required = known.default is known.default_factory is dataclasses.MISSING
+            if required and known.name not in value:
+                raise ProfileError(f"{where}: {known.name!r} is missing.")
         return kind(
             **{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()}
         )
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _build(args[0], value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: expected fields and their values, got {value!r}.")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list):
             raise ProfileError(f"{where}: expected a list, got {value!r}.")

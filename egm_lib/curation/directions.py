@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 # How far the whole object reaches beyond its visible part, as a share of the visible part's side.
-# The thresholds are ours (the paper gives the words only) and those of the miniature world's
-# language.
+# The thresholds are ours, as the paper gives the words only. The miniature's language shares them.
 NEGLIGIBLE = 0.04
 DEGREES = (
     (0.15, "slightly"),
@@ -20,11 +19,10 @@ DEGREES = (
 def extensions(
     modal_box: tuple[float, ...], amodal_box: tuple[float, ...]
 ) -> list[tuple[str, str]]:
-    """(direction, degree word) for every side on which the whole object reaches beyond its visible
-    part.
+    """(direction, degree) for every side on which the object reaches beyond its visible part.
 
-    Boxes xyxy px. The degree is the extra length over the visible part's width or height, cut at
-    DEGREES; up to NEGLIGIBLE a side counts as complete.
+    Boxes are xyxy px. The degree is the word of DEGREES for the extra length as a share of the
+    visible part's width or height. A side with a share up to NEGLIGIBLE counts as complete.
     """
     width, height = modal_box[2] - modal_box[0], modal_box[3] - modal_box[1]
     shares = (
@@ -41,9 +39,7 @@ def extensions(
 
 
 def directions(sample: Mapping) -> str:
-    """`{directions}` of the amodal trace prompt, e.g. "downward considerably, to the left a
-    bit".
-    """
+    """`{directions}` of the amodal trace prompt: "downward considerably, to the left a bit"."""
     found = [
         f"{direction} {degree}"
         for direction, degree in extensions(sample["modal_box"], sample["gt_box"])

@@ -1,10 +1,10 @@
-"""Why an answer is dropped: pure, named functions of a reply and its sample, so that they can be
-re-run for nothing.
+"""Why an answer is dropped: pure, named functions of a reply and its sample.
 
-True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a run may
-leave some out by name. (Deviation: the mini profile leaves out "coordinates" and
-"too-many-sentences". Its traces list places as bare 0..1000 integers, one short sentence a step: a
-vocabulary of a thousand words has no finer way to say where things are.)
+True means drop. They read what the ledger holds, so running them again costs nothing.
+`tasks.TASKS` says which filters a task uses and in which order; a profile may skip some by name.
+The mini profile skips "coordinates" and "too-many-sentences": its traces list places as bare
+integers from 0 to 1000, in one short sentence a step, because its small vocabulary has no finer way
+to say where things are (docs/deviations.md, 13).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from egm_lib.curation.replies import DECLINED
+
 
 @dataclass(frozen=True)
 class TeacherReply:
-    """One reply of a service as the ledger keeps it; answer: what the task's reader found in its
-    text.
+    """One reply of a service, without its reasoning.
+
+    answer: what the task's reader found in the text.
     """
 
     text: str
@@ -34,8 +37,8 @@ def _pattern(*alternatives: str) -> re.Pattern:
 
 
 _REFUSAL = re.compile(
-    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e | unfortunately,?\ i\b
-    | as\ an\ ai\b
+    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e
+    | unfortunately,?\ i\b | as\ an\ ai\b
     | (?:i|we)\ (?:can['’]?t | can\ ?not | am\ (?:un|not\ )able\ to | won['’]?t | will\ not) \b
     | (?:i|we)['’](?:m|re)\ (?:un|not\ )able\ to)""",
     re.IGNORECASE | re.VERBOSE,
@@ -46,22 +49,23 @@ _PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|fra
 _DRAWN = _pattern(
     rf"bounding[- ]?{_FRAME}",
     "bbox(?:es)?",
-    r"green[- ](?:\w+ "
-    rf")?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
+    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?"
+    "|outlined|boxed|framed|lines?)",
     "blue (?:box|rectangle|outline)",
-    r"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) "
-    rf"{_FRAME}",
+    "(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated)"
+    f" {_FRAME}",
     rf"{_PASSIVE} (?:in|with|by) (?:a |an |the )?(?:\w+ )?(?:green|{_FRAME})",
-    r"the (?:marked|highlighted|outlined|boxed|annotated) "
-    r"(?:object|region|area|one|person|man|woman|item|part)",
-    r"(?:object|region|area|one) (?:that is |which is |is "
-    r")?(?:marked|highlighted|outlined|boxed|annotated)",
+    "the (?:marked|highlighted|outlined|boxed|annotated)"
+    " (?:object|region|area|one|person|man|woman|item|part)",
+    "(?:object|region|area|one) (?:that is |which is |is )?"
+    "(?:marked|highlighted|outlined|boxed|annotated)",
     rf"{_FRAME} labell?ed",
 )
-_SOME_BOX = _pattern(  # of a drawn box, unless the scene has a thing that is a box or a frame
+# Means the drawn box, unless the scene has a thing that is a box or a frame
+_SOME_BOX = _pattern(
     r"(?:inside|within|by|in|from) (?:the|this|that) (?:box|rectangle)",
-    r"(?:the|this|that) (?:box|rectangle) "
-    r"(?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
+    "(?:the|this|that) (?:box|rectangle)"
+    " (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
     r"(?:box|rectangle|mark|outline) (?:drawn|around (?:the|it|him|her|them))",
 )
 _IS_BOX = _pattern(_FRAME)
@@ -72,8 +76,8 @@ _GROUND_TRUTH = _pattern(
     "ground[- ]?truth",
     "gt box",
     rf"{_GIVEN} {_ANSWER}",
-    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already "
-    rf")?{_GIVEN}",
+    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been)"
+    rf" (?:already )?{_GIVEN}",
     "as (?:given|provided|indicated|annotated)",
     "the target (?:object|box|region|mark)",
     f"already {_GIVEN}",
@@ -112,8 +116,9 @@ _DIRECTION_WORDS = {
     **dict.fromkeys(("left", "leftward", "leftwards"), "to the left"),
     **dict.fromkeys(("right", "rightward", "rightwards"), "to the right"),
 }
+# What may stand between the verb and the direction
 _BETWEEN = frozenset(
-    (  # what may stand between verb and direction
+    [
         "further",
         "also",
         "out",
@@ -140,17 +145,15 @@ _BETWEEN = frozenset(
         "it",
         "this",
         "of",
-    )
+    ]
 )
 
 
 def refusal(reply: TeacherReply, sample: Mapping) -> bool:
-    """The service declined: its own field, its content filter, or an answer that opens with an
-    apology.
-    """
+    """The service declined: in its own field, by its filter, or in a text that apologises."""
     return (
         bool(reply.refusal)
-        or reply.finish_reason == "content_filter"
+        or (reply.finish_reason or "").lower() in DECLINED
         or bool(_REFUSAL.match(reply.text))
     )
 
@@ -160,14 +163,20 @@ def truncated(reply: TeacherReply, sample: Mapping) -> bool:
     return reply.finish_reason == "length"
 
 
+def unfinished(reply: TeacherReply, sample: Mapping) -> bool:
+    """The answer ended for any reason but its own end, which is "stop", and the token limit."""
+    return reply.finish_reason not in ("stop", "length")
+
+
 def empty(reply: TeacherReply, sample: Mapping) -> bool:
     """Nothing but white space and punctuation."""
     return not re.search(r"\w", reply.text)
 
 
 def mentions_drawn_box(reply: TeacherReply, sample: Mapping) -> bool:
-    """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is
-    no mention.
+    """Speaks of the drawn box, its label or its colour as a mark.
+
+    A thing of the scene that is itself a box is no mention.
     """
     expression = sample["expression"].lower()
     if (
@@ -216,10 +225,9 @@ def rejected(reply: TeacherReply, sample: Mapping) -> bool:
 
 
 def wrong_direction(reply: TeacherReply, extensions: list[tuple[str, str]]) -> bool:
-    """An amodal trace that names a direction in which the object does not extend, or none of those
-    in which it does.
+    """An amodal trace that names a wrong direction, or none although there is one.
 
-    extensions: (direction, degree) pairs of `tasks.extensions`.
+    extensions: (direction, degree) pairs of `directions.extensions`.
     """
     wanted, named = {direction for direction, _ in extensions}, named_directions(reply.text)
     return bool(named - wanted) or bool(wanted and not named)
@@ -228,9 +236,9 @@ def wrong_direction(reply: TeacherReply, extensions: list[tuple[str, str]]) -> b
 def named_directions(text: str) -> set[str]:
     """Directions in which a trace says that the object extends.
 
-    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only
-    behind a verb of extending with nothing but filling words between, since they also say where
-    things are.
+    "upward", "leftward" and the like count anywhere. "left", "right", "top" and the like also say
+    where things are, so they count only after a verb of extending, with nothing but filling words
+    between.
     """
     named = {
         _DIRECTION_WORDS[word]

@@ -33,13 +33,9 @@ def opened(path: str, size: int, mtime_ns: int) -> Image.Image:
 def marked_jpeg(image: Image.Image, marks: list[Mark], sample: Mapping) -> bytes:
     """The image with boxes drawn and labelled, as JPEG, its longer side at most MAX_SIDE_PX."""
     if image.size != (sample["width"], sample["height"]):
-        said, seen = (
-            f"{sample['width']} x {sample['height']}",
-            f"{image.width} x {image.height}",
-        )
         raise ValueError(
-            f"the record says {said} px, the image has {seen}: boxes would be drawn in the wrong "
-            "place"
+            f"the record says {sample['width']} x {sample['height']} px, the image has "
+            f"{image.width} x {image.height}: boxes would be drawn in the wrong place"
         )
     scale = min(1.0, MAX_SIDE_PX / max(image.size))
     size = (round(image.width * scale), round(image.height * scale))

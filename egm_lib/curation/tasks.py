@@ -1,6 +1,4 @@
-"""The five curation tasks as data: prompt, marks drawn on the image, reading of the answer,
-filters, sampling.
-"""
+"""The five curation tasks as data: prompt, marks, reading of the answer, filters, sampling."""
 
 from __future__ import annotations
 
@@ -21,7 +19,9 @@ from egm_lib.curation.marks import (
     marked_jpeg,
     opened,
 )
+from egm_lib.curation.replies import writable
 from egm_lib.files import digest, file_digest
+from egm_lib.parsing import split_reasoning
 
 CAUSES = ("COMPLEX-PROMPT", "AMBIGUOUS-IMAGE", "SMALL-OBJECT", "GT-ERROR", "OTHER")  # Table 1
 
@@ -30,11 +30,12 @@ CAUSES = ("COMPLEX-PROMPT", "AMBIGUOUS-IMAGE", "SMALL-OBJECT", "GT-ERROR", "OTHE
 class CurationTask:
     """What is asked of a service, and what counts as an answer.
 
-    fill: values for the template; marks: boxes drawn; read: the answer in a reply's text, None
-    where there is none.
-    filters: (name, drop) pairs in order, the first that drops names the reason. needs: fields a
-    sample must have.
-    reply_tokens: a typical reply's length, for estimates before there are any answers.
+    needs: fields that a sample must have. fill: values for the template. marks: boxes to draw.
+    read: the answer in a reply's text, None where there is none. filters: (name, drop) pairs in
+    order; the first that drops gives the reason.
+    temperature, max_tokens: defaults of the command line; a profile's service has its own.
+    fixed_temperature: the temperature of this task whatever the service's is, None: the service's.
+    reply_tokens: length of a typical reply, for estimates before there are any answers.
     """
 
     name: str
@@ -47,25 +48,25 @@ class CurationTask:
     temperature: float
     max_tokens: int
     reply_tokens: int
+    fixed_temperature: float | None = None
 
     def prompt(self, sample: Mapping) -> str:
         return self.template.format(**self.fill(sample))
 
-    @cached_property  # part of every request's key
+    @cached_property
     def prompt_version(self) -> str:
-        """Changes with the template's wording and the drawing."""
+        """Part of every request's key: changes with the wording of the template and the drawing."""
         return digest([self.template, LINE_WIDTH_PX, MAX_SIDE_PX, JPEG_QUALITY])[:12]
 
 
 def request_key(
     task: CurationTask, sample: Mapping, image: Path, model: str, sampling: Mapping
 ) -> str:
-    """What an answer in the ledger belongs to: 128 bits over everything that the service sees and
-    is told.
+    """Identifies a request: 128 bits over everything that the service sees and is told.
 
-    The prompt goes in as filled, so that a change of wording, thresholds or boxes makes a new key;
-    the image as its bytes and the marks drawn on it. Raises OSError where the image cannot be
-    read.
+    The prompt enters as it is filled in, so that a change of wording, thresholds or boxes makes a
+    new key. The image enters as its bytes and the marks drawn on it. Raises OSError where the image
+    cannot be read.
     """
     stat = image.stat()
     seen = [_image_digest(str(image), stat.st_size, stat.st_mtime_ns), task.marks(sample)]
@@ -90,8 +91,8 @@ def _image_digest(path: str, size: int, mtime_ns: int) -> str:
 def messages(task: CurationTask, sample: Mapping, image: Path) -> list[dict]:
     """Chat messages of one request: the marked image as a data URL, then the prompt.
 
-    Raises FileNotFoundError or egm_lib.data.images.ImageError, ValueError where the image has
-    another size than the sample says.
+    Raises FileNotFoundError or egm_lib.data.images.ImageError where the image cannot be read, and
+    ValueError where its size is not the sample's.
     """
     stat = image.stat()
     unmarked = opened(str(image), stat.st_size, stat.st_mtime_ns)
@@ -101,7 +102,7 @@ def messages(task: CurationTask, sample: Mapping, image: Path) -> list[dict]:
     )
     content = [
         {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": task.prompt(sample)},
+        {"type": "text", "text": writable(task.prompt(sample))},
     ]
     return [{"role": "user", "content": content}]
 
@@ -119,31 +120,43 @@ def _box_px(box: tuple[float, ...] | None) -> str:
     )
 
 
+def after_thinking(reply: str) -> str:
+    """What follows the reasoning of a model that thinks within its reply; "" where nothing does."""
+    _, start = split_reasoning(reply)
+    return "" if start is None else reply[start:].strip()
+
+
 def _text(reply: str) -> str | None:
-    return " ".join(reply.split()) or None
+    return " ".join(after_thinking(reply).split()) or None
 
 
 def _expression(reply: str) -> str | None:
-    return " ".join(reply.split()).strip("\"'`“” ").removesuffix(".").lower() or None
+    words = " ".join(after_thinking(reply).split())
+    return words.strip("\"'`“” ").removesuffix(".").lower() or None
 
 
 def _yes_or_no(reply: str) -> str | None:
-    found = re.fullmatch(r"\W*(yes|no)\b\W*", reply.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"\W*(yes|no)\b\W*", after_thinking(reply), re.IGNORECASE)
     return found and found[1].upper()
 
 
 def _cause(reply: str) -> str | None:
     """The one category that a reply names; None where it names none or several."""
-    named = {
-        cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", reply.upper())
-    }
+    text = after_thinking(reply).upper()
+    named = {cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", text)}
     return named.pop() if len(named) == 1 else None
+
+
+def _drawn(box: tuple[float, ...] | None) -> bool:
+    """Whether a predicted box can be drawn: not without a box, nor with an empty one."""
+    return box is not None and box[0] < box[2] and box[1] < box[3]
 
 
 _SAMPLE = ("sample_id", "image", "width", "height", "expression", "gt_box")
 _DEFECTS = (
     ("refusal", filters.refusal),
     ("truncated", filters.truncated),
+    ("unfinished", filters.unfinished),
     ("empty", filters.empty),
 )
 _MARKS_SEEN = (
@@ -167,9 +180,9 @@ TASKS = {
                 ("coordinates", filters.coordinates),
                 ("too-many-sentences", filters.more_sentences_than(2)),
             ),
-            temperature=0.7,
-            max_tokens=800,
-            reply_tokens=60,  # [C]
+            temperature=0.7,  # Fig. 8 [C]
+            max_tokens=800,  # Fig. 8 [C]
+            reply_tokens=60,
         ),
         CurationTask(
             "amodal-expression",
@@ -201,8 +214,9 @@ TASKS = {
                 ("rejected", filters.rejected),
             ),
             temperature=0.0,
-            max_tokens=1024,
-            reply_tokens=2,  # room for models that think before their one word
+            max_tokens=1024,  # room for models that think before their one word
+            reply_tokens=2,
+            fixed_temperature=0.0,  # a verdict is no text to sample; the teacher's 0.7 is for texts
         ),
         CurationTask(
             "amodal-trace",
@@ -245,12 +259,12 @@ TASKS = {
                 "gt_box_px": _box_px(s["gt_box"]),
                 "pred_box_px": _box_px(s["box"]),
                 "prediction_drawn": ', the model\'s in red, labelled "Prediction"'
-                if s["box"]
+                if _drawn(s["box"])
                 else "",
             },
             marks=lambda s: [
                 Mark(s["gt_box"], "green", "Ground Truth"),
-                *([Mark(s["box"], "red", "Prediction")] if s["box"] else []),
+                *([Mark(s["box"], "red", "Prediction")] if _drawn(s["box"]) else []),
             ],
             read=_cause,
             filters=(*_DEFECTS, ("unreadable-verdict", filters.no_answer)),
