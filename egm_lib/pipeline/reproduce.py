@@ -28,7 +28,7 @@ from egm_lib.cli import ends, run_parser
 from egm_lib.files import digest, project_root, read_json
 from egm_lib.pipeline.jobs import without_gpus
 from egm_lib.pipeline.manifest import environment, git_revision, open_manifest, write_manifest
-from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish, stages
+from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish, stages, tasks_of
 from egm_lib.profile import load_profile
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import build_tables
@@ -62,6 +62,9 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
             name = notebook.stem
             key = digest([key, code_of_file(notebook)])[:16]
             if not first[:2] <= name[:2] <= last[:2]:
+                continue
+            if not set(tasks_of(notebook)) & set(run.profile.tasks):
+                print(f"[{number + 1}/{len(notebooks)}] {name}: not needed for {run.profile.name}")
                 continue
             done = manifest["stages"].get(name, {})
             whole = done.get("key") == key and done.get("finished") and not _missing(run, done)
