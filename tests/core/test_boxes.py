@@ -163,6 +163,18 @@ def test_convert_refuses_an_unknown_frame():
         convert((0, 0, 1, 1), "px", BoxFrame.PIXEL, (5, 5))
 
 
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_frame_is_read_by_value_and_by_name(frame):
+    """Files hold the value; older prediction files hold the name."""
+    assert all(BoxFrame.read(text) is frame for text in (frame, frame.value, frame.name))
+
+
+@pytest.mark.parametrize("text", ["px", "", None, 1000, ["pixel"]])
+def test_an_unknown_frame_is_named(text):
+    with pytest.raises(ValueError, match="unknown box frame .*use one of pixel, norm_1000, norm_1"):
+        BoxFrame.read(text)
+
+
 def test_success_is_strictly_above_the_threshold():
     assert not is_success((0, 0, 1, 1), (0, 0, 1, 2))  # IoU exactly 0.5
     assert is_success((0, 0, 1, 1), (0, 0, 1, 1.99))

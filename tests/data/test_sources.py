@@ -197,6 +197,26 @@ def test_jsonl_refuses_with_file_row_and_reason(tmp_path, change, reason, form):
     assert reason in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "before", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n ", b"\n\xef\xbb\xbf"]
+)
+@pytest.mark.parametrize("form", ["jsonl", "list"])
+def test_what_stands_before_a_json_list_or_lines_does_not_matter(tmp_path, before, form):
+    row = LINE | {"sent": "left\u2028man\x85"}
+    rows = json.dumps([row] * 2, ensure_ascii=False)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n") * 2
+    content = before + (rows if form == "list" else lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    samples = load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val")
+    assert samples["expression"][:] == ["left\u2028man"] * 2
+
+
+def test_a_file_without_rows_has_no_samples(tmp_path):
+    for content in (b"", b"\n", b"\xef\xbb\xbf", b"[]"):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        assert len(load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val")) == 0
+
+
 @needs_shared
 def test_the_shared_sample_survives_both_families_targets():
     rows = load_jsonl(
