@@ -37,8 +37,8 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues
-	@$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
+reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues; paid services want BUDGET=USD
+	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
 	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
