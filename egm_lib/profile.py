@@ -35,6 +35,7 @@ from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, FamilyName, PromptName, Ta
 DType = Literal["float32", "bfloat16", "float16"]
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
+PROFILES_VARIABLE = "EGM_PROFILES"  # folders of profiles of your own, beside the shipped ones
 
 
 class ProfileError(EgmError, ValueError):
@@ -295,12 +296,27 @@ def is_local(base_url: str) -> bool:
     return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
+def _folders() -> list[Path]:
+    others = os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep)
+    return [PROFILES_DIR, *map(Path, filter(None, others))]
+
+
+def _file(name: str) -> Path | None:
+    """The file of a profile, a shipped one before one of the user's; None where there is none."""
+    paths = [folder / f"{name}.yaml" for folder in _folders()]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _file_names() -> list[str]:
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+
+
 def profile_names() -> list[str]:
     """The names of all profiles: the files, then their variants.
 
     A file that cannot be read is named too: `load_profile` says what is wrong with it.
     """
-    files = sorted(path.stem for path in PROFILES_DIR.glob("*.yaml"))
+    files = _file_names()
     names = list(files)
     for name in files:
         with contextlib.suppress(ProfileError):
@@ -343,8 +359,8 @@ def _raw(name: str, extended_by: tuple[str, ...] = ()) -> tuple[dict, dict[str, 
 
     extended_by: the profiles on the way to this one, to find one that extends itself.
     """
-    path = PROFILES_DIR / f"{name}.yaml"
-    if not path.is_file():
+    path = _file(name)
+    if path is None:
         return _raw_variant(name, extended_by), {}
     if name in extended_by:
         way = " -> ".join((*extended_by, name))
@@ -363,11 +379,11 @@ def _raw(name: str, extended_by: tuple[str, ...] = ()) -> tuple[dict, dict[str, 
 def _raw_variant(name: str, extended_by: tuple[str, ...]) -> dict:
     """The values of `<profile>-<variant>`."""
     base, _, variant = name.rpartition("-")
-    if (PROFILES_DIR / f"{base}.yaml").is_file():
+    if _file(base) is not None:
         values, variants = _raw(base, extended_by)
         if variant in variants:
             return _merge(values, variants[variant])
-    known = sorted(path.stem for path in PROFILES_DIR.glob("*.yaml"))
+    known = _file_names()
     extending = f" ({extended_by[-1]} extends it)" if extended_by else ""
     raise ProfileError(
         f"There is no profile {name!r}{extending}.{_nearest(name, known)} Known: "
