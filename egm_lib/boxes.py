@@ -22,6 +22,11 @@ class BoxFrame(Enum):
     NORM_1000 = "norm_1000"  # 0..1000 of the image's width and height (Qwen3-VL, InternVL-3)
     NORM_1 = "norm_1"  # 0..1 of the image's width and height
 
+    @classmethod
+    def _missing_(cls, value: object) -> "BoxFrame | None":
+        """BoxFrame("NORM_1000"): files hold a frame's value, and older ones its name."""
+        return cls.__members__.get(value) if isinstance(value, str) else None
+
 
 def check_box(box: Sequence[float], name: str = "box") -> Box:
     """The box as four finite floats with x1 <= x2 and y1 <= y2, as ground truth must be.
