@@ -29,7 +29,7 @@ class Step(NamedTuple):
     start: int
     end: int
     kind: str  # "point" | "box" | "extend"
-    point: tuple[float, float]  # px: the point, or the centre of the box
+    point: tuple[float, float]  # px: the point, the box's centre, or the middle of the moved side
     box: Box | None  # xyxy px: the box named, or the last box after it was extended
     fault: str = ""  # NO_OBJECT, OUT_OF_ORDER, COUNTED_TWICE, or nothing
 
@@ -86,8 +86,8 @@ def _places(trace, frame, image_wh, visible, objects):
                 continue
             for start, end, side, degree in _extensions(match[0]):
                 last_box = _extended(last_box, side, degree)
-                at = match.start() + start, match.start() + end
-                yield Step(*at, "extend", _centre(last_box), last_box)
+                tip, at = _edge(last_box, side), match.start()
+                yield Step(at + start, at + end, "extend", tip, last_box)
             continue
         box = _in_pixels([float(text) for text in _NUMBER.findall(match[0])], frame, image_wh)
         if box is None:
@@ -100,12 +100,12 @@ def _places(trace, frame, image_wh, visible, objects):
         if match["box"]:
             last_box = box
         named = box if match["box"] else None
-        yield Step(match.start(), match.end(), "box" if named else "point", _centre(box), named, fault)
+        yield Step(
+            match.start(), match.end(), "box" if named else "point", _centre(box), named, fault
+        )
 
 
-def _in_pixels(
-    numbers: list[float], frame: BoxFrame, image_wh: tuple[float, float]
-) -> Box | None:
+def _in_pixels(numbers: list[float], frame: BoxFrame, image_wh: tuple[float, float]) -> Box | None:
     """Two or four numbers as a box in px; None where it does not lie on the image."""
     if len(numbers) == 2:
         numbers = numbers * 2
@@ -122,6 +122,22 @@ def _in_pixels(
 
 def _centre(box: Box) -> tuple[float, float]:
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _edge(box: Box, side: str) -> tuple[float, float]:
+    x, y = _centre(box)
+    return {"left": (box[0], y), "right": (box[2], y), "up": (x, box[1]), "down": (x, box[3])}[side]
+
+
+def numbered(trace: str, steps: Sequence[Step]) -> str:
+    """The trace with a circled number behind the words of each step: "first at 440 240 ①"."""
+    parts, end = [], 0
+    for number, step in enumerate(steps, start=1):
+        # Circled numbers end at 20. A hair space keeps the number with its words in a line break.
+        sign = chr(0x2460 + number - 1) if number <= 20 else f"({number})"
+        parts.append(f"{trace[end : step.end]}\u200a{sign}")
+        end = step.end
+    return "".join(parts) + trace[end:]
 
 
 def _extensions(clause: str) -> list[tuple[int, int, str, str]]:

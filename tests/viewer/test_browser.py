@@ -28,7 +28,7 @@ from egm_lib.reports.gallery import build_gallery
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.viewer.comparison import Comparison, compare, rows_of
-from egm_lib.viewer.palette import look
+from egm_lib.viewer.palette import style_of
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def drive(job: dict) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     command = [
         "node",
-        str(ROOT / "tests" / "browser" / "drive.mjs"),
+        str(Path(__file__).with_name("browser") / "drive.mjs"),
         json.dumps(job | {"out": str(out)}),
     ]
     done = subprocess.run(
@@ -265,7 +265,7 @@ def assert_export_has_boxes(path: Path, each: Comparison) -> None:
     left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
     scale = (right - left) / each.sample["width"]
     for model in (SMALL, EGM):
-        colour = ImageColor.getrgb(look(model).colour)
+        colour = ImageColor.getrgb(style_of(model).colour)
         at, (x1, y1, x2, y2) = (
             extent(abs(pixels - colour).sum(axis=2) < 25),
             each.answers[model].box,

@@ -129,10 +129,16 @@ def test_directions_of_an_extension(clause, sides):
         ("crosses left of it: first at 580 0, second at 300 0", ["", ""]),
         ("crosses above it: first at 0 300, second at 0 400", ["", OUT_OF_ORDER]),
         ("from the top: first at 1 100, second at 1 100", ["", COUNTED_TWICE]),
-        ("from the largest: first at 900 0, second at 100 0", ["", ""]),  # an order that we cannot see
+        (
+            "from the largest: first at 900 0, second at 100 0",
+            ["", ""],
+        ),  # an order that we cannot see
         ("the ring is at 900 0. the cross is at 100 0", ["", ""]),  # no list
         # Two lists: the second one begins anew.
-        ("from the left: first at 900 0. from the right: first at 500 0, second at 400 0", [""] * 3),
+        (
+            "from the left: first at 900 0. from the right: first at 500 0, second at 400 0",
+            [""] * 3,
+        ),
     ],
 )
 def test_a_list_that_does_not_run_as_it_says_is_marked(trace, faults):
@@ -154,7 +160,9 @@ def test_odd_text_names_no_place_and_does_not_raise(text):
     assert named(text) == []
 
 
-@pytest.mark.parametrize("text", ["at 1 2 " * 50_000, "extend " * 50_000, "(" * 300_000, "1 " * 200_000])
+@pytest.mark.parametrize(
+    "text", ["at 1 2 " * 50_000, "extend " * 50_000, "(" * 300_000, "1 " * 200_000]
+)
 def test_a_loop_is_cut_and_costs_linear_time(text):
     began = time.process_time()
     assert len(named(text)) <= MAX_STEPS
