@@ -36,7 +36,7 @@ LINE_IN = 0.175  # height of a line of text
 GROUP_COLUMNS = 8
 STROKE_SHARE = 0.007  # width of a box's stroke, as a share of the drawn image's shorter side
 STROKE_PT = (0.9, 1.4)  # and its limits
-GROUND_TRUTH_WIDTH = 2.1  # strokes: it shows around an answer that is right
+GROUND_TRUTH_WIDTH = 1.9  # strokes: it shows around an answer that is right
 HALO_WIDTH = 1.0  # strokes: white beyond a box, so that it shows on any image
 
 Steps = Sequence[tuple[Sequence[Step], Look]]

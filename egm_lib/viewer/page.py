@@ -77,7 +77,9 @@ _ALIKE = r"""
     | \d+\ (?:of|are|is)\b
 """
 _TINTS = re.compile(
-    rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))\b", re.IGNORECASE | re.VERBOSE
+    # Ends before anything but a letter of a word or a digit: a circled number may follow.
+    rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))(?![a-z0-9_])",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 

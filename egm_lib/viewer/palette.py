@@ -76,6 +76,7 @@ STYLE = {
     "legend.edgecolor": "white",
     "legend.framealpha": 0.85,
     "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8,
     "figure.constrained_layout.h_pad": 0.07,
     "savefig.facecolor": "white",
     "figure.facecolor": "white",

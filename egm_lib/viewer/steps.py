@@ -130,12 +130,11 @@ def _edge(box: Box, side: str) -> tuple[float, float]:
 
 
 def numbered(trace: str, steps: Sequence[Step]) -> str:
-    """The trace with a circled number behind the words of each step: "first at 440 240 ①"."""
+    """The trace with a circled number behind the words of each step: "first at 440 240①"."""
     parts, end = [], 0
     for number, step in enumerate(steps, start=1):
-        # Circled numbers end at 20. A hair space keeps the number with its words in a line break.
-        sign = chr(0x2460 + number - 1) if number <= 20 else f"({number})"
-        parts.append(f"{trace[end : step.end]}\u200a{sign}")
+        sign = chr(0x2460 + number - 1) if number <= 20 else f"({number})"  # ① to ⑳
+        parts.append(f"{trace[end : step.end]}{sign}")
         end = step.end
     return "".join(parts) + trace[end:]
 

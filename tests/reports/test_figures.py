@@ -74,7 +74,11 @@ def test_the_same_files_give_the_same_bytes(toy, tmp_path):
 
 
 def test_examples_are_drawn_by_a_lot_that_does_not_change():
-    assert sample_fixed(range(100), 3) == sample_fixed(range(100), 3) == sorted(sample_fixed(range(100), 3))
+    assert (
+        sample_fixed(range(100), 3)
+        == sample_fixed(range(100), 3)
+        == sorted(sample_fixed(range(100), 3))
+    )
     assert sample_fixed([7], 3) == [7]
 
 

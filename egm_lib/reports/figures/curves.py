@@ -169,7 +169,9 @@ def _ways(ax: Axes, material: Material) -> None:
     ax.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=7)
     ax.tick_params(axis="y", labelsize=7.5)
     if bars:
-        ax.legend(fontsize=7, loc="lower left", title="the trace names", title_fontsize=7)
+        ax.set_ylim(0, 128)
+        ax.set_yticks(range(0, 101, 20))
+        ax.legend(fontsize=7, loc="upper center", ncols=3, title="the trace names")
     else:
         ax.text(0.5, 0.5, "not run", ha="center", color=FAINT, transform=ax.transAxes)
 
