@@ -12,7 +12,7 @@ from toy_run import write_run
 from egm_lib.reports.figures import FIGURES, build_figures
 from egm_lib.reports.figures.__main__ import main
 from egm_lib.reports.figures.curves import _curve
-from egm_lib.reports.figures.material import lot
+from egm_lib.reports.figures.material import sample_fixed
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,12 @@ def test_the_same_files_give_the_same_bytes(toy, tmp_path):
 
 
 def test_examples_are_drawn_by_a_lot_that_does_not_change():
-    assert lot(range(100), 3) == lot(range(100), 3) == sorted(lot(range(100), 3))
-    assert lot([7], 3) == [7]
+    assert (
+        sample_fixed(range(100), 3)
+        == sample_fixed(range(100), 3)
+        == sorted(sample_fixed(range(100), 3))
+    )
+    assert sample_fixed([7], 3) == [7]
 
 
 def test_unknown_names_are_refused_in_a_sentence(toy, tmp_path, capsys):

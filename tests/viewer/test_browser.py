@@ -28,7 +28,8 @@ from egm_lib.reports.gallery import build_gallery
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.viewer.comparison import Comparison, compare, rows_of
-from egm_lib.viewer.palette import look
+from egm_lib.viewer.page import steps_of
+from egm_lib.viewer.palette import style_of
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def drive(job: dict) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     command = [
         "node",
-        str(ROOT / "tests" / "browser" / "drive.mjs"),
+        str(Path(__file__).with_name("browser") / "drive.mjs"),
         json.dumps(job | {"out": str(out)}),
     ]
     done = subprocess.run(
@@ -83,6 +84,35 @@ def test_gallery_opens_from_disk_pages_and_fits_a_phone(tmp_path):
     for width in ("desktop", "phone"):
         assert seen[width]["paged"] and seen[width]["returned"] and seen[width]["chosen"] == "true"
         assert seen[width]["overflow_px"] <= 0
+        judge_steps(seen[width]["expression"], seen[width]["steps"], predictions_of_run(run))
+
+
+def predictions_of_run(run: Path) -> list[Comparison]:
+    return compare(rows_of([run / "predictions" / model for model in (SMALL, EGM)]))
+
+
+def judge_steps(expression: str, seen: dict, comparisons: list[Comparison]) -> None:
+    """Marks lie where the library found places; words and marks light each other; keys reveal."""
+    rows = [
+        sample.answers[EGM].row
+        for sample in comparisons
+        if sample.sample["expression"] in expression
+    ]
+    found = [{f"{EGM}/{n}": step.point for n, step in enumerate(steps_of(row), 1)} for row in rows]
+    assert any(
+        seen["marks"].keys() == points.keys()
+        and all(seen["marks"][name] == pytest.approx(points[name], abs=0.7) for name in points)
+        for points in found
+    ), (seen["marks"], found)
+    assert seen["lit_by_word"] == [seen["last"]] and seen["lit_by_mark"] == [seen["last"]]
+    count = len(seen["marks"])
+    assert (seen["all"], seen["one_back"], seen["again"], seen["none"]) == (
+        count,
+        count - 1,
+        count,
+        0,
+    )
+    assert seen["slider"] == f"{count - 1} of {count}"
 
 
 @pytest.fixture
@@ -265,7 +295,7 @@ def assert_export_has_boxes(path: Path, each: Comparison) -> None:
     left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
     scale = (right - left) / each.sample["width"]
     for model in (SMALL, EGM):
-        colour = ImageColor.getrgb(look(model).colour)
+        colour = ImageColor.getrgb(style_of(model).colour)
         at, (x1, y1, x2, y2) = (
             extent(abs(pixels - colour).sum(axis=2) < 25),
             each.answers[model].box,
