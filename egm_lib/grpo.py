@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from datasets import Dataset, Image
 from trl import GRPOConfig
 
@@ -52,11 +52,13 @@ from egm_lib.training.grpo_trainer import answer_texts
 from egm_lib.training.grpo_trl import PlainGRPO
 from egm_lib.training.model_setup import (
     TrainingError,
+    can_share_prefix,
     chat_text,
     common_options,
     freeze_tower,
     load_start,
     lora_config,
+    use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
 
@@ -99,6 +101,25 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
     }
+
+
+def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
+    """TRL's configuration of the stage, for as many processes as were launched.
+
+    It comes before the model: DeepSpeed then divides the weights among the processes while they
+    are loaded. Raises TrainingError where a step would not have the profile's size.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    use_one_gpu(config)
+    rows = options.prompts_per_step * options.num_generations
+    if config.generation_batch_size != rows:
+        raise TrainingError(
+            f"a step would sample {config.generation_batch_size} completions instead of "
+            f"prompts_per_step x num_generations = {rows}: WORLD_SIZE is {processes}, and TRL sees "
+            f"{config.world_size} processes. Start the stage with `accelerate launch`."
+        )
+    return config
 
 
 def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
@@ -149,19 +170,21 @@ def make_grpo_trainer(
     seed: int,
     shared_prefix: bool | None = None,
     reward: Callable | None = None,
+    config: GRPOConfig | None = None,
 ):
-    """The trainer of the stage. rows: of `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups).
+    """The trainer of the stage.
 
-    shared_prefix None: where it is possible. reward: another than Eq. 8.
+    rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.training.groups).
+    shared_prefix None: where it is possible. reward: another than Eq. 8. config: of `grpo_config`,
+    where it was needed before the model.
     """
+    # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
+    # counts positions from both (TRL #5785)
+    processor.tokenizer.padding_side = "left"
     dataset = Dataset.from_list(list(rows))
     if not len(dataset):
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
-    processes = max(
-        1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    )
-    config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    config = config or grpo_config(options, work, seed)
     # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of
     # Qwen3-VL-Thinking.
     config.vllm_max_model_length = min(
@@ -179,23 +202,20 @@ def make_grpo_trainer(
             f"{repeats} times in one"
         )
         dataset = Dataset.from_list(list(dataset) * repeats)
-    clock, keeper = (
-        Clock(log, options.max_minutes),
-        GroupKeeper(groups, begun_answer(processor, family)),
-    )
     arguments = {
         "model": model,
         "args": config,
         "processing_class": processor,
-        "clock": clock,
-        "keeper": keeper,
+        "clock": Clock(log, options.max_minutes, 60 * options.save_minutes),
+        "keeper": GroupKeeper(groups, begun_answer(processor, family)),
+        "peft_config": lora_config(options.lora),
+        "rollout_dtype": options.rollout_dtype,
+        "reward_weight": options.reward_weight,
+        "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
     }
-    arguments |= {"peft_config": lora_config(options.lora), "rollout_dtype": options.rollout_dtype}
-    arguments |= {"reward_weight": options.reward_weight}
-    arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
-    possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
-    possible = possible and options.rollout == "transformers" and config.world_size == 1
-    if possible if shared_prefix is None else shared_prefix:
+    if shared_prefix is None:
+        shared_prefix = can_share_prefix(family, options, config)
+    if shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
@@ -218,6 +238,8 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     )
     check_memory(profile, "grpo", start)
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
+    work = work_folder(out)
+    config = grpo_config(options, work, run.seed)
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
     model, processor = load_start(
         start, profile.models.small, options.dtype if options.lora else "float32"
@@ -229,10 +251,11 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
             question_rows(samples, family, profile.data.path),
             family,
             options,
-            work=work_folder(out),
+            work=work,
             log=run.log(f"grpo-{task}.jsonl"),
             groups=run.groups(task),
             seed=run.seed,
+            config=config,
         )
     except OSError as error:  # a server that does not answer is one; TRL has waited for it
         if options.rollout != "vllm-server":

@@ -57,6 +57,7 @@ class SharedPrefixGRPO(TimedGRPO):
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
         self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
         self._note_rollouts(rewards_B, completions)
+        self._count_tokens(prompts, completions)
         return self._parts(prompts, completions, logps, group_advantages(rewards_B, group_size))
 
     def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
@@ -105,6 +106,12 @@ class SharedPrefixGRPO(TimedGRPO):
                 "completions/clipped_ratio": cut / len(completions),
             }
         )
+
+    def _count_tokens(self, prompts, completions: list[list[int]]) -> None:
+        """Adds each completion with its prompt to `num_tokens`, as TRL counts them."""
+        read = self.num_generations * sum(len(prompt.ids) for prompt in prompts)
+        self.state.num_input_tokens_seen += read + sum(map(len, completions))
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _is_truncated(self, tokens: list[int]) -> bool:
         return tokens[-1] not in self.eos_token_ids

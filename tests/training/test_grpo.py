@@ -6,6 +6,7 @@ import json
 import shlex
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -72,6 +73,11 @@ def trainer_of(
         reward=reward,
     )
     return trainer, processor
+
+
+def trainer_image(world):
+    """The first sample's image; all have one size, so that all prompts have one length."""
+    return grpo_module.open_image(world[2] / world[1][0]["image"])
 
 
 def logged(log, key: str) -> list[float]:
@@ -150,6 +156,46 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_padded_prompts_get_the_log_probs_of_unpadded_ones(world, tmp_path):
+    """Qwen's tokenizer pads on the right, and TRL's prompts on the left: positions must agree."""
+    folder, samples, root = world
+    ragged = [
+        {**sample, "expression": "square" + " red" * (5 * number)}
+        for number, sample in enumerate(samples)
+    ]
+    assert stored(folder)[1].tokenizer.padding_side == "right"
+    trainer, _ = trainer_of((folder, ragged, root), tmp_path, shared=False, beta=0.0)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(list(trainer.train_dataset))
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    lengths = batch["prompt_mask"].sum(dim=1)
+    assert lengths.unique().numel() == len(ragged)
+    vision = {
+        key: batch[key]
+        for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    }
+    num_new = batch["completion_ids"].shape[1]
+    with torch.no_grad():
+        logps_B_T, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, num_new, **vision
+        )
+    patches = batch["image_grid_thw"].prod(dim=1).tolist()
+    for row, pixels in enumerate(batch["pixel_values"].split(patches)):
+        kept = mask[row].bool()
+        row_ids = ids[row][kept][None]
+        with torch.no_grad():
+            logits = trainer.model(
+                input_ids=row_ids,
+                pixel_values=pixels,
+                image_grid_thw=batch["image_grid_thw"][row : row + 1],
+                mm_token_type_ids=(row_ids == trainer.model.config.image_token_id).int(),
+            ).logits[0, :-1]
+        alone = logits.log_softmax(-1).gather(-1, row_ids[0, 1:, None])[:, 0]
+        count = int(batch["completion_mask"][row].sum())
+        torch.testing.assert_close(logps_B_T[row, :count], alone[-count:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("shared", "changes"),
     [
@@ -187,6 +233,10 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
     assert min(seconds) > 0 and sum(seconds) <= first["elapsed_s"] + 0.01
     tokens = 16 * first["completions/mean_length"]
     assert first["tokens_per_second"] * first["time/rollout"] == pytest.approx(tokens)
+    question = trainer.train_dataset[0]["prompt"]
+    prompt = grpo_module.chat_text(processor, question)
+    ids = processor(images=[trainer_image(world)], text=[prompt])["input_ids"][0]
+    assert first["num_tokens"] == pytest.approx(16 * len(ids) + tokens)
     # Before the first step the policy is the reference
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)
     if shared:
@@ -393,6 +443,25 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
         trl_options(grpo_options(per_device_train_batch_size=7), tmp_path, seed=1)
 
 
+def test_a_step_has_the_profile_s_size_on_any_number_of_processes(tmp_path, monkeypatch):
+    """Eight processes divide a step's 16 completions among them; each does not sample all of it."""
+
+    def of_world(size):
+        def config(**options):
+            batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+            return SimpleNamespace(n_gpu=1, world_size=size, generation_batch_size=size * batch)
+
+        return config
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = grpo_options(per_device_train_batch_size=2)
+    monkeypatch.setattr(grpo_module, "GRPOConfig", of_world(8))
+    assert grpo_module.grpo_config(options, tmp_path, 0).generation_batch_size == 16
+    monkeypatch.setattr(grpo_module, "GRPOConfig", of_world(1))
+    with pytest.raises(TrainingError, match="would sample 2 completions instead of .* = 16"):
+        grpo_module.grpo_config(options, tmp_path, 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_vllm_without_a_gpu_is_said_before_anything_starts():
     grpo_module.check_rollout(grpo_options())
@@ -450,6 +519,11 @@ def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_p
     )
     # Goes on to vLLM as it is
     assert others == ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+
+
+def test_checkpoints_come_as_often_as_the_profile_says(world, tmp_path):
+    trainer, _ = trainer_of(world, tmp_path, save_minutes=7.0)
+    assert trainer.clock.save_seconds == 7 * 60
 
 
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):
