@@ -75,7 +75,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
             f"{per_step} "
             f"({num_processes} processes): change grpo.per_device_train_batch_size."
         )
-    return common_options(work, seed, options.dtype) | {
+    return common_options(work, seed, options.compute_dtype or options.dtype) | {
         "num_train_epochs": options.num_train_epochs,
         "max_steps": options.max_steps or -1,
         "per_device_train_batch_size": options.per_device_train_batch_size,
@@ -233,6 +233,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     family, options = FAMILIES[profile.models.small.family], profile.grpo
     check_rollout(options)
     check_device(options.dtype, "grpo")
+    check_device(options.compute_dtype or options.dtype, "grpo", "compute_dtype")
     start = str(
         require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`")
     )

@@ -201,7 +201,10 @@ class GRPO:
     freeze_vision: bool
     # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
-    dtype: DType
+    dtype: DType  # of the weights that the optimizer holds
+    # Of forward and backward, under autocast; null: dtype. It must agree with the accelerate
+    # configuration's mixed_precision
+    compute_dtype: DType | None = None
     rollout_dtype: DType
     max_steps: int | None = None
     max_minutes: float | None = None

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
@@ -18,12 +19,13 @@ from trl.generation import vllm_generation
 from trl.scripts.vllm_serve import make_parser
 
 from egm_lib import grpo as grpo_module
+from egm_lib.files import project_root
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
 from egm_lib.grpo import make_grpo_trainer, make_reward, question_rows
 from egm_lib.loss import group_advantages
-from egm_lib.profile import Lora, load_profile
+from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
 from egm_lib.training import grpo_shared_prefix, grpo_trl
@@ -460,6 +462,18 @@ def test_a_step_has_the_profile_s_size_on_any_number_of_processes(tmp_path, monk
     monkeypatch.setattr(grpo_module, "GRPOConfig", of_world(1))
     with pytest.raises(TrainingError, match="would sample 2 completions instead of .* = 16"):
         grpo_module.grpo_config(options, tmp_path, 0)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
+    """DeepSpeed refuses a trainer whose bf16 is not what the accelerate configuration says."""
+    profile = load_profile(name)
+    if profile.launch.accelerate_config is None:
+        pytest.skip("no launcher")
+    file = project_root() / f"egm_lib/pipeline/configs/{profile.launch.accelerate_config}.yaml"
+    stated = yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"]
+    options = trl_options(profile.grpo, tmp_path, 0, profile.launch.num_processes)
+    assert options["bf16"] == (stated == "bf16") and not options["fp16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
