@@ -464,6 +464,49 @@ def test_a_step_has_the_profile_s_size_on_any_number_of_processes(tmp_path, monk
         grpo_module.grpo_config(options, tmp_path, 0)
 
 
+class StandInVLLM:
+    """Records the calls of TRL's VLLMGeneration and of vLLM's LLM, which has its engine inside."""
+
+    def __init__(self, **options):
+        self.calls, self.llm, self.llm_engine = [], self, SimpleNamespace()
+        self.llm_engine.reset_encoder_cache = lambda: self.calls.append("encoder")
+        self.top_p, self.top_k = options.get("top_p", 1.0), options.get("top_k", 0)
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def reset_prefix_cache(self):
+        self.calls.append("prefix")
+
+    def generate(self, **kwargs):
+        self.calls.append((self.top_p, self.top_k))
+
+
+@pytest.fixture
+def colocated(world, tmp_path, monkeypatch):
+    """A trainer that believes a vLLM in its process; options of the profile as arguments."""
+
+    def make(**changes):
+        def start(trainer, *args, **kwargs):
+            plain(trainer, *args, **kwargs)
+            trainer.use_vllm, trainer.vllm_mode = True, "colocate"
+            trainer.vllm_generation = StandInVLLM(top_p=trainer.top_p, top_k=trainer.top_k)
+
+        plain = grpo_trl.TimedGRPO.__init__
+        monkeypatch.setattr(grpo_trl.TimedGRPO, "__init__", start)
+        return trainer_of(world, tmp_path, shared=False, **changes)[0]
+
+    return make
+
+
+def test_new_weights_empty_the_caches_of_the_old_ones(colocated):
+    """Features of images that come again would be those of the weights before."""
+    vllm = colocated().vllm_generation
+    vllm.sync_weights()
+    assert vllm.calls == ["sync", "encoder", "prefix"]
+    grpo_trl.reset_caches(SimpleNamespace())  # a vLLM without these calls
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
     """DeepSpeed refuses a trainer whose bf16 is not what the accelerate configuration says."""
