@@ -11,9 +11,12 @@ Deviations from TRL, with rollouts by transformers on one process:
 2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and
    entropy terms are lost, and their tokens do not count in the token-level mean.
 3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL
-   carries it along masked. With vLLM, its weight for tokens that the sampler finds more or less
-   likely than the trainer is off: Eq. 3 has none. The first step of every sitting compares the
-   trainer's log-probs with the sampler's and stops where they disagree.
+   carries it along masked.
+
+With vLLM, TRL's weight for tokens that the sampler finds more or less likely than the trainer is
+off: Eq. 3 has none. In the first step of every run, a resumed one too, and again after every
+`grpo.check_steps`, the trainer's log-probs are compared with the sampler's; training stops where
+they disagree. vLLM samples such a step without top-p and top-k.
 """
 
 from __future__ import annotations
@@ -211,6 +214,7 @@ def make_grpo_trainer(
         "peft_config": lora_config(options.lora),
         "rollout_dtype": options.rollout_dtype,
         "reward_weight": options.reward_weight,
+        "check_steps": options.check_steps,
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
     }
     if shared_prefix is None:

@@ -196,6 +196,8 @@ class GRPO:
     top_p: float
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
+    # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
+    check_steps: int = 50
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     freeze_vision: bool

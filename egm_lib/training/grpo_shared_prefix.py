@@ -13,10 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from egm_lib.inference.loading import image_token_ids
 from egm_lib.inference.shared_prefix import ROLLOUT_ROWS, Reader, SamplingOptions, sample
 from egm_lib.loss import group_advantages, grpo_loss
-from egm_lib.training.grpo_trainer import TimedGRPO, check_same_policy
-from egm_lib.training.model_setup import (
-    chat_text,
-)
+from egm_lib.training.grpo_trainer import TimedGRPO
+from egm_lib.training.model_setup import chat_text
 from egm_lib.training.prefix_logps import suffix_logps
 
 
@@ -42,6 +40,7 @@ class SharedPrefixGRPO(TimedGRPO):
         """Samples, scores and normalises a step's groups; returns one part for each accumulation
         step.
         """
+        self._plan_check()
         group_size, began = self.num_generations, time.perf_counter()
         processor = self.processing_class
         first = rows[::group_size]
@@ -181,9 +180,9 @@ class SharedPrefixGRPO(TimedGRPO):
             )
         if not self.checked:
             keep = mask.bool()
-            gap = check_same_policy(logps.detach()[keep], inputs["sampler"][keep])
+            # `sample` states log-probs before top-p and top-k
+            gap = self._check_policy(logps.detach()[keep], inputs["sampler"][keep])
             self._note(**{"sampling/sampling_logp_difference/mean": gap})
-            self.checked = True
         loss, metrics = grpo_loss(
             logps,
             logps.detach(),

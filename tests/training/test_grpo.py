@@ -15,6 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl.scripts.vllm_serve import make_parser
 
@@ -394,6 +395,54 @@ def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkey
     ):
         train_to(trainer, processor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sampler_that_parts_from_the_trainer_later_is_stopped(world, tmp_path, monkeypatch):
+    """Old weights in the sampler show only after the first step."""
+
+    def stale(*args, **kwargs):
+        tokens, logps = plain(*args, **kwargs)
+        gap = 0.05 if trainer.state.global_step else 0.0
+        return tokens, [[value - gap for value in row] for row in logps]
+
+    plain = grpo_shared_prefix.sample
+    monkeypatch.setattr(grpo_shared_prefix, "sample", stale)
+    trainer, _ = trainer_of(world, tmp_path, max_steps=4, check_steps=2, reward=half_right)
+    with pytest.raises(TrainingError, match=r"mean difference 0\.0500"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_top_p_does_not_look_like_another_policy(world, tmp_path):
+    trainer, _ = trainer_of(world, tmp_path, top_p=0.5, reward=half_right, check_steps=1)
+    trainer.train()
+    gaps = logged(tmp_path / "log.jsonl", "sampling/sampling_logp_difference/mean")
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+@pytest.mark.parametrize(("gap", "stops"), [(0.005, False), (0.03, True)])
+def test_the_limit_tells_half_precision_from_misplaced_images(gap, stops):
+    logps = torch.linspace(-2, 0, 50)
+    with pytest.raises(TrainingError, match="disagree") if stops else nullcontext():
+        check_same_policy(logps, logps - gap)
+
+
+def test_vllm_samples_a_compared_step_without_top_p(colocated, monkeypatch):
+    """vLLM states log-probs of the cut distribution, up to -log(top_p) above the trainer's."""
+
+    def rollout(trainer, prompts):
+        return trainer.vllm_generation.generate(prompts=prompts, images=None), [[1]]
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", rollout)
+    trainer = colocated(top_p=0.7, top_k=5, check_steps=2)
+    logps, compared = torch.zeros(3), []
+    for trainer.state.global_step in range(4):
+        trainer._generate([])
+        compared.append(not trainer.checked)
+        if not trainer.checked:
+            trainer._check_policy(logps, logps)
+    assert compared == [True, False, True, False]
+    assert trainer.vllm_generation.calls == [(1.0, 0), (0.7, 5)] * 2
 
 
 def test_nan_is_no_agreement():
