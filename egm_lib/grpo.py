@@ -75,8 +75,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
     if rows % per_step:
         raise TrainingError(
             f"prompts_per_step x num_generations = {rows} does not divide into batches of "
-            f"{per_step} "
-            f"({num_processes} processes): change grpo.per_device_train_batch_size."
+            f"{per_step} ({num_processes} processes): change grpo.per_device_train_batch_size."
         )
     return common_options(work, seed, options.compute_dtype or options.dtype) | {
         "num_train_epochs": options.num_train_epochs,
@@ -103,7 +102,22 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
+        "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
     }
+
+
+def rollout_context(options: GRPO) -> int:
+    """Tokens of prompt and completion that vLLM has room for.
+
+    Raises TrainingError where none is left for a prompt.
+    """
+    length = options.max_model_len or MAX_MODEL_LEN
+    if length <= options.max_completion_length:
+        raise TrainingError(
+            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
+            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
+        )
+    return length
 
 
 def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
@@ -126,18 +140,16 @@ def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
 
 
 def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
-    """TRL's prompt rows of samples; `image` is a file, and what the reward needs stands beside
-    it.
-    """
-    for sample_ in samples:
+    """TRL's prompt rows of samples: `image` is a file, and what the reward needs stands beside."""
+    for sample in samples:
         yield {
             "prompt": [
-                {"role": "user", "content": family.prompt(sample_["expression"], sample_["task"])}
+                {"role": "user", "content": family.prompt(sample["expression"], sample["task"])}
             ],
-            "image": str(resolve_image(sample_, root)),
-            "gt_box": list(sample_["gt_box"]),
-            "image_wh": [sample_["width"], sample_["height"]],
-            "sample": {field: sample_[field] for field in SAMPLE_FIELDS},
+            "image": str(resolve_image(sample, root)),
+            "gt_box": list(sample["gt_box"]),
+            "image_wh": [sample["width"], sample["height"]],
+            "sample": {field: sample[field] for field in SAMPLE_FIELDS},
         }
 
 
@@ -189,9 +201,9 @@ def make_grpo_trainer(
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
     config = config or grpo_config(options, work, seed)
     # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of
-    # Qwen3-VL-Thinking.
+    # Qwen3-VL-Thinking
     config.vllm_max_model_length = min(
-        MAX_MODEL_LEN, model.config.get_text_config().max_position_embeddings
+        rollout_context(options), model.config.get_text_config().max_position_embeddings
     )
     if config.use_vllm:  # with transformers TRL sees to it itself
         config.generation_kwargs = {
@@ -228,8 +240,9 @@ def make_grpo_trainer(
 
 
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
-    """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it
-    is.
+    """Trains a run's EGM model from its SFT model; returns its folder.
+
+    A finished model is left as it is.
     """
     profile, out = run.profile, run.checkpoint(task, output or MODEL)
     if is_finished(out):
@@ -272,29 +285,33 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
 
 
 def server_command(model: str, options: GRPO) -> str:
-    """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout:
-    vllm-server).
+    """What starts a vLLM server for `grpo.rollout: vllm-server`.
+
+    TRL samples from it and sends it new weights.
     """
-    own = f"--dtype {options.rollout_dtype} --max-model-len {MAX_MODEL_LEN}"
-    return f"trl vllm-serve --model {model} {own} --limit-mm-per-prompt '{json.dumps(VLLM_LIMITS)}'"
+    limits = json.dumps(VLLM_LIMITS)
+    return (
+        f"trl vllm-serve --model {model} --dtype {options.rollout_dtype} "
+        f"--max-model-len {rollout_context(options)} --limit-mm-per-prompt '{limits}'"
+    )
 
 
 def grpo_dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
     """What would be trained, under TRL's own option names; loads no model."""
     run = Run(profile, seed)
     out = run.checkpoint(task, output or MODEL)
-    own = {
+    stage = {
         "stage": "grpo",
         "task": task,
         "model": str(run.checkpoint(task, "small-sft")),
         "output": str(out),
-    }
-    own |= {"samples": str(run.samples(f"rl_{task}")), "max_minutes": profile.grpo.max_minutes}
-    own |= {
+        "samples": str(run.samples(f"rl_{task}")),
+        "max_minutes": profile.grpo.max_minutes,
         "prompts_per_step": profile.grpo.prompts_per_step,
         "reward_weight": profile.grpo.reward_weight,
     }
-    return own | grpo_options(profile.grpo, work_folder(out), seed, profile.launch.num_processes)
+    work, processes = work_folder(out), profile.launch.num_processes
+    return stage | grpo_options(profile.grpo, work, seed, processes)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

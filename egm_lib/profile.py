@@ -200,6 +200,10 @@ class GRPO:
     check_steps: int = 50
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
+    # True: a colocated vLLM gives its memory to the update, and takes new weights after each
+    vllm_sleep: bool = False
+    # Tokens of prompt and completion that vLLM sets memory aside for; null: its engine's limit here
+    max_model_len: int | None = None
     freeze_vision: bool
     # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False

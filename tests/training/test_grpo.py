@@ -556,6 +556,30 @@ def test_new_weights_empty_the_caches_of_the_old_ones(colocated):
     grpo_trl.reset_caches(SimpleNamespace())  # a vLLM without these calls
 
 
+def test_vllm_gets_a_context_of_prompt_and_completion_and_sleeps(world, tmp_path):
+    """32,768 tokens would be set aside for prompts of a few hundred."""
+    trainer, _ = trainer_of(world, tmp_path, shared=False, max_model_len=4096)
+    assert trainer.args.vllm_max_model_length == 4096
+    with pytest.raises(TrainingError, match="no room for a prompt"):
+        grpo_module.rollout_context(grpo_options(max_model_len=1024, max_completion_length=1024))
+    options = grpo_options(max_model_len=4096)
+    assert "--max-model-len 4096 " in grpo_module.server_command("model", options)
+    paper = load_profile("paper-qwen3vl-8b").grpo
+    assert trl_options(paper, tmp_path, 0)["vllm_enable_sleep_mode"]
+    served = replace(paper, rollout="vllm-server")
+    assert not trl_options(served, tmp_path, 0)["vllm_enable_sleep_mode"]
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("paper")])
+def test_paper_profiles_leave_room_for_an_image(name):
+    """13 tiles of InternVL-3, or a frame of 1920 x 1080 pixels and patches of 32 for Qwen3-VL."""
+    profile = load_profile(name)
+    image = {"internvl-3": 13 * 256, "qwen3-vl": 60 * 34}[profile.models.small.family]
+    text = 400  # the question and the template
+    needed = image + text + profile.grpo.max_completion_length
+    assert needed <= grpo_module.rollout_context(profile.grpo) <= 2 * needed
+
+
 @pytest.mark.parametrize("name", profile_names())
 def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
     """DeepSpeed refuses a trainer whose bf16 is not what the accelerate configuration says."""
