@@ -36,9 +36,10 @@ from egm_lib.inference.loading import image_token_ids
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
+from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import FAMILIES, Family
-from egm_lib.reward import egm_reward
+from egm_lib.reward import grounding_reward
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import (
     is_finished,
@@ -162,12 +163,24 @@ def begun_answer(processor, family: Family) -> str:
 
 
 def make_reward(processor, family: Family, weight: float) -> Callable[..., list[float]]:
-    """TRL's reward function; puts back what the chat template has begun before parsing."""
+    """TRL's reward function; puts back what the chat template has begun before parsing.
+
+    Logs the mean IoU and the share of completions with IoU > 0.5 (Eq. 1), whatever the weight is.
+    """
     opener = begun_answer(processor, family)
 
-    def reward(completions, gt_box, image_wh, **kwargs) -> list[float]:
+    def reward(completions, gt_box, image_wh, *, log_metric=None, **kwargs) -> list[float]:
         texts = [opener + text for text in answer_texts(completions)]
-        return egm_reward(texts, gt_box, image_wh, frame=family.frame, weight=weight)
+        boxes = [
+            parse_completion(text, frame=family.frame, image_wh=tuple(wh)).box
+            for text, wh in zip(texts, image_wh, strict=True)
+        ]
+        pairs = list(zip(boxes, gt_box, strict=True))
+        if log_metric is not None:
+            overlaps = [grounding_reward(box, gt, weight=0.0) for box, gt in pairs]  # Eq. 8's IoU
+            log_metric("acc_at_50", sum(map(accepts, overlaps)) / len(overlaps))
+            log_metric("mean_iou", sum(overlaps) / len(overlaps))
+        return [grounding_reward(box, gt, weight) for box, gt in pairs]
 
     return reward
 
@@ -225,7 +238,6 @@ def make_grpo_trainer(
         "keeper": GroupKeeper(groups, begun_answer(processor, family)),
         "peft_config": lora_config(options.lora),
         "rollout_dtype": options.rollout_dtype,
-        "reward_weight": options.reward_weight,
         "check_steps": options.check_steps,
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
     }

@@ -53,6 +53,7 @@ class SharedPrefixGRPO(TimedGRPO):
         self._note_rollout(completions, sampled - began)
         texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        columns["log_metric"] = lambda name, value: self._note(**{name: value})
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
         self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
         self._note_rollouts(rewards_B, completions)

@@ -21,8 +21,12 @@ MAX_LOGP_GAP = 0.02
 
 
 def answer_texts(completions: Sequence) -> list[str]:
-    """Completions as texts; TRL gives those of a chat as messages."""
-    return [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+    """Completions as texts; TRL gives those of a chat as messages. One without content is empty."""
+    texts = [
+        completion[-1]["content"] if isinstance(completion, list) else completion
+        for completion in completions
+    ]
+    return [text or "" for text in texts]
 
 
 def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
@@ -63,12 +67,11 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         *args,
         clock: Clock,
         keeper: GroupKeeper,
-        reward_weight: float,
         check_steps: int,
         **kwargs,
     ):
         """check_steps: trainer and sampler are compared in the first step and after so many."""
-        self.clock, self.keeper, self.reward_weight = clock, keeper, reward_weight
+        self.clock, self.keeper = clock, keeper
         self.check_steps = check_steps
         self.checked, self.checked_step = False, 0  # whether they were compared lately; and when
         # In rollout and reward, ever; in forward and backward of this step
@@ -117,20 +120,14 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
     def _note_rewards(
         self, rows: Sequence[Mapping], texts: Sequence[str], rewards_B: Tensor, seconds: float
     ) -> None:
-        """rewards_B: of all processes, groups side by side; rows and texts: of this one; the main
+        """Notes what the rewards tell, and keeps some groups.
+
+        rewards_B: of all processes, groups side by side; rows and texts: of this one; the main
         one's come first.
         """
         self.sampling_s += seconds
-        # Eq. 8 is 0..(1-w)/2 for a miss and above w + (1-w)/2 for a hit: success and IoU can be
-        # read off it.
-        weight = self.reward_weight
-        success_B = (rewards_B > weight + (1 - weight) / 2).float()
         group_std = rewards_B.view(-1, self.num_generations).std(dim=1).mean().item()
-        self._note(
-            **{"time/reward": seconds, "acc_at_50": success_B.mean().item(), "group_std": group_std}
-        )
-        if weight < 1:
-            self._note(mean_iou=((rewards_B - weight * success_B) / (1 - weight)).mean().item())
+        self._note(**{"time/reward": seconds, "group_std": group_std})
         samples = [row["sample"] for row in rows]
         self.keeper.keep(
             self.state.global_step + 1, samples, texts, rewards_B, self.num_generations

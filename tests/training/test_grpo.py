@@ -31,8 +31,8 @@ from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
 from egm_lib.training import grpo_shared_prefix, grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
-from egm_lib.training.groups import read_groups
-from egm_lib.training.grpo_trainer import check_same_policy
+from egm_lib.training.groups import GroupKeeper, read_groups
+from egm_lib.training.grpo_trainer import answer_texts, check_same_policy
 from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.viewer import TraceViewer
@@ -225,12 +225,7 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
     }
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert names <= first.keys()
-    expected = {
-        "reward": 0.5,
-        "acc_at_50": 0.5,
-        "mean_iou": 0.5,
-        "group_std": (4 * 0.25 / 3) ** 0.5,
-    }
+    expected = {"reward": 0.5, "group_std": (4 * 0.25 / 3) ** 0.5}
     assert {name: first[name] for name in expected} == pytest.approx(expected)
     seconds = [first[f"time/{part}"] for part in ("rollout", "reward", "update")]
     assert min(seconds) > 0 and sum(seconds) <= first["elapsed_s"] + 0.01
@@ -477,6 +472,37 @@ def test_reward_sees_what_the_template_has_begun(world):
     # The second never stops thinking: its box does not count
     answers = [f"red\n</think>\n\n{box}", f"red {box}"]
     assert reward(answers, [[10, 10, 50, 50]] * 2, [[100, 100]] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_accuracy_is_counted_from_boxes_at_any_reward_weight(world, tmp_path, shared, weight):
+    """Eq. 8 at weight 1 tells a success from a miss, and nothing of IoU; the log tells both."""
+    eq_8 = make_reward(stored(world[0])[1], FAMILY, weight)
+
+    def answered(completions, gt_box, image_wh, **kwargs):
+        """Of four answers one is right, one has 40 % of the box, and two have none."""
+        texts = [None] * len(completions)
+        for row, ((x1, y1, x2, y2), wh) in enumerate(zip(gt_box, image_wh, strict=True)):
+            right = (x2 - 0.6 * (x2 - x1) * (row % 4), y2)
+            if row % 4 < 2:
+                text = FAMILY.answer([x1, y1, *right], wh, "square", "red")
+                texts[row] = text.removeprefix(FAMILY.reasoning_opener)
+        return eq_8(texts, gt_box, image_wh, **kwargs)
+
+    trainer, _ = trainer_of(world, tmp_path, shared=shared, reward=answered, max_steps=1)
+    trainer.train()
+    log = tmp_path / "log.jsonl"
+    assert logged(log, "acc_at_50") == [0.25]
+    assert logged(log, "mean_iou") == [pytest.approx(1.4 / 4, abs=0.02)]  # the grid rounds
+    assert logged(log, "reward") == [pytest.approx((weight + (1 - weight) * 1.4) / 4, abs=0.02)]
+
+
+def test_a_completion_of_nothing_is_kept_as_an_empty_one(world, tmp_path):
+    assert answer_texts([None, [{"role": "assistant", "content": None}], "x"]) == ["", "", "x"]
+    keeper = GroupKeeper(tmp_path / "groups.jsonl", "<think>\n")
+    keeper.keep(1, world[1][:1] * 2, [None, "x"], torch.tensor([0.0, 1.0]), 2)
+    assert keeper.groups[0]["completions"] == ["<think>\n", "<think>\nx"]
 
 
 def test_profile_values_arrive_under_trl_s_names(tmp_path):
