@@ -197,17 +197,28 @@ class GRPO:
     top_p: float
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
+    # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
+    check_steps: int = 50
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
+    # True: a colocated vLLM gives its memory to the update, and takes new weights after each
+    vllm_sleep: bool = False
+    # Tokens of prompt and completion that vLLM sets memory aside for; null: its engine's limit here
+    max_model_len: int | None = None
     freeze_vision: bool
     # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
-    dtype: DType
+    dtype: DType  # of the weights that the optimizer holds
+    # Of forward and backward, under autocast; null: dtype. It must agree with the accelerate
+    # configuration's mixed_precision
+    compute_dtype: DType | None = None
     rollout_dtype: DType
     max_steps: int | None = None
     max_minutes: float | None = None
     # Fig. 7; the authors' RL data: "authors-eval"
     prompt: PromptName = DEFAULT_PROMPT
+    # Ours: a checkpoint of an 8B with its optimizer is 123 GB, minutes of writing
+    save_minutes: float = 30.0
     lora: Lora | None = None
 
 
