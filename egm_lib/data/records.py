@@ -364,6 +364,11 @@ def xywh_to_xyxy(box: typing.Sequence[float]) -> list[float]:
     return [x, y, x + width, y + height]
 
 
+def with_area(box: list[float]) -> list[float] | None:
+    """The box; None if it has no area, or a side that is not a number."""
+    return box if box[2] > box[0] and box[3] > box[1] else None
+
+
 def join_image(image_root: str | Path | None, name: str) -> str:
     """`image` of a sample: a file name below image_root, which is absolute or relative to the data
     root.

@@ -132,6 +132,56 @@ def test_amodal_data_is_cut_filtered_and_counted(tmp_path):
     assert [len(read_eval(tmp_path, *split)) for split in AMODAL_SPLITS] == [2, 2]
 
 
+def amodal_root(root):
+    """COCO-Amodal alone: TAO-Amodal is given only to users who accept its terms."""
+    hidden = region(occlude_rate=0.4, visible_mask=rle(10, 50, 60, 90))
+    for split in ("train", "val", "test"):
+        path = root / "coco_amodal" / "annotations" / f"COCO_amodal_{split}2014.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_coco_amodal(path, hidden)
+        if split == "train":
+            path.write_text(path.read_text().replace("57", "58"))
+
+
+def test_amodal_data_is_prepared_without_tao_and_says_so(tmp_path, caplog):
+    amodal_root(tmp_path)
+    report = prepare(tmp_path, tasks=["amodal"])["amodal"]
+    assert report["samples"] == 1 and report["tao_amodal"] is False
+    assert "COCO-Amodal alone" in caplog.text and "tao_amodal_train" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["tao_amodal", "tao_amodal/amodal_annotations"])
+def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder):
+    amodal_root(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    write_tao(tmp_path / folder / "train.json", tao(1, (-40, 10, 60, 30)))
+    report = prepare(tmp_path, tasks=["amodal"])["amodal"]
+    assert report["samples"] == 2 and report["tao_amodal"] is True
+
+
+def test_one_task_is_prepared_where_the_files_of_the_other_are_missing(refcoco_root, capsys):
+    assert run("prepare", refcoco_root) == 1
+    assert "amodal is not prepared: no file" in capsys.readouterr().err
+    assert len(read_train(refcoco_root, "vanilla")) > 0
+    assert not (refcoco_root / "train_amodal.jsonl").exists()
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 0  # all that a profile may want
+
+
+def test_a_profile_with_the_amodal_task_alone_needs_no_vanilla_files(tmp_path):
+    amodal_root(tmp_path)
+    assert run("prepare", tmp_path, "--task", "amodal") == 0
+    assert len(read_train(tmp_path, "amodal")) == 1
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_a_report_that_cannot_be_read_is_one_sentence(refcoco_root, capsys, content):
+    (refcoco_root / "prepare-vanilla.json").write_text(content)
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 1
+    assert "prepare-vanilla.json" in (error := capsys.readouterr().err)
+    assert "delete it" in error and error.count("\n") == 1
+
+
 def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     prepare(refcoco_root, tasks=["vanilla"])
     assert run("check", refcoco_root) == 0
