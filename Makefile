@@ -131,4 +131,4 @@ lock: ## the newest sets that pyproject.toml allows -> requirements.txt and requ
 	@mv requirements.tmp requirements-gpu.txt && rm -rf .venv-lock
 
 clean: ## remove .venv and the runs of the smoke profile; other runs stay
-	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke figures/smoke-amodal .pytest_cache .ruff_cache
