@@ -456,6 +456,7 @@ LIGHT = {
     "generation.engine",
     "grpo.rollout",
     "grpo.rollout_dtype",
+    "grpo.compute_dtype",
     "sft.dtype",
 }
 
