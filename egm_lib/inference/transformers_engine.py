@@ -1,5 +1,6 @@
 """The engine on transformers: batched generation on one CPU or GPU."""
 
+import gc
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from PIL import Image
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
-from egm_lib.inference.engine import THINK_END, Answer, Request, chat_texts
+from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
 from egm_lib.inference.loading import DTYPES, image_token_ids, load_model, load_processor
 from egm_lib.inference.shared_prefix import Reader, read_prefix
 from egm_lib.inference.vision_cache import freeze_vision
@@ -69,8 +70,13 @@ class TransformersEngine:
             token for token in (*ends, tokenizer.eos_token_id) if token is not None
         )
         self.suppress_ids = image_token_ids(self.model.config)
-        think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-        self.think_end_id = None if think_end in (None, tokenizer.unk_token_id) else think_end
+
+    def close(self) -> None:
+        """Lets go of the model and of the GPU's memory."""
+        self.model = self.reader = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def describe(self) -> dict:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -141,7 +147,9 @@ class TransformersEngine:
         for ids, prompt_ids, opening in zip(done.tokens, prefix.ids, begun, strict=True):
             ended = ids[-1] in self.eos_ids
             ids = ids[:-1] if ended else ids
-            num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
+            num_reasoning = (
+                count_reasoning_tokens(self.processor.tokenizer, ids) if reasoning else 0
+            )
             answers.append(
                 Answer(
                     opening + self._text(ids),
@@ -183,15 +191,4 @@ class TransformersEngine:
     def _text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    def _reasoning_tokens(self, ids: list[int]) -> int:
-        """Tokens up to and with </think>; 0 where the answer does not close a reasoning."""
-        if self.think_end_id is not None:
-            return len(ids) - ids[::-1].index(self.think_end_id) if self.think_end_id in ids else 0
-        text = self._text(ids)
-        if THINK_END not in text:
-            return 0
-        return len(
-            self.processor.tokenizer(text[: text.rindex(THINK_END) + len(THINK_END)])["input_ids"]
         )
