@@ -9,7 +9,7 @@ import torch
 import xxhash
 from PIL import Image
 
-from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm
+from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm, Pieces
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
 from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
 from egm_lib.inference.loading import DTYPES, image_token_ids, load_model, load_processor
@@ -61,6 +61,7 @@ class TransformersEngine:
         )
         self.images: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
         self.reader = None
+        self.pieces: Pieces | None = None  # read when an output is bound
         if self.cache_vision:
             self.reader = Reader(processor, model, freeze_vision(model), self.images.__getitem__)
         tokenizer = self.processor.tokenizer
@@ -136,7 +137,10 @@ class TransformersEngine:
         )
         form = None
         if not reasoning:
-            form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
+            if self.pieces is None:
+                self.pieces = Pieces.of(self.processor.tokenizer)
+            pattern = ANSWER_PATTERNS[self.family.name]
+            form = AnswerForm(pattern, self._text, self.eos_ids, self.pieces)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
         done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
         latency_ms, first_token_ms = (
