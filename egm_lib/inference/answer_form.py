@@ -86,16 +86,15 @@ class AnswerForm:
         before = self.decode(written)
         # U+FFFD: the last character is not whole, and the next token may change it
         pieces = None if before.endswith("\ufffd") else self.pieces
-        tried_V = logits_V
-        if pieces is not None:
-            tried_V = logits_V.masked_fill(~self._possible(pieces, before, logits_V), -torch.inf)
-        allowed: list[int] = []
-        for width in (64, int((tried_V > -torch.inf).sum())):
-            tokens = torch.topk(tried_V, min(width, tried_V.numel())).indices
-            tokens = tokens[tried_V[tokens] > -torch.inf].tolist()
+        # Mostly one of the likeliest will do
+        allowed = self._admissible(_likeliest(logits_V, 64), written, before, keep, pieces)
+        if len(allowed) < keep:
+            tried_V = logits_V
+            if pieces is not None:
+                possible_V = self._possible(pieces, before, logits_V)
+                tried_V = logits_V.masked_fill(~possible_V, -torch.inf)
+            tokens = _likeliest(tried_V, tried_V.numel())
             allowed = self._admissible(tokens, written, before, keep, pieces)
-            if len(allowed) >= keep:
-                break
         bound_V = torch.full_like(logits_V, -torch.inf)
         if allowed:
             bound_V[allowed] = logits_V[allowed]
@@ -136,6 +135,12 @@ class AnswerForm:
                 if len(allowed) == keep:
                     break
         return allowed
+
+
+def _likeliest(logits_V: torch.Tensor, number: int) -> list[int]:
+    """Tokens in order of likelihood, without the impossible ones."""
+    tokens = torch.topk(logits_V, min(number, logits_V.numel())).indices
+    return tokens[logits_V[tokens] > -torch.inf].tolist()
 
 
 class Pieces:
