@@ -72,6 +72,7 @@ class Model:
     family: FamilyName
     dtype: DType
     revision: str | None = None  # of a hub id
+    # Larger images are shrunk to at most so many as they are read; smaller ones stay as they are.
     max_pixels: int | None = None
 
     @property
@@ -241,6 +242,14 @@ class Generation:
     tensor_parallel: int = 1  # engine "vllm": GPUs that one copy of the model is cut over
     base_url: str | None = None  # engine "openai"
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds that service's key
+    # Engine "openai": the served model's chat template opens the reasoning, and the server has no
+    # reasoning parser (Qwen3-VL Thinking without `--reasoning-parser`). Without this key a box that
+    # the model merely considered would count.
+    opens_reasoning: bool = False
+    # Engine "openai": as of a Teacher. null: max_tokens; a service that refuses it is asked with
+    # the other.
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
