@@ -1,7 +1,6 @@
-"""Parsing: completions a second on one core, and whether any text makes the time grow faster than
-its length.
+"""Parsing on one core: completions per second, and whether any text takes more than linear time.
 
-    python benchmarks/bench_parsing.py
+python benchmarks/bench_parsing.py
 """
 
 import argparse

@@ -346,11 +346,15 @@ def profile_names() -> list[str]:
 
 @cache
 def load_profile(name: str) -> Profile:
-    """Reads a profile by name. Raises ProfileError on an unknown name, key, or value, naming the
-    nearest valid one.
+    """Reads a profile by name.
+
+    Raises ProfileError for an unknown name, key or value; it names the nearest valid one.
     """
     values, _ = _raw(name)
     profile = _build(Profile, values | {"name": name}, name)
+    for key in ("seeds", "tasks"):
+        if not getattr(profile, key):
+            raise ProfileError(f"{name}.{key}: expected at least one, got an empty list.")
     _check_prompts(profile)
     return profile
 

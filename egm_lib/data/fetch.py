@@ -42,7 +42,7 @@ class Source:
     urls: tuple[str, ...] = ()  # tried in this order
     file: str = ""  # where the download is kept
     unpack_to: str | None = None
-    checksum: tuple[str, str] | None = None  # (algorithm, hex digest), where one is published
+    checksum: tuple[str, str] | None = None  # (algorithm, hex digest), if one is published
     hub: str | None = None  # data set of the Hugging Face hub
     hub_patterns: tuple[str, ...] = ()  # its files that are wanted
     manual: str | None = None  # what a person has to do, if we may not download it

@@ -1,5 +1,4 @@
-"""Coverage-guided fuzzing of the parser and the reward: no text may raise, or break what
-test_parsing.py promises.
+"""Coverage-guided fuzzing of parser and reward: no text may raise, or break a property.
 
 Opt-in, because atheris is not among the project's requirements:
     pip install atheris && python tests/core/fuzz_parsing.py -runs=1000000 -max_len=512 -timeout=5

@@ -9,7 +9,6 @@ import yaml
 
 from egm_lib import profile as profiles
 from egm_lib.profile import ProfileError, load_profile, profile_names
-from egm_lib.run import Run
 
 PAPER = Path(__file__).parents[2] / "data" / "paper"
 
@@ -98,6 +97,8 @@ def test_released_differs_only_where_the_scripts_do():
         ({"sft": {"learning_rate": "1e-5"}}, ["odd.sft.learning_rate", "expected float", "1.0e-5"]),
         ({"sft": {"max_steps": 2.5}}, ["odd.sft.max_steps", "expected int"]),
         ({"seeds": 3}, ["odd.seeds", "expected a list"]),
+        ({"seeds": []}, ["odd.seeds", "at least one"]),
+        ({"tasks": []}, ["odd.tasks", "at least one"]),
         ({"sft": {"learning_rate": float("nan")}}, ["odd.sft.learning_rate", "finite"]),
         ({"data": None}, ["odd.data", "expected a section"]),
         ({"grpo": {"prompt": "authors"}}, ["odd.grpo.prompt", "'authors'", "'authors-sft'"]),
@@ -227,16 +228,6 @@ def test_every_value_of_a_paper_profile_is_beside_its_source():
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]
     assert len(stated) > 30
     assert [line for line in stated if "#" not in line] == []
-
-
-def test_paths_of_a_run():
-    run = Run(load_profile("mini"), 3)
-    assert run.root.parts[-3:] == ("data", "runs", "mini-3")
-    assert (
-        run.predictions("small-egm", "refcoco+_testA")
-        == run.root / "predictions/small-egm/refcoco+_testA.jsonl"
-    )
-    assert run.checkpoint("amodal", "small-sft") == run.root / "checkpoints/amodal/small-sft"
 
 
 def test_a_hub_id_is_left_alone_and_a_folder_made_absolute():

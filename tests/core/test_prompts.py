@@ -1,6 +1,4 @@
-"""Prompts to the letter of the paper; answers that the parser takes apart into what they were made
-of.
-"""
+"""Prompts are the paper's to the letter, and the parser recovers what an answer was made of."""
 
 import pytest
 from hypothesis import given, settings

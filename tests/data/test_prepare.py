@@ -40,9 +40,7 @@ def run(verb, root, *options):
 
 @pytest.fixture
 def refcoco_root(tmp_path):
-    """Images 1..9. Trained on: 1, 2 (all three sets). Image 2 is tested on in RefCOCO+ alone:
-    it leaks.
-    """
+    """Images 1..9; all three sets train on 1 and 2. Image 2 leaks: RefCOCO+ alone tests on it."""
     for dataset, split_by, tested in (
         ("refcoco", "unc", 3),
         ("refcoco+", "unc", 2),
@@ -51,7 +49,7 @@ def refcoco_root(tmp_path):
         splits = [split for name, split in EVAL_SPLITS if name == dataset]
         refs = [ref(1, image_id=1, sents=("left man", "man that left")), ref(2, image_id=2)]
         refs += [ref(10 + i, split, image_id=tested + (i and 4)) for i, split in enumerate(splits)]
-        annotations = [annotation(each["ann_id"], image_id=each["image_id"]) for each in refs]
+        annotations = [annotation(item["ann_id"], image_id=item["image_id"]) for item in refs]
         write_refcoco(tmp_path, dataset, split_by, refs, map(coco_image, range(1, 10)), annotations)
     folder = tmp_path / "images" / "train2014"
     folder.mkdir(parents=True)

@@ -1,6 +1,4 @@
-"""The record: what is written is read back, and what contradicts it is refused with file, row and
-reason.
-"""
+"""Samples: what is written is read back, and a bad row is refused with file, row and reason."""
 
 import json
 
@@ -119,7 +117,7 @@ def test_a_row_that_contradicts_the_record_is_refused(tmp_path, change, reason):
     assert reason in str(caught.value)
 
 
-def test_a_border_is_forgiven_by_a_rounding(tmp_path):
+def test_a_box_may_leave_the_image_by_a_rounding(tmp_path):
     assert write_samples(tmp_path / "a.jsonl", [sample(gt_box=[-0.3, 0, 640.4, 480])]) == 1
 
 

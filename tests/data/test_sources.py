@@ -490,5 +490,5 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
         ("frames/0391.jpg", "frames/0391.jpg"),  # a frame's number is no COCO number
     ],
 )
-def test_a_image_has_one_id_whatever_its_folder(image, image_id):
+def test_an_image_has_one_id_whatever_its_folder(image, image_id):
     assert image_ids(pa.chunked_array([[image]])).to_pylist() == [image_id]
