@@ -287,11 +287,15 @@ def assert_export_has_boxes(path: Path, each: Comparison) -> None:
 
     left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
     scale = (right - left) / each.sample["width"]
+    rows, columns = np.indices(pixels.shape[:2])
+    x_HW, y_HW = (columns + 0.5 - left) / scale, (rows + 0.5 - top) / scale
     for model in (SMALL, EGM):
+        x1, y1, x2, y2 = each.answers[model].box
+        # Steps of the trace have the colour too: only a ring around the box is looked at.
+        outer = (x_HW > x1 - 4) & (x_HW < x2 + 4) & (y_HW > y1 - 4) & (y_HW < y2 + 4)
+        inner = (x_HW > x1 + 1) & (x_HW < x2 - 1) & (y_HW > y1 + 1) & (y_HW < y2 - 1)
         colour = ImageColor.getrgb(style_of(model).colour)
-        at, (x1, y1, x2, y2) = (
-            extent(abs(pixels - colour).sum(axis=2) < 25),
-            each.answers[model].box,
-        )
+        at = extent((abs(pixels - colour).sum(axis=2) < 25) & outer & ~inner)
         middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
         assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model
+        assert (at[2] - at[0]) / scale >= x2 - x1 - 1, model  # strokes lie outside
