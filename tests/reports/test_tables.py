@@ -205,12 +205,12 @@ def test_several_seeds_are_pooled(run_root, tmp_path):
 
 def test_failures_of_a_base_in_two_seeds_are_said_to_be_a_sum(run_root, tmp_path):
     shutil.copytree(run_root, second := tmp_path / "toy-1")
-    for roots, said in (
+    for roots, counted in (
         ([run_root], "4 failures;"),
         ([run_root, second], "8 failures, 2 seeds together;"),
     ):
         table = build_tables(roots, tmp_path / "out", draws=99, only=["table1"])["table1"]
-        assert f"small-base: {said}" in table.notes[0]
+        assert f"small-base: {counted}" in table.notes[0]
 
 
 def test_counts_of_data_are_the_first_seeds_and_say_so(run_root, tmp_path):

@@ -1,7 +1,6 @@
-"""Viewer and gallery in a real headless Chromium (make test-browser): JupyterLab, boxes at the
-right pixels, a phone.
+"""Viewer and gallery in a headless Chromium (make test-browser): JupyterLab, exact pixels, a phone.
 
-Screenshots are left in build/browser to be looked at.
+Screenshots are left in build/browser for people to look at.
 """
 
 import json
@@ -142,7 +141,7 @@ def lab(tmp_path):
         tmp_path / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     )
     news.parent.mkdir(parents=True)
-    # Else a question covers the corner of the page
+    # Else a dialog covers the corner of the page
     news.write_text('{"fetchNews": "false"}', encoding="utf-8")
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(
@@ -184,9 +183,7 @@ def test_viewer_in_jupyterlab(lab, tmp_path):
 
 
 def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
-    """The last notebook itself, all its cells, in a copy of the project: the run that is here stays
-    as it is.
-    """
+    """Notebook 07 with all its cells, in a copy of the project, so that the run stays as it is."""
     run = Run(load_profile("smoke"), 0)
     if not run.predictions("small-egm", "coco_amodal_test").is_file():
         pytest.skip("needs a run of the smoke profile: make reproduce PROFILE=smoke")
@@ -204,7 +201,7 @@ def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
     nbformat.write(notebook, path)
     comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
     seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
-    gained = sum(each.failed(SMALL) and each.solved(EGM) for each in comparisons)
+    gained = sum(sample.failed(SMALL) and sample.solved(EGM) for sample in comparisons)
     # As the notebook sets the filter
     assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"
 
@@ -212,22 +209,22 @@ def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
 def look_at_viewer(
     name: str, url: str, comparisons: list[Comparison], groups: bool = False
 ) -> dict:
-    """Drives the viewer of the notebook at url and judges what was seen by the rows it shows."""
+    """Drives the viewer of the notebook at url, and compares the page with the rows."""
     shows = {
-        "B solves what A misses": lambda each: each.failed(SMALL) and each.solved(EGM),
-        "A solves": lambda each: each.solved(SMALL),
-        "A misses": lambda each: each.failed(SMALL),
+        "B solves what A misses": lambda sample: sample.failed(SMALL) and sample.solved(EGM),
+        "A solves": lambda sample: sample.solved(SMALL),
+        "A misses": lambda sample: sample.failed(SMALL),
     }
-    left = {show: [each for each in comparisons if suits(each)] for show, suits in shows.items()}
+    left = {show: list(filter(accepted, comparisons)) for show, accepted in shows.items()}
     show, place = next(
         (show, place)
-        for show, own in left.items()
-        if 1 < len(own) < len(comparisons)
-        for place, each in enumerate(own)
-        if measurable(each)
+        for show, samples in left.items()
+        if 1 < len(samples) < len(comparisons)
+        for place, sample in enumerate(samples)
+        if measurable(sample)
     )
     chosen, word = left[show][place], comparisons[-1].sample["expression"].split()[0]
-    found = sum(word in each.sample["expression"] for each in comparisons)
+    found = sum(word in sample.sample["expression"] for sample in comparisons)
     seen = drive(
         {
             "what": "lab",
@@ -266,9 +263,7 @@ def look_at_viewer(
 
 
 def measurable(each: Comparison) -> bool:
-    """Both models' boxes lie well within the image and apart, so that their strokes can be
-    measured in a print.
-    """
+    """Both models' boxes lie well inside the image and apart: their strokes can be measured."""
     boxes = [each.answers[model].box for model in (SMALL, EGM)]
     right, bottom = each.sample["width"] - 4, each.sample["height"] - 4
     inside = (
@@ -279,9 +274,7 @@ def measurable(each: Comparison) -> bool:
 
 
 def assert_export_has_boxes(path: Path, each: Comparison) -> None:
-    """In the PNG export, each box's colour has its middle where the row says, measured from the
-    image's corner.
-    """
+    """In the PNG export, the pixels of each box's colour have their middle where the row says."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the image; the text is at its right
     drawn = (pixels.sum(axis=2) < 3 * 255).any(axis=1)
@@ -294,11 +287,15 @@ def assert_export_has_boxes(path: Path, each: Comparison) -> None:
 
     left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
     scale = (right - left) / each.sample["width"]
+    rows, columns = np.indices(pixels.shape[:2])
+    x_HW, y_HW = (columns + 0.5 - left) / scale, (rows + 0.5 - top) / scale
     for model in (SMALL, EGM):
+        x1, y1, x2, y2 = each.answers[model].box
+        # Steps of the trace have the colour too: only a ring around the box is looked at.
+        outer = (x_HW > x1 - 4) & (x_HW < x2 + 4) & (y_HW > y1 - 4) & (y_HW < y2 + 4)
+        inner = (x_HW > x1 + 1) & (x_HW < x2 - 1) & (y_HW > y1 + 1) & (y_HW < y2 - 1)
         colour = ImageColor.getrgb(style_of(model).colour)
-        at, (x1, y1, x2, y2) = (
-            extent(abs(pixels - colour).sum(axis=2) < 25),
-            each.answers[model].box,
-        )
+        at = extent((abs(pixels - colour).sum(axis=2) < 25) & outer & ~inner)
         middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
         assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model
+        assert (at[2] - at[0]) / scale >= x2 - x1 - 1, model  # strokes lie outside

@@ -1,6 +1,4 @@
-"""The viewer's Python side: joining, filtering, sorting, the still image, and rows that are
-broken.
-"""
+"""The viewer's Python side: joining, filtering, sorting, the still image, and broken rows."""
 
 import base64
 import io
@@ -196,14 +194,16 @@ def test_an_error_in_one_row_shows_in_that_row(world):
     rows[2] |= {"image": "images/none.png"}
     rows[3] |= {"box": [5, float("nan"), 7, 8]}
     viewer = TraceViewer(rows, root=root)
-    said = []
+    messages = []
     for place in range(4):
         viewer.index = place
         [model] = viewer.view["models"]
-        said.append(model["error"] or viewer.view["error"])
+        messages.append(model["error"] or viewer.view["error"])
         image(viewer)  # the still image, too
     for text, words in zip(
-        said, ("engine said no", "gt_box must be four", "none.png", "must be finite"), strict=True
+        messages,
+        ("engine said no", "gt_box must be four", "none.png", "must be finite"),
+        strict=True,
     ):
         assert words in text
     viewer.index = 4
@@ -380,9 +380,7 @@ def test_a_group_shows_rewards_and_standardised_advantages(world):
 
 
 def test_groups_that_training_kept_are_shown(world, tmp_path):
-    """What GRPO's keeper writes, read back: without predictions, its sample's fields and its own
-    numbers.
-    """
+    """What GRPO's keeper writes: a group without predictions holds its sample and its numbers."""
     root, samples = world
     keeper = GroupKeeper(tmp_path / "groups" / "vanilla.jsonl", "<think>")
     sample = {name: samples[0][name] for name in SAMPLE_FIELDS}
@@ -392,8 +390,8 @@ def test_groups_that_training_kept_are_shown(world, tmp_path):
     viewer = TraceViewer(groups=read_groups(keeper.path), root=root)
     assert viewer.view["expression"] == sample["expression"] and viewer.view["group"]["step"] == 7
     shown = viewer.view["group"]["completions"]
-    assert [each["reward"] for each in shown] == [1.0, 0.0, 1.0, 0.0]
-    assert [each["success"] for each in shown] == [True, False, True, False]
+    assert [answer["reward"] for answer in shown] == [1.0, 0.0, 1.0, 0.0]
+    assert [answer["success"] for answer in shown] == [True, False, True, False]
     assert (
         shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
     )
@@ -412,9 +410,7 @@ def test_tint_marks_places_and_look_alikes_and_loses_no_letter():
 
 
 def test_hostile_text_stays_text(world):
-    """The page only ever makes text nodes: markup must reach it as it is, and never through
-    innerHTML.
-    """
+    """The page makes nothing but text nodes: markup reaches it unchanged, never by innerHTML."""
     root, samples = world
     attack = "<img src=x onerror=alert(1)>"
     viewer = TraceViewer(
@@ -432,7 +428,7 @@ def test_ten_thousand_samples_open_fast_and_stay_light(world):
         sample = samples[number % len(samples)] | {"sample_id": f"n{number}"}
         rows.append(answer_row(sample, SMALL, sample["boxes_all"][0], None))
         rows.append(answer_row(sample, EGM, sample["gt_box"], "so"))
-    start = time.process_time()  # what the viewer costs, not what else runs on this machine
+    start = time.process_time()  # the time of this process, whatever else runs here
     viewer = TraceViewer(rows, root=root)
     assert time.process_time() - start < 2
     assert len(json.dumps(viewer.view)) < 100_000 and len(json.dumps(viewer.choices)) < 10_000
