@@ -30,7 +30,10 @@ def _write(args: argparse.Namespace) -> None:
         out_dir /= rule
     roots, draws = [run.root for run in runs], evaluation.bootstrap_samples
     tables = build_tables(roots, out_dir, rule=rule, draws=draws, only=args.only)
-    print(f"{len(tables)} tables -> {out_dir}")
+    not_run = [name for name, table in tables.items() if not table.was_run]
+    print(f"{len(tables) - len(not_run)} tables -> {out_dir}")
+    if not_run:
+        print(f"not run: {', '.join(not_run)}")
 
 
 if __name__ == "__main__":
