@@ -97,6 +97,24 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ways:
+    """Shares of the ways in which the miniature's teacher reasons (egm_lib.mini.language)."""
+
+    worked: float
+    concluding: float
+    restating: float
+
+    def __post_init__(self) -> None:
+        shares = (self.worked, self.concluding, self.restating)
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+            raise ProfileError(
+                "curation.teacher.ways: "
+                f"{self.worked:g}, {self.concluding:g} and {self.restating:g} are no shares of a "
+                "whole; give three numbers from 0 to 1 that add up to 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A vision-language service; base_url "mini" is the miniature world's teacher, in process."""
 
@@ -108,6 +126,7 @@ class Teacher:
     price_per_mtok: Price | None = None
     # The environment variable that holds this service's key, never the key itself
     api_key_env: str = "OPENAI_API_KEY"
+    ways: Ways | None = None  # base_url "mini" alone; null: every trace is worked out
 
 
 @dataclass(frozen=True, kw_only=True)

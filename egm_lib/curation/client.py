@@ -75,6 +75,11 @@ def run_task(
         raise CurationError(
             f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile"
         )
+    if teacher.ways and teacher.base_url != MINI:
+        raise CurationError(
+            f"only the miniature's teacher takes `ways`, and {teacher.model} is another one; leave "
+            "curation.teacher.ways out of the profile"
+        )
     if batch and teacher.base_url == MINI:
         raise CurationError("the miniature world's teacher has no batches; leave --batch out")
     if Path(out).is_dir():

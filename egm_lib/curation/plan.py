@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -47,9 +47,11 @@ class Plan:
 
     @cached_property
     def sampling(self) -> dict:
-        return sampling_options(
+        ways = self.teacher.ways
+        options = sampling_options(
             self.teacher.model, self.teacher.temperature, self.teacher.max_tokens
         )
+        return options | ({"ways": asdict(ways)} if ways else {})
 
     def request(self, sample: Mapping) -> Request:
         """The request of a sample; raises OSError or ValueError where its picture cannot be
