@@ -40,21 +40,32 @@ def traces(root: Path, limit: int) -> list[dict]:
 def accuracy(model, processor, samples: list[dict], root: Path) -> float:
     """Share of greedy answers with IoU > 0.5 (the profile's rule)."""
     family = FAMILIES["qwen3-vl"]
-    engine = TransformersEngine(model, "qwen3-vl", batch_size=64, processor=processor, cache_vision=False)
+    engine = TransformersEngine(
+        model, "qwen3-vl", batch_size=64, processor=processor, cache_vision=False
+    )
     requests = [
-        Request(open_image(resolve_image(s, root)), family.prompt(s["expression"], s["task"])) for s in samples
+        Request(open_image(resolve_image(s, root)), family.prompt(s["expression"], s["task"]))
+        for s in samples
     ]
     right = 0
     sampling = replace(MINI_FULL.generation.sampling, max_new_tokens=100)
     for sample, answer in zip(samples, engine.answer(requests, sampling), strict=True):
-        parsed = parse_completion(answer.raw_answer, frame=family.frame, image_wh=(sample["width"], sample["height"]))
+        parsed = parse_completion(
+            answer.raw_answer, frame=family.frame, image_wh=(sample["width"], sample["height"])
+        )
         right += parsed.box is not None and iou(parsed.box, sample["gt_box"]) > 0.5
     return right / len(samples)
 
 
 class Validate(TrainerCallback):
     def __init__(self, every: int, samples: list[dict], root: Path, processor, file: Path):
-        self.every, self.samples, self.root, self.processor, self.file = every, samples, root, processor, file
+        self.every, self.samples, self.root, self.processor, self.file = (
+            every,
+            samples,
+            root,
+            processor,
+            file,
+        )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
@@ -63,7 +74,10 @@ class Validate(TrainerCallback):
             share = accuracy(model, self.processor, self.samples, self.root)
             model.train()
             line = {"step": state.global_step, "accuracy": round(share, 4), "n": len(self.samples)}
-            line |= {"seconds": round(time.monotonic() - began, 1), "time": time.strftime("%H:%M:%S")}
+            line |= {
+                "seconds": round(time.monotonic() - began, 1),
+                "time": time.strftime("%H:%M:%S"),
+            }
             with self.file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -92,17 +106,28 @@ def main() -> None:
         traces(args.data, args.limit), family, args.data, reasoning=True, grid=options.answer_grid,
         label=options.answer_label,
     )  # fmt: skip
-    model, processor = load_start(str(Path(args.start).resolve()), MINI_FULL.models.large, "float32")
+    model, processor = load_start(
+        str(Path(args.start).resolve()), MINI_FULL.models.large, "float32"
+    )
     out = args.out / "model"
     trainer = make_trainer(
-        model, processor, rows, family, options, work=work_folder(out), log=args.out / "sft.jsonl", seed=0
+        model,
+        processor,
+        rows,
+        family,
+        options,
+        work=work_folder(out),
+        log=args.out / "sft.jsonl",
+        seed=0,
     )
     trainer.reader.cache.max_bytes = 6 * 2**30
     trainer.clock.save_seconds = 180
     if args.validate:
         root = MINI_FULL.data.path
         validation = json_lines(root / "validation.jsonl")[: args.validate]
-        trainer.add_callback(Validate(args.every, validation, root, processor, args.out / "validation.jsonl"))
+        trainer.add_callback(
+            Validate(args.every, validation, root, processor, args.out / "validation.jsonl")
+        )
     train_to(trainer, processor, out)
 
 
