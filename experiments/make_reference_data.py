@@ -1,4 +1,4 @@
-"""More scenes of the miniature's own training recipe (stream 101), for the reference: `train_limit` larger, nothing else."""
+"""More scenes of the miniature's own training recipe, for the reference; nothing else differs."""
 
 import sys
 from pathlib import Path

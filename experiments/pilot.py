@@ -3,7 +3,7 @@
     python experiments/pilot.py NAME sft --ways .7 .2 .1 --steps 5800
     python experiments/pilot.py NAME grpo --steps 200          # fresh prompts of selection.jsonl
     python experiments/pilot.py NAME control --steps 4000      # SFT continued
-    python experiments/pilot.py NAME answer MODEL [MODEL ...]  # validation.jsonl, greedy and sampled
+    python experiments/pilot.py NAME answer MODEL ...          # validation.jsonl
 
 Traces are the curated ones of mini-full (seed 0, uniform teacher), told in the way that the varied
 teacher draws for the sample; its planted errors fall on the same samples. No test split is read.

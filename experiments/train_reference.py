@@ -1,9 +1,11 @@
-"""SFT of the large base on worked traces: the project's own trainer, one epoch of many samples, validation beside it.
+"""SFT of the large base on worked traces: the project's trainer, with validation beside it.
 
-    python experiments/train_reference.py --data data/raw/reference --out data/runs/reference --steps 14000
+    python experiments/train_reference.py --data data/raw/reference --out data/runs/reference \\
+        --steps 12500 --minutes 98 --rate 1.5e-3 --every 1250
 
-Every `--every` steps the model answers `--validate` samples of validation.jsonl greedily; accuracy goes to validation.jsonl
-in the output folder. No test split is read. Traces are what the teacher writes, its planted errors left out.
+Every `--every` steps the model answers `--validate` samples of validation.jsonl greedily; the
+accuracy goes to validation.jsonl in the output folder. No test split is read. Traces are what the
+teacher writes, its planted errors left out.
 """
 
 import argparse
@@ -29,9 +31,9 @@ MINI_FULL = load_profile("mini-full")
 
 def traces(root: Path, limit: int) -> list[dict]:
     """The samples of root's train.jsonl, each with its true reasoning."""
-    truths = (json.loads(line) for line in open(root / "teacher-train.jsonl"))
+    truths = json_lines(root / "teacher-train.jsonl")
     reasoning = {truth["sample_id"]: truth["reasoning"] for truth in truths}
-    samples = (json.loads(line) for line in open(root / "train.jsonl"))
+    samples = json_lines(root / "train.jsonl")
     rows = [{**sample, "reasoning": reasoning[sample["sample_id"]]} for sample in samples]
     return rows[:limit]
 

@@ -1,0 +1,18 @@
+"""Write a trained reference as data/mini/reference: bfloat16, tokenizer and processor beside it.
+
+python experiments/export_reference.py data/runs/reference/model.unfinished/checkpoint-10000
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from egm_lib.mini.models import save
+from egm_lib.models import load_model
+
+OUT = Path("data/mini/reference")
+model = load_model(sys.argv[1], "float32").to(torch.bfloat16)
+save(model, OUT)
+size = (OUT / "model.safetensors").stat().st_size
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size:,} bytes in {OUT}")
