@@ -97,7 +97,7 @@ def answer(run: Pilot, name: str, folder: str, count: int) -> None:
             wh = (sample["width"], sample["height"])
             parsed = parse_completion(given.raw_answer, frame=QWEN.frame, image_wh=wh)
             right = parsed.box is not None and iou(parsed.box, sample["gt_box"]) > 0.5
-            way = way_of((parsed.reasoning or "").strip(), sample["expression"])
+            way = way_of(parsed.reasoning, sample["expression"])
             keep = ("sample_id", "image_id", "prompt_kind")
             row = {key: sample[key] for key in keep} | {"right": right, "way": way}
             rows.append(row | {"raw_answer": given.raw_answer})

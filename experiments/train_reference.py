@@ -100,8 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     options = replace(
-        MINI_FULL.sft, learning_rate=args.rate, per_device_train_batch_size=args.batch, max_steps=args.steps,
-        max_minutes=args.minutes,
+        MINI_FULL.sft, learning_rate=args.rate, per_device_train_batch_size=args.batch,
+        max_steps=args.steps, max_minutes=args.minutes,
     )  # fmt: skip
     family = FAMILIES["qwen3-vl"]
     rows = answer_rows(

@@ -177,7 +177,8 @@ def test_an_unknown_way_is_refused():
 
 
 @pytest.mark.parametrize("reasoning, expression, way", [
-    ("", "ring", "restating"),                                            # an empty thought
+    (None, "ring", None),                                                 # a direct answer
+    ("\n", "ring", None),                                                 # an empty thought
     ("it is third ring from the left.", "second ring from the left", "restating"),  # misquoted
     ("rings from the left: first at 20 40.", "leftmost ring", "worked"),  # one place, but a list
     ("the star is at 20 40. the ring nearest to it is at 60 40.", "ring nearest to the star",

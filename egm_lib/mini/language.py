@@ -355,16 +355,20 @@ def retell(worked: str, expression: str, way: str) -> str:
     return f"{told} {hidden_part[0]}" if hidden_part else told
 
 
-def way_of(reasoning: str, expression: str) -> str:
+def way_of(reasoning: str | None, expression: str) -> str | None:
     """In which of WAYS a text reasons, told by its form; nothing is said on whether it is right.
 
+    None where there is no reasoning, as in a direct answer.
     No place is restating. One place, nothing listed, is concluding, except for an expression that
     needs no steps: its worked trace has that form too, and begins with "the".
     """
-    places = _PLACE.findall(reasoning)
+    text = (reasoning or "").strip()
+    if not text:
+        return None
+    places = _PLACE.findall(text)
     if not places:
         return "restating"
-    if len(places) > 1 or ":" in reasoning or reasoning.startswith(f"the {expression} is"):
+    if len(places) > 1 or ":" in text or text.startswith(f"the {expression} is"):
         return "worked"
     return "concluding"
 
