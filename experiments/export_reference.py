@@ -1,8 +1,9 @@
 """Write a trained reference as data/mini/reference: bfloat16, tokenizer and processor beside it.
 
-python experiments/export_reference.py data/runs/reference/model.unfinished/checkpoint-10000
+python experiments/export_reference.py data/runs/reference/model
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,5 +15,7 @@ from egm_lib.models import load_model
 OUT = Path("data/mini/reference")
 model = load_model(sys.argv[1], "float32").to(torch.bfloat16)
 save(model, OUT)
+shutil.copy("data/mini/large/config.json", OUT)  # one architecture; no dtype of the training
+(OUT / "model.safetensors").chmod(0o644)
 size = (OUT / "model.safetensors").stat().st_size
 print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {size:,} bytes in {OUT}")

@@ -147,7 +147,7 @@ def main() -> None:
     else:
         for name in args.models:
             base = {"small-base": profile.models.small, "large-base": profile.models.large}
-            base["reference"] = replace(profile.models.large, path="data/runs/reference/model")
+            base["reference"] = replace(profile.models.large, path="data/mini/reference")
             place = base[name].location if name in base else run.checkpoint("vanilla", name)
             answer(run, name, str(place), args.count)
 
