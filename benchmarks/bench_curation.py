@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,62 +19,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import openai
-from PIL import Image
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from curation_server import running  # noqa: E402
+from killed_runs import CONCURRENCY, command, kills, make_samples  # noqa: E402
 
 from egm_lib.curation.client import run_task  # noqa: E402
-from egm_lib.curation.plan import Plan  # noqa: E402
-from egm_lib.curation.results import JsonlSamples  # noqa: E402
+from egm_lib.curation.outputs import JsonlSamples
+from egm_lib.curation.request_plan import Plan
 from egm_lib.curation.tasks import TASKS  # noqa: E402
 from egm_lib.profile import Price, Teacher  # noqa: E402
 
-CONCURRENCY = 64
 PRICE = Price(prompt=2.0, completion=8.0)
-
-
-def make_samples(folder: Path, count: int, pictures: int = 50) -> Path:
-    """A data root with noise pictures of COCO's size and `count` samples."""
-    rng = random.Random(0)
-    for number in range(pictures):
-        noise = Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3)).resize((640, 480))
-        noise.save(folder / f"{number}.jpg")
-    with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-        for number in range(count):
-            sample = {
-                "sample_id": f"s{number}",
-                "dataset": "refcoco",
-                "split": "train",
-                "task": "vanilla",
-            }
-            sample |= {
-                "image": f"{number * pictures // count}.jpg",
-                "width": 640,
-                "height": 480,
-                "image_id": "0",
-            }
-            sample |= {
-                "expression": f"number {number} from the left",
-                "gt_box": [100, 100, 200, 250],
-            }
-            file.write(json.dumps(sample) + "\n")
-    return folder / "samples.jsonl"
-
-
-def command(folder: Path, url: str, out: Path, timeout_s: float) -> list[str]:
-    words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out} --base-url {url} --model fake"
-    return [
-        sys.executable,
-        *words.split(),
-        *f"--concurrency {CONCURRENCY} --timeout {timeout_s} --price 2 8".split(),
-    ]
-
-
-def paid(log: Path) -> Counter[str]:
-    """Answers charged, by sample."""
-    return Counter(line.split()[0] for line in log.read_text().splitlines())
 
 
 def misbehave(folder: Path, count: int = 2000) -> dict:
@@ -96,62 +50,6 @@ def misbehave(folder: Path, count: int = 2000) -> dict:
         "errors": dict(Counter(row["error"][:120] for row in rows if row["error"])),
         "exit": done.returncode,
         "wall_s": round(wall_s, 1),
-    }
-
-
-def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
-    """SIGKILL at random moments, resumed each time; then compared with an undisturbed run."""
-    make_samples(folder, count)
-    rng, log, ledger = random.Random(1), folder / "paid.log", folder / "out.ledger.jsonl"
-    lost, marks = 0, []
-    with running("--delay-ms", "600", "--log", str(log)) as url:
-        call = command(folder, url, folder / "out.jsonl", 30.0)
-        for _ in tqdm(range(number), mininterval=10):
-            before = answered(ledger)
-            process = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            # Killed while it works, not while it starts
-            while not ledger.exists() or answered(ledger) <= before:
-                time.sleep(0.01)
-                if process.poll() is not None:
-                    break
-            time.sleep(rng.uniform(0.0, 0.8))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            lost += len(before - answered(ledger))
-            time.sleep(0.2)  # the server logs what was still on its way to it
-            marks.append((len(log.read_text().splitlines()), answered(ledger)))
-        finished = subprocess.run(call, capture_output=True, text=True)
-        charged = paid(log)
-        lines = [line.split()[0] for line in log.read_text().splitlines()]
-        again = sum(sample_id in had for at, had in marks for sample_id in lines[at:])
-        calm = subprocess.run(
-            command(folder, url, folder / "calm.jsonl", 30.0), capture_output=True
-        )
-    disturbed, undisturbed = (
-        sorted(map(json.dumps, JsonlSamples(folder / name))) for name in ("out.jsonl", "calm.jsonl")
-    )
-    return {
-        "samples": count,
-        "kills": number,
-        "answers_lost": lost,
-        "asked_although_answered": again,
-        "paid_twice": sum(charged.values()) - len(charged),
-        "most_in_flight_at_kills": CONCURRENCY * number,
-        "paid_most_often": max(charged.values()),
-        "identical": disturbed == undisturbed,
-        "exit": [finished.returncode, calm.returncode],
-    }
-
-
-def answered(ledger: Path) -> set[str]:
-    """Samples that the whole lines of a ledger answer."""
-    if not ledger.exists():
-        return set()
-    whole = ledger.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    return {
-        record["sample_id"]
-        for record in map(json.loads, filter(None, whole))
-        if record["status"] == "answered"
     }
 
 
@@ -218,7 +116,7 @@ def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) 
     """Peak memory and CPU seconds of `--dry-run` at growing input, imports included."""
     used = {}
     for count in counts:
-        make_samples(folder, count, pictures=1)
+        make_samples(folder, count, images=1)
         call = [*command(folder, "http://127.0.0.1:9/v1", folder / "out.jsonl", 1.0), "--dry-run"]
         process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)  # of this process alone
@@ -234,7 +132,7 @@ def memory(folder: Path) -> dict:
     """
     peaks = {}
     for count in (5_750, 57_500, 575_000):
-        make_samples(folder, count, pictures=1)
+        make_samples(folder, count, images=1)
         call = [sys.executable, __file__, "--resume", str(folder), str(count)]
         peaks[count] = json.loads(
             subprocess.run(call, capture_output=True, text=True, check=True).stdout

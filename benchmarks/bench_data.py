@@ -27,10 +27,10 @@ def write_rows(folder: Path, count: int) -> tuple[Path, Path]:
     ours, theirs = folder / "samples.jsonl", folder / "evaluator.jsonl"
     with open(ours, "w") as samples, open(theirs, "w") as lines:
         for number in range(count):
-            picture = rng.randrange(max(count // SAMPLES_PER_IMAGE, 1))
+            image_number = rng.randrange(max(count // SAMPLES_PER_IMAGE, 1))
             x, y = round(rng.random() * 300, 2), round(rng.random() * 200, 2)
             common = dict(
-                image=f"train2014/COCO_train2014_{picture:012d}.jpg", width=640, height=480
+                image=f"train2014/COCO_train2014_{image_number:012d}.jpg", width=640, height=480
             )
             box, words = [x, y, x + 100, y + 80], "second woman from the left in a blue coat"
             lines.write(json.dumps(common | dict(sent=words, bbox=box)) + "\n")
@@ -45,7 +45,7 @@ def write_rows(folder: Path, count: int) -> tuple[Path, Path]:
                         expression=words,
                         gt_box=box,
                         modal_box=None,
-                        image_id=str(picture),
+                        image_id=str(image_number),
                         ann_id=str(number),
                         ref_id=str(number),
                         flipped=False,

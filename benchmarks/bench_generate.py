@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from egm_lib.data import EVAL_SPLITS, open_image, read_eval, resolve_image
-from egm_lib.engines import Request, TransformersEngine
+from egm_lib.inference.engine import Request
+from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.profile import Sampling
 
 
@@ -68,7 +69,8 @@ def main() -> None:
     expected = [alone(plain, request, args.max_new_tokens) for request in requests[: args.alone]]
     base = (time.process_time() - cpu) / args.alone
     print(
-        f"one by one: {(time.perf_counter() - start) / args.alone * 1000:.0f} ms a sample, {base * 1000:.0f} of CPU"
+        f"one by one: {(time.perf_counter() - start) / args.alone * 1000:.0f} ms a sample, "
+        f"{base * 1000:.0f} of CPU"
     )
     for batch_size in (16, 64, 256):
         engine = TransformersEngine(args.model, "qwen3-vl", "float32", batch_size, device="cpu")
@@ -81,7 +83,8 @@ def main() -> None:
         same = sum(a.raw_answer == text for a, text in zip(answers, expected, strict=False))
         tokens = sum(a.reasoning_tokens + a.answer_tokens for a in answers) / len(answers)
         print(
-            f"batch {batch_size}: {wall * 1000:.0f} ms a sample, {cpu * 1000:.0f} of CPU ({base / cpu:.1f} times as "
+            f"batch {batch_size}: {wall * 1000:.0f} ms a sample, {cpu * 1000:.0f} of CPU "
+            f"({base / cpu:.1f} times as "
             f"fast), {tokens:.0f} tokens an answer, {same} of {len(expected)} texts the same"
         )
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")

@@ -5,7 +5,7 @@ Beside it: full logits, log_softmax and entropy. Each variant runs in a process 
 its peak is its own.
 
     python benchmarks/bench_loss.py                          # CPU, 4,096 tokens
-    python benchmarks/bench_loss.py --tokens 32768           # a GPU's turn: 32 completions of 1,024 tokens
+    python benchmarks/bench_loss.py --tokens 32768   # 32 completions of 1,024 tokens
 """
 
 import argparse
@@ -97,7 +97,8 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} thread(s)"
     )
     print(
-        f"{args.tokens:,} tokens x {args.vocabulary:,} entries, hidden {args.hidden:,}, float32, {device}"
+        f"{args.tokens:,} tokens x {args.vocabulary:,} entries, hidden {args.hidden:,}, float32, "
+        f"{device}"
     )
     for variant in VARIANTS:
         done = subprocess.run(
@@ -108,7 +109,8 @@ def main() -> None:
         )
         row = json.loads(done.stdout)
         print(
-            f"{variant:8} {row['seconds']:7.1f} s  peak {row['peak_gib']:6.2f} GiB beyond the inputs  "
+            f"{variant:8} {row['seconds']:7.1f} s  peak {row['peak_gib']:6.2f} GiB beyond the "
+            "inputs  "
             f"loss {row['loss']:.6f}  |gradient| {row['gradient']:.6f}"
         )
 

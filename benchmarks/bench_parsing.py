@@ -63,9 +63,12 @@ def completions() -> dict[str, str]:
     writes them.
     """
     reasoning = (
-        "To correctly identify the lady with the blue shirt, compare the people standing on the court. The first from "
-        "the left wears white, the man beside her holds a racket, and the third from the left wears a bright blue top "
-        "with her right arm raised. She stands between two men near the middle of the picture, in front of the fence."
+        "To correctly identify the lady with the blue shirt, compare the people standing on the "
+        "court. The first from "
+        "the left wears white, the man beside her holds a racket, and the third from the left "
+        "wears a bright blue top "
+        "with her right arm raised. She stands between two men near the middle of the image, in "
+        "front of the fence."
     )
     return {
         name: family.answer((284, 225, 484, 358), (640, 480), "lady with the blue shirt", reasoning)
@@ -88,7 +91,8 @@ def main() -> None:
         print(f"{name}: {len(text)} characters, {4096 / took:,.0f} completions/s")
 
     print(
-        f"\n{size:,} characters, against a benign answer of that length (goal: 3) and against half of it (linear: 2)"
+        f"\n{size:,} characters, against a benign answer of that length (goal: 3) and against half "
+        "of it (linear: 2)"
     )
     box = '{"bbox_2d": [100, 200, 300, 400]}'
     benign = (BENIGN * (size // len(BENIGN) + 1))[: size - len(box)] + box

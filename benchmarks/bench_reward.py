@@ -56,12 +56,14 @@ def main() -> None:
         ours = seconds(lambda batch=batch: egm_reward(*batch), repeats=7)
         theirs = seconds(lambda batch=batch: list(map(straightforward_reward, *batch)), repeats=7)
         print(
-            f"{name}: egm_reward {COMPLETIONS / ours:,.0f}/s; straightforward {COMPLETIONS / theirs:,.0f}/s"
+            f"{name}: egm_reward {COMPLETIONS / ours:,.0f}/s; straightforward "
+            f"{COMPLETIONS / theirs:,.0f}/s"
         )
     hostile = "<answer>" * 25_000
     took = seconds(lambda: egm_reward([hostile], [gt], [image_wh]))
     print(
-        f"one hostile answer of {len(hostile):,} characters (<answer> repeated): {took * 1e3:.2f} ms"
+        f"one hostile answer of {len(hostile):,} characters (<answer> repeated): {took * 1e3:.2f} "
+        "ms"
     )
 
 

@@ -18,7 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-REASONING = "There are three people in a row. The second from the left wears a red shirt and holds a racket."
+REASONING = (
+    "There are three people in a row. The second from the left wears a red shirt and holds a "
+    "racket."
+)
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -49,7 +52,8 @@ def write_rows(path: Path, rows: int) -> None:
                 "revision": None,
                 "profile": "bench",
                 "seed": 0,
-                "prompt": "Locate the second person from the left, output its bbox coordinates using JSON format.",
+                "prompt": "Locate the second person from the left, output its bbox coordinates "
+                "using JSON format.",
                 "raw_answer": f"<think>\n{REASONING}\n</think>\n\n{answer}",
                 "frame": "NORM_1000",
                 "reasoning": REASONING,
@@ -67,7 +71,9 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def measure(path: Path) -> None:
-    from egm_lib.evaluation import SCORING_COLUMNS, estimate, load_predictions, metrics, score
+    from egm_lib.evaluation.metrics import metrics
+    from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
+    from egm_lib.evaluation.statistics import estimate
 
     start, cpu_start = time.perf_counter(), time.process_time()
     predictions = load_predictions(path, SCORING_COLUMNS)
@@ -80,10 +86,12 @@ def measure(path: Path) -> None:
     cpu = time.process_time() - cpu_start
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
-        f"{len(scored):,} predictions: read {loaded - start:.1f} s, parse and score {parsed - loaded:.1f} s"
+        f"{len(scored):,} predictions: read {loaded - start:.1f} s, parse and score "
+        f"{parsed - loaded:.1f} s"
     )
     print(
-        f"intervals {done - parsed:.1f} s; all {done - start:.1f} s ({cpu:.1f} s of CPU), peak {peak_gb:.2f} GB"
+        f"intervals {done - parsed:.1f} s; all {done - start:.1f} s ({cpu:.1f} s of CPU), peak "
+        f"{peak_gb:.2f} GB"
     )
     print(
         f"acc_at_50 {accuracy.mean:.4f} {accuracy.ci95}, mean IoU {table['mean_iou'].iloc[0]:.4f}"

@@ -2,7 +2,7 @@
 ours (shared prefix).
 
     python benchmarks/bench_training.py grpo --way plain|cache|ours [--dtype bfloat16] [--steps 2]
-    python benchmarks/bench_training.py grpo --way plain|cache|ours --size 8b --lora 16 --dtype bfloat16 --rows 16
+    python benchmarks/bench_training.py grpo --way plain --size 8b --lora 16 --rows 16
 
 One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's:
 other work does not count. Rewards are drawn at random in half of the groups and equal in the
@@ -27,14 +27,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from egm_lib import grpo, sft
 from egm_lib.data import read_samples
+from egm_lib.inference.loading import DTYPES, Qwen3VLProcessor, load_model, load_processor
+from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.mini.models import build, config, save
 from egm_lib.mini.tokens import build_tokenizer
 from egm_lib.mini.world import write_split
-from egm_lib.models import DTYPES, Qwen3VLProcessor, load_model, load_processor
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
-from egm_lib.training import logged_minutes
-from egm_lib.vision_cache import freeze_vision
+from egm_lib.training.clock import logged_minutes
 
 
 class Stopwatch(TrainerCallback):
@@ -112,7 +112,7 @@ SIZES = {  # Qwen3-VL's: its language model and its tower
     ),
 }
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens a picture
+SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens an image
 
 
 def random_model(size: str, dtype: str):
@@ -151,7 +151,7 @@ def random_model(size: str, dtype: str):
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3VLForConditionalGeneration(shape)
     torch.set_default_dtype(torch.float32)
-    pictures = Qwen2VLImageProcessorPil(
+    images = Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
@@ -159,9 +159,7 @@ def random_model(size: str, dtype: str):
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return model.eval(), Qwen3VLProcessor(
-        pictures, tokenizer, chat_template=tokenizer.chat_template
-    )
+    return model.eval(), Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def drawn_samples(folder: Path, count: int) -> list[dict]:
@@ -219,7 +217,7 @@ def main() -> None:
             lora=lora,
         )
         rows = sft.answer_rows(samples, family, scratch, reasoning=True, grid=20, label=False)
-        trainer = sft.make_trainer(model, processor, rows, family, options, **common)
+        trainer = sft.make_sft_trainer(model, processor, rows, family, options, **common)
     else:
         options = replace(
             profile.grpo,
@@ -237,7 +235,7 @@ def main() -> None:
             "reward": half_random(options.num_generations),
             "groups": scratch / "groups.jsonl",
         }
-        trainer = grpo.make_trainer(model, processor, rows, family, options, **common)
+        trainer = grpo.make_grpo_trainer(model, processor, rows, family, options, **common)
     watch = Stopwatch()
     trainer.add_callback(watch)
     trainer.train()

@@ -2,7 +2,7 @@
 walk.
 
 Prediction files of the form that the evaluation writes, each of two models answering every sample
-with a trace, are written to a temporary folder, with 64 pictures of 640 x 480 pixels. CPU seconds
+with a trace, are written to a temporary folder, with 64 images of 640 x 480 pixels. CPU seconds
 of one process, and the bytes that the page gets for a sample.
 
     python benchmarks/bench_viewer.py
@@ -19,10 +19,10 @@ from PIL import Image
 
 from egm_lib.viewer import TraceViewer
 
-SAMPLES, PICTURES, IMAGE_WH = 10_000, 64, (640, 480)
+SAMPLES, IMAGES, IMAGE_WH = 10_000, 64, (640, 480)
 TRACE = (
-    "There are three people at the table; the second one from the left wears a red hat, the others do not. "
-    * 6
+    "There are three people at the table; the second one from the left wears a red hat, the others "
+    "do not. " * 6
 )
 
 
@@ -30,7 +30,7 @@ def write_world(root: Path) -> None:
     rng = random.Random(0)
     noise = np.random.default_rng(0)
     (root / "images").mkdir()
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         small = noise.integers(0, 256, (IMAGE_WH[1] // 8, IMAGE_WH[0] // 8, 3), dtype=np.uint8)
         Image.fromarray(small).resize(IMAGE_WH).save(root / "images" / f"{number}.jpg")
     for model in ("small-base", "small-egm"):
@@ -48,7 +48,7 @@ def write_world(root: Path) -> None:
                             "split": "val",
                             "task": "vanilla",
                             "model": model,
-                            "image": f"images/{number % PICTURES}.jpg",
+                            "image": f"images/{number % IMAGES}.jpg",
                             "width": IMAGE_WH[0],
                             "height": IMAGE_WH[1],
                             "expression": f"person {number} from the left",
@@ -88,12 +88,14 @@ def main() -> None:
         filtering = cpu_s(lambda: viewer.set_trait("filter", {"show": "B solves what A misses"}))
         sorting = cpu_s(lambda: viewer.set_trait("sort", "gain A to B, high first"))
         print(
-            f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: {1000 * sorting:.0f} ms"
+            f"filter ({viewer.count:,} left): {1000 * filtering:.0f} ms; sort: "
+            f"{1000 * sorting:.0f} ms"
         )
         steps = 50
         walking = cpu_s(lambda: [viewer.set_trait("index", place) for place in range(1, steps + 1)])
         print(
-            f"next sample: {1000 * walking / steps:.1f} ms, {len(json.dumps(viewer.view)) / 1000:.0f} kB to the page"
+            f"next sample: {1000 * walking / steps:.1f} ms, "
+            f"{len(json.dumps(viewer.view)) / 1000:.0f} kB to the page"
         )
 
 

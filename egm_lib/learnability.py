@@ -61,7 +61,8 @@ def select_learnable(
     right = np.flatnonzero(learner_N)
     if len(right) < len(hard):
         warnings.warn(
-            f"only {len(right):,} easy samples for {len(hard):,} hard ones: the learner gets no more right; taking all",
+            f"only {len(right):,} easy samples for {len(hard):,} hard ones: the learner gets no "
+            "more right; taking all",
             stacklevel=2,
         )
     if easy == "uniform":

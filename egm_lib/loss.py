@@ -148,5 +148,6 @@ def _check_arguments(
             )
     if advantages_B.shape != logps_B_T.shape[:1]:
         raise ValueError(
-            f"advantages_B must have shape {tuple(logps_B_T.shape[:1])}, got {tuple(advantages_B.shape)}"
+            f"advantages_B must have shape {tuple(logps_B_T.shape[:1])}, got "
+            f"{tuple(advantages_B.shape)}"
         )

@@ -1,9 +1,6 @@
-"""What every notebook does to show something: tables from files, figures from files, a training log
-as curves.
-"""
+"""What every notebook does to show something: tables, figures, samples, training logs, findings."""
 
 import io
-import json
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,30 +9,43 @@ import pandas as pd
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 
-from egm_lib.data.records import atomic_open
-from egm_lib.drawing import draw_picture
-from egm_lib.figures import build_figures
-from egm_lib.palette import look, new_figure, styled
-from egm_lib.profile import Run
-from egm_lib.tables import build_tables
+from egm_lib.data import eval_splits, split_id
+from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.scoring import load_predictions, score
+from egm_lib.files import read_jsonl
+from egm_lib.reports.figures import build_figures
+from egm_lib.reports.findings import findings
+from egm_lib.reports.tables import build_tables
+from egm_lib.run import Run
+from egm_lib.viewer.drawing import draw_image
+from egm_lib.viewer.palette import look, new_figure, styled
+
+
+def scored(run: Run, model: str, task: str = "vanilla") -> pd.DataFrame:
+    """The model's predictions on the splits of a task, with IoU and success; this seed alone."""
+    files = [run.predictions(model, split_id(*pair)) for pair in eval_splits(task)]
+    return score(load_predictions(files), run.profile.evaluation.rule)
+
+
+def show_findings(run: Run, *topics: str) -> None:
+    """What we see, in sentences made from the numbers of all seeds that were run."""
+    evaluation = run.profile.evaluation
+    results = Results(run.roots, evaluation.rule, evaluation.bootstrap_samples)
+    for topic in topics:
+        display(Markdown(findings(results, topic)))
 
 
 def show_tables(run: Run, *names: str) -> None:
-    """Rebuilds tables (such as "table4") from the files of all seeds that were run, and shows
-    them.
-    """
+    """Rebuilds tables (such as "table4") from the files of all seeds, and shows them."""
     evaluation = run.profile.evaluation
-    build_tables(
-        run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
-    )
+    draws = evaluation.bootstrap_samples
+    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=draws, only=names)
     for name in names:
         display(Markdown((run.figures / f"{name}.md").read_text(encoding="utf-8")))
 
 
 def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
-    """Redraws figures (such as "fig5") from the files of all seeds that were run; shows them with
-    their captions.
-    """
+    """Redraws figures (such as "fig5") from the files of all seeds; shows them with captions."""
     for drawn in build_figures(
         run.roots, run.figures, rule=run.profile.evaluation.rule, only=names
     ):
@@ -47,8 +57,9 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
 
 
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
-    """Pictures in a row with the ground truth (its hidden part hatched) and, for prediction rows,
-    the model's box.
+    """Images in a row with the ground truth, its hidden part hatched.
+
+    A prediction row also shows the model's box.
     """
     samples = list(samples)
     if not samples:
@@ -59,14 +70,15 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
             figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True
         ):
             answers = [(sample["box"], look(sample["model"]))] if "box" in sample else []
-            draw_picture(axis, sample, answers, root)
+            draw_image(axis, sample, answers, root)
             axis.set_title(textwrap.fill(sample["expression"], 34), fontsize=8, fontweight="normal")
         show(figure)
 
 
 def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
-    """A panel a column, a line a log (JSONL of a training); a column that no log has is left
-    out.
+    """A panel for each column, a line for each training log (JSON lines).
+
+    A column that no log has is left out.
     """
     frames = {name: pd.DataFrame(read_jsonl(path)) for name, path in logs.items() if path.exists()}
     shown = [column for column in columns if any(column in frame for frame in frames.values())]
@@ -89,22 +101,5 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
 def show(figure: Figure) -> None:
     """A figure as a PNG, in whatever shows this notebook."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=80)
     display(Image(buffer.getvalue()))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The rows of a JSONL file."""
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping]) -> int:
-    """Writes rows to a JSONL file, whole or not at all; returns their number."""
-    count = 0
-    with atomic_open(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count

@@ -11,7 +11,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from egm_lib.boxes import SUCCESS_IOU, Box, BoxFrame, frame_scale
-from egm_lib.peer_rules import PEER_RULES
+from egm_lib.scoring_rules import PEER_RULES
 
 RULES = ("egm", *PEER_RULES)
 MAX_GROUPS = 2000  # nobody answers with more boxes: what follows is a loop, and is not read
@@ -105,11 +105,11 @@ _BOX_MARKERS = ("bbox", "<box", "box_start")
 _NUMBERS = r"\s*+[-+.0-9][-+.0-9eE,\s]*+"
 _GROUPS = re.compile(
     rf"""
-    \[({_NUMBERS})([\]\[])                                       # [1, 2, 3, 4]; ended by "[": a list inside a list
+    \[({_NUMBERS})([\]\[])  # [1, 2, 3, 4]; ended by "[": a list inside a list
     | <box>({_NUMBERS})</box>                                    # <box>1, 2, 3, 4</box>
     | (<[-+.0-9][-+.0-9eE]*+>(?:\s*+<[-+.0-9][-+.0-9eE]*+>)*+)   # <1><2><3><4>
     | (\({_NUMBERS}\)(?:\s*+,?\s*+\({_NUMBERS}\))*+)             # (1, 2), (3, 4) or (1, 2, 3, 4)
-    | "(?<!box")(?<!box_2d")\s*+:\s*+"(?:[^"\\]++|\\.)*+"          # a JSON string's contents are no answer ...
+    | "(?<!box")(?<!box_2d")\s*+:\s*+"(?:[^"\\]++|\\.)*+"  # a JSON string is no answer ...
     | '(?<!box')(?<!box_2d')\s*+:\s*+'(?:[^'\\]++|\\.)*+'
     | '(?<!box')(?<!box_2d')\s*+:\s*+"(?:[^"\\]++|\\.)*+"
     | <ref>(?:[^<]++|<(?!/?ref>))*+</ref>                          # ... nor is a label

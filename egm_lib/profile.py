@@ -13,35 +13,34 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
-Family = Literal["qwen3-vl", "internvl-3"]
-Task = Literal["vanilla", "amodal"]
+from egm_lib.errors import EgmError
+from egm_lib.files import project_root
+from egm_lib.prompts import FamilyName, Task
+
 DType = Literal["float32", "bfloat16", "float16"]
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 
 
-class ProfileError(ValueError):
+class ProfileError(EgmError, ValueError):
     """A profile that does not exist or says what we do not understand; the message says where and
     how to mend it.
     """
 
 
-def project_root() -> Path:
-    """The checkout that holds this package; the working directory where the package was installed
-    elsewhere.
-    """
-    checkout = Path(__file__).resolve().parents[1]
-    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+MINI = "mini"  # base_url of the miniature world's teacher, in process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class Model:
     """A checkpoint: a folder of the project or a model hub id, and the prompt format it speaks."""
 
     path: str
-    family: Family
+    family: FamilyName
     dtype: DType
     revision: str | None = None  # of a hub id
     max_pixels: int | None = None
@@ -97,36 +96,22 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ways:
-    """Shares of the ways in which the miniature's teacher reasons (egm_lib.mini.language)."""
-
-    worked: float
-    concluding: float
-    restating: float
-
-    def __post_init__(self) -> None:
-        shares = (self.worked, self.concluding, self.restating)
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-            raise ProfileError(
-                "curation.teacher.ways: "
-                f"{self.worked:g}, {self.concluding:g} and {self.restating:g} are no shares of a "
-                "whole; give three numbers from 0 to 1 that add up to 1."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """A vision-language service; base_url "mini" is the miniature world's teacher, in process."""
 
     base_url: str
     model: str
-    temperature: float
+    temperature: float | None  # null: left out of the requests
     max_tokens: int
     concurrency: int
     price_per_mtok: Price | None = None
     # The environment variable that holds this service's key, never the key itself
     api_key_env: str = "OPENAI_API_KEY"
-    ways: Ways | None = None  # base_url "mini" alone; null: every trace is worked out
+    # What the service calls its limit on tokens. null: max_completion_tokens for OpenAI's reasoning
+    # models, else max_tokens; a service that refuses one of the two is asked with the other.
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
+    # More fields of every request, such as {top_p: 0.9}; one that the service refuses is left out
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +119,7 @@ class Curation:
     teacher: Teacher
     judges: tuple[Teacher, ...]
     limit: int | None = None
-    budget_usd: float | None = None
+    budget_usd: float | None = None  # of all tasks of a run together; paid services need one
     skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
 
 
@@ -156,14 +141,19 @@ class SFT:
     weight_decay: float
     max_grad_norm: float
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
     answer_label: bool = True  # whether an answer repeats the expression as its label
     max_length: int | None = None
+    max_pixels: int | None = None  # larger images are shrunk in SFT alone; null: as the checkpoint
+    # Processes that decode images beside the training, where each image is read with its row
+    dataloader_num_workers: int = 4
     max_steps: int | None = None  # stops earlier than the epochs
     max_minutes: float | None = None  # stops earlier than both
+    # Ours: a checkpoint of an 8B with its optimizer is 123 GB, minutes of writing
+    save_minutes: float = 30.0
     lora: Lora | None = None
 
 
@@ -174,6 +164,8 @@ class Selection:
     """
 
     num_easy: Literal["equal", "none"]
+    # What the reference answers: Sec. 4.2 needs the learner's misses; all: for the whole of Table 7
+    reference: Literal["misses", "all"] = "misses"
     easy: Literal["uniform", "iou-buckets"]
     # Fewer are filled up with others of the pool: a smoke test's models are too weak to select by
     fill_to: int = 0
@@ -203,7 +195,7 @@ class GRPO:
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     freeze_vision: bool
-    # With both frozen, what a picture looks like is computed once (egm_lib.vision_cache)
+    # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
     dtype: DType
     rollout_dtype: DType
@@ -275,62 +267,21 @@ class Profile:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files
-    in it.
-    """
-
-    profile: Profile
-    seed: int
-
-    @property
-    def root(self) -> Path:
-        return project_root() / "data" / "runs" / f"{self.profile.name}-{self.seed}"
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / "manifest.json"
-
-    def notebook(self, name: str) -> Path:
-        return self.root / "notebooks" / name
-
-    def samples(self, name: str) -> Path:
-        return self.root / "samples" / f"{name}.jsonl"
-
-    def traces(self, name: str) -> Path:
-        return self.root / "traces" / f"{name}.jsonl"
-
-    def log(self, name: str) -> Path:
-        return self.root / "logs" / name
-
-    def groups(self, task: str) -> Path:
-        return self.root / "groups" / f"{task}.jsonl"
-
-    def checkpoint(self, task: str, model: str) -> Path:
-        return self.root / "checkpoints" / task / model
-
-    def predictions(self, model: str, split_id: str) -> Path:
-        """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
-        return self.root / "predictions" / model / f"{split_id}.jsonl"
-
-    @property
-    def roots(self) -> list[Path]:
-        """The folders of all seeds of the profile that have been run."""
-        folders = [Run(self.profile, seed).root for seed in {*self.profile.seeds, self.seed}]
-        return sorted(folder for folder in folders if folder.is_dir())
-
-    @property
-    def figures(self) -> Path:
-        """Tables and figures, shared by the seeds of a profile."""
-        return project_root() / "figures" / self.profile.name
+def api_key(base_url: str, variable: str) -> str:
+    """The key of a service, from the environment only; local and in-process services need none."""
+    if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
+        raise ProfileError(
+            "api_key_env is the name of an environment variable, and what was given is no such name"
+        )
+    key = os.environ.get(variable, "")
+    if not key and not is_local(base_url):
+        raise ProfileError(f"no key for {base_url}: set the environment variable {variable}")
+    return key or "none"
 
 
-def open_run(profile: str, seed: int) -> Run:
-    """The first line of every notebook: the run of a profile's name and a seed, its folder made."""
-    run = Run(load_profile(profile), seed)
-    run.root.mkdir(parents=True, exist_ok=True)
-    return run
+def is_local(base_url: str) -> bool:
+    host = urlsplit(base_url).hostname or ""
+    return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
 def profile_names() -> list[str]:
@@ -362,7 +313,8 @@ def _raw(name: str) -> tuple[dict, dict]:
                 return _merge(values, variants[variant] or {}), variants
         known = [path.stem for path in PROFILES_DIR.glob("*.yaml")]
         raise ProfileError(
-            f"There is no profile {name!r}.{_nearest(name, known)} Known: {', '.join(sorted(known))}."
+            f"There is no profile {name!r}.{_nearest(name, known)} Known: "
+            f"{', '.join(sorted(known))}."
         )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -401,17 +353,19 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             if key not in hints:
                 hint = _nearest(str(key), list(hints)) or f" Known: {', '.join(hints)}."
                 raise ProfileError(f"{where}: unknown key {key!r}.{hint}")
-        required = [
-            field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
-        ]
-        for key in required:
-            if key not in value:
-                raise ProfileError(f"{where}: {key!r} is missing.")
+        for known in dataclasses.fields(kind):
+            required = known.default is known.default_factory is dataclasses.MISSING
+            if required and known.name not in value:
+                raise ProfileError(f"{where}: {known.name!r} is missing.")
         return kind(
             **{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()}
         )
     if origin in (types.UnionType, typing.Union):  # X | None
         return None if value is None else _build(args[0], value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ProfileError(f"{where}: expected fields and their values, got {value!r}.")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, list):
             raise ProfileError(f"{where}: expected a list, got {value!r}.")
@@ -441,12 +395,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="without a name, the known names are listed")
     name = parser.parse_args(argv).name
     try:
-        print(
-            "\n".join(profile_names())
-            if name is None
-            else json.dumps(load_profile(name).as_dict(), indent=2)
-        )
-    except ProfileError as error:
+        if name is None:
+            print("\n".join(profile_names()))
+        else:
+            print(json.dumps(load_profile(name).as_dict(), indent=2))
+    except ProfileError as error:  # as `egm_lib.cli` does, which stands above this module
         print(error, file=sys.stderr)
         return 2
     return 0

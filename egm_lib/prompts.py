@@ -8,10 +8,13 @@ are, to the letter.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from egm_lib.boxes import BoxFrame, convert
 
-TASKS = ("vanilla", "amodal")
+Task = Literal["vanilla", "amodal"]
+FamilyName = Literal["qwen3-vl", "internvl-3"]
+TASKS: tuple[Task, ...] = get_args(Task)
 # An answer that quoted one of these could not be taken apart again.
 PROTOCOL_TAGS = (
     "<think>",
@@ -29,7 +32,7 @@ PROTOCOL_TAGS = (
 class Family:
     """How one family of models is asked for a box, and how it answers."""
 
-    name: str
+    name: FamilyName
     frame: BoxFrame
     prompts: dict[str, str]  # by task
     # What the chat template has already written when the model starts; "" where nothing
@@ -98,7 +101,8 @@ FAMILIES: dict[str, Family] = {
         frame=BoxFrame.NORM_1000,
         prompts={
             "vanilla": "Locate {expression}, output its bbox coordinates using JSON format.",
-            "amodal": "Locate {expression} amodally, output its bbox coordinates using JSON format.",
+            "amodal": "Locate {expression} amodally, output its bbox coordinates using JSON "
+            "format.",
         },
         reasoning_opener="<think>\n",
         no_reasoning_prefix="</think>\n\n",
@@ -108,10 +112,10 @@ FAMILIES: dict[str, Family] = {
         name="internvl-3",
         frame=BoxFrame.NORM_1000,
         prompts={
-            "vanilla": "Please provide the bounding box coordinate of the region this sentence describes: "
-            "<ref>{expression}</ref>",
-            "amodal": "Please provide the amodal bounding box coordinate of the region this sentence describes: "
-            "<ref>{expression}</ref>",
+            "vanilla": "Please provide the bounding box coordinate of the region this sentence "
+            "describes: <ref>{expression}</ref>",
+            "amodal": "Please provide the amodal bounding box coordinate of the region this "
+            "sentence describes: <ref>{expression}</ref>",
         },
         reasoning_opener="",
         no_reasoning_prefix="<answer>",

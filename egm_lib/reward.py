@@ -43,7 +43,8 @@ def egm_reward(
     """
     if not len(completions) == len(gt_box) == len(image_wh):
         raise ValueError(
-            f"completions, gt_box and image_wh differ in length: {len(completions)}, {len(gt_box)}, {len(image_wh)}"
+            f"completions, gt_box and image_wh differ in length: {len(completions)}, "
+            f"{len(gt_box)}, {len(image_wh)}"
         )
     return [
         grounding_reward(
@@ -74,7 +75,8 @@ def compute_score(
         image_wh = info["width"], info["height"]
     else:
         raise ValueError(
-            f'extra_info must hold the image size as "width" and "height", or as "image_wh": {info!r}'
+            'extra_info must hold the image size as "width" and "height", or as "image_wh": '
+            f"{info!r}"
         )
     gt = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
     gt_px = convert(gt, BoxFrame(info.get("ground_truth_frame", "pixel")), BoxFrame.PIXEL, image_wh)

@@ -2,55 +2,63 @@
 
 `python -m egm_lib.sft --profile mini --seed 0 --task vanilla` reads the run's traces and writes
 `small-sft`.
-`--control direct` writes `small-direct-control`: the base trained further on the same samples
-without reasoning, for the minutes of SFT and GRPO together; `--control sft` writes
-`small-sft-control`: SFT continued for GRPO's minutes.
+`--control direct` writes `small-direct-control`: the base trained on the same samples without
+reasoning, on as many tokens as SFT and GRPO together. `--control sft` writes `small-sft-control`:
+SFT continued on as many tokens as GRPO sampled.
 
-The loss covers the assistant's answer and its end token only. With the vision frozen, pictures come
-from the vision cache and prompts about one picture share its prefix; without, or on several
-processes, TRL's plain forward is used.
+The loss covers the assistant's answer and its end token only. In one process and with all of the
+vision frozen, each image is encoded once, and prompts about it share its prefix. Otherwise TRL's
+plain forward is used.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from egm_lib.data import open_image, read_train, resolve_image
-from egm_lib.profile import SFT, Profile, Run
+from egm_lib.files import read_jsonl
+from egm_lib.inference.loading import load_processor
+from egm_lib.inference.shared_prefix import Reader
+from egm_lib.inference.vision_cache import freeze_vision
+from egm_lib.profile import SFT, Profile
 from egm_lib.prompts import FAMILIES, Family
-from egm_lib.shared_prefix import Reader, suffix_logps
-from egm_lib.training import (
-    Clock,
-    TimedSchedule,
-    TrainingError,
-    chat_text,
-    check_device,
-    check_memory,
-    common_options,
-    freeze_tower,
+from egm_lib.run import Run
+from egm_lib.training.checkpoints import (
     is_finished,
-    load_start,
-    logged_minutes,
-    lora_config,
     require_checkpoint,
     require_file,
-    stage_command,
     train_to,
     work_folder,
 )
-from egm_lib.vision_cache import freeze_vision
+from egm_lib.training.clock import Clock, logged_minutes, logged_tokens
+from egm_lib.training.command import stage_command
+from egm_lib.training.model_setup import (
+    TrainingError,
+    can_share_prefix,
+    common_options,
+    freeze_tower,
+    limit_pixels,
+    load_start,
+    lora_config,
+    use_one_gpu,
+)
+from egm_lib.training.preflight import check_device, check_memory
+from egm_lib.training.sft_trainers import (
+    PlainCollator,
+    PlainSFT,
+    SharedPrefixCollator,
+    SharedPrefixSFT,
+)
 
 MODELS = {None: "small-sft", "direct": "small-direct-control", "sft": "small-sft-control"}
 
@@ -67,7 +75,7 @@ def sft_options(options: SFT, work: Path, seed: int) -> dict:
         "warmup_steps": options.warmup_ratio,  # a number below 1 is a share of the steps
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
-        # TRL's truncation could cut a picture's tokens apart: ours is in `answer_ids`
+        # TRL's truncation could cut an image's tokens apart: ours is in `answer_ids`
         "max_length": None,
         "packing": False,
     }
@@ -82,10 +90,10 @@ def answer_rows(
     grid: int = 1,
     label: bool = True,
 ) -> Iterator[dict]:
-    """TRL's prompt/completion rows of samples with traces; `image` is a file. reasoning False: the
-    answer alone.
+    """TRL's prompt/completion rows of samples with traces; `image` is a file.
 
-    grid, label: as the profile's `sft.answer_grid` and `sft.answer_label`.
+    reasoning False: the answer alone. grid, label: the profile's `sft.answer_grid` and
+    `sft.answer_label`.
     """
     for sample in samples:
         text = family.answer(
@@ -105,13 +113,11 @@ def answer_rows(
 
 
 def read_traces(path: Path, root: Path, task: str) -> list[dict]:
-    """Samples with their `reasoning`; rows of sample_id and reasoning alone are joined to the
-    training samples.
+    """Samples with their `reasoning`.
+
+    Rows that hold sample_id and reasoning alone are joined to the training samples.
     """
-    require_file(path, "notebook 02 (vanilla) or 03 (amodal)")
-    rows = [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    rows = read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
     if not rows:
         raise TrainingError(f"{path} holds no trace: look at what the curation filters dropped.")
     if "gt_box" not in rows[0]:
@@ -120,169 +126,18 @@ def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     return rows
 
 
-class PictureSampler(Sampler[int]):
-    """Rows in random order, rows of one picture side by side (at most `together`), so that they
-    share its prefix.
+def sft_config(options: SFT, work: Path, seed: int) -> SFTConfig:
+    """TRL's configuration of the stage.
+
+    It comes before the model: DeepSpeed then divides the weights among the processes while they
+    are loaded.
     """
-
-    def __init__(self, pictures: list[str], together: int, seed: int):
-        self.together, self.seed, self.epoch, self.size = together, seed, 0, len(pictures)
-        codes_N = np.unique(np.asarray(pictures), return_inverse=True)[1]
-        self.rows_by_picture = np.split(
-            np.argsort(codes_N, kind="stable"), np.cumsum(np.bincount(codes_N))[:-1]
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        chunks = []
-        for rows in self.rows_by_picture:
-            rows = random.permutation(rows)
-            chunks += [
-                rows[start : start + self.together] for start in range(0, len(rows), self.together)
-            ]
-        for index in random.permutation(len(chunks)):
-            yield from chunks[index].tolist()
+    config = SFTConfig(**sft_options(options, work, seed))
+    use_one_gpu(config)
+    return config
 
 
-def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> list[int]:
-    """A row's answer and its end as tokens; cut where they and the `asked` ones before would pass
-    max_length.
-
-    Raises TrainingError where the question alone fills it.
-    """
-    ids = [
-        *tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"],
-        tokenizer.eos_token_id,
-    ]
-    if max_length is None:
-        return ids
-    if asked >= max_length:
-        raise TrainingError(
-            f"{row['image']}: picture and question take {asked} tokens, and sft.max_length is {max_length}: "
-            "raise it, or lower the model's max_pixels."
-        )
-    return ids[: max_length - asked]
-
-
-class SharedPrefixCollator:
-    """Rows -> one batch: a prefix for each picture, and for each row its question and answer as a
-    suffix of it.
-    """
-
-    def __init__(self, reader: Reader, processor, max_length: int | None):
-        self.reader, self.processor, self.max_length = reader, processor, max_length
-
-    def __call__(self, rows: list[dict]) -> dict:
-        prefixes: dict[str, int] = {}
-        prompts, group, suffixes, labels = [], [], [], []
-        for row in rows:
-            prompt = self.reader.prompt(
-                Path(row["image"]), chat_text(self.processor, row["prompt"])
-            )
-            if row["image"] not in prefixes:
-                prefixes[row["image"]] = len(prompts)
-                prompts.append(prompt.upto_picture())
-            group.append(prefixes[row["image"]])
-            question = prompt.ids[prompt.picture_end :]
-            answer = answer_ids(row, self.processor.tokenizer, len(prompt.ids), self.max_length)
-            suffixes.append(torch.tensor([*question, *answer]))
-            labels.append(torch.tensor([-100] * len(question) + answer))
-        attend = [torch.ones_like(suffix) for suffix in suffixes]
-        return {
-            "prefixes": prompts,
-            "group": torch.tensor(group),
-            "suffix": pad_sequence(suffixes, batch_first=True),
-            "attend": pad_sequence(attend, batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        }
-
-
-class PlainCollator:
-    """Rows -> one batch as any model takes it: picture, question and answer in a row, padded on the
-    right.
-    """
-
-    def __init__(self, processor, max_length: int | None):
-        self.processor, self.max_length = processor, max_length
-
-    def __call__(self, rows: list[dict]) -> dict:
-        encoded, ids, labels, kinds = [], [], [], []
-        for row in rows:
-            text = chat_text(self.processor, row["prompt"])
-            inputs = self.processor(
-                images=[open_image(row["image"])], text=[text], return_tensors="pt"
-            )
-            question = inputs.pop("input_ids")[0].tolist()
-            answer = answer_ids(row, self.processor.tokenizer, len(question), self.max_length)
-            ids.append(torch.tensor([*question, *answer]))
-            labels.append(torch.tensor([-100] * len(question) + answer))
-            if "mm_token_type_ids" in inputs:
-                kinds.append(
-                    torch.tensor(inputs.pop("mm_token_type_ids")[0].tolist() + [0] * len(answer))
-                )
-            inputs.pop("attention_mask")
-            encoded.append(inputs)
-        batch = {key: torch.cat([inputs[key] for inputs in encoded]) for key in encoded[0]}
-        batch |= {"mm_token_type_ids": pad_sequence(kinds, batch_first=True)} if kinds else {}
-        return batch | {
-            "input_ids": pad_sequence(
-                ids, batch_first=True, padding_value=self.processor.tokenizer.pad_token_id
-            ),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        }
-
-
-class SharedPrefixSFT(TimedSchedule, SFTTrainer):
-    """SFTTrainer on SharedPrefixCollator's batches: the same loss, each picture read once a
-    batch.
-    """
-
-    def __init__(self, *args, reader: Reader, clock: Clock, together: int, **kwargs):
-        self.reader, self.clock, self.together = reader, clock, together
-        super().__init__(*args, callbacks=[clock], **kwargs)
-        # The loss is over the tokens of all accumulation steps
-        self.model_accepts_loss_kwargs = True
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> PictureSampler:
-        return PictureSampler(
-            list((train_dataset or self.train_dataset)["image"]), self.together, self.args.seed
-        )
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        features = self.reader.features([prefix.picture for prefix in inputs["prefixes"]])
-        base = self.accelerator.unwrap_model(model)
-        keep = inputs["labels"] != -100
-        with self.accelerator.autocast():
-            logps, _ = suffix_logps(
-                getattr(base, "get_base_model", lambda: base)(),
-                inputs["prefixes"],
-                features,
-                inputs["group"],
-                inputs["suffix"],
-                inputs["attend"],
-                keep,
-            )
-        self._metrics["train"]["tokens"].append(float(keep.sum()))
-        self._metrics["train"]["rows"].append(float(len(keep)))
-        return -logps.sum() / (keep.sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-class PlainSFT(TimedSchedule, SFTTrainer):
-    """TRL's SFTTrainer with our clock, on PlainCollator's batches."""
-
-    def __init__(self, *args, clock: Clock, **kwargs):
-        self.clock = clock
-        super().__init__(*args, callbacks=[clock], **kwargs)
-
-
-def make_trainer(
+def make_sft_trainer(
     model,
     processor,
     rows: Iterable[Mapping],
@@ -293,48 +148,104 @@ def make_trainer(
     log: Path,
     seed: int,
     shared_prefix: bool | None = None,
+    config: SFTConfig | None = None,
 ):
-    """The trainer of a stage. rows: of `answer_rows`. shared_prefix None: where it is possible."""
+    """The trainer of the stage.
+
+    rows: of `answer_rows`. shared_prefix None: where it is possible. config: of `sft_config`, where
+    it was needed before the model.
+    """
     dataset = Dataset.from_list(list(rows))
-    config = SFTConfig(**sft_options(options, work, seed))
-    clock = Clock(log, options.max_minutes)
-    arguments = {"model": model, "args": config, "processing_class": processor, "clock": clock}
-    arguments |= {"peft_config": lora_config(options.lora)}
-    possible = (
-        family.name == "qwen3-vl"
-        and options.freeze_vision
-        and options.freeze_merger
-        and config.world_size == 1
-    )
-    if possible if shared_prefix is None else shared_prefix:
-        # It drops the keys and values that rows of a picture share
+    config = config or sft_config(options, work, seed)
+    clock = Clock(log, options.max_minutes, 60 * options.save_minutes)
+    arguments = {
+        "model": model,
+        "args": config,
+        "train_dataset": dataset,
+        "processing_class": processor,
+        "clock": clock,
+        "peft_config": lora_config(options.lora),
+    }
+    if shared_prefix is None:
+        shared_prefix = can_share_prefix(family, options, config)
+    if shared_prefix:
+        # It would drop the keys and values that rows of an image share
         config.gradient_checkpointing = False
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)
         together = max(1, options.per_device_train_batch_size // 4)
         return SharedPrefixSFT(
-            train_dataset=dataset,
-            data_collator=collator,
-            reader=reader,
-            together=together,
-            **arguments,
+            data_collator=collator, reader=reader, together=together, **arguments
         )
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
-    collator = PlainCollator(processor, options.max_length)
-    return PlainSFT(train_dataset=dataset, data_collator=collator, **arguments)
+    config.dataloader_num_workers = options.dataloader_num_workers
+    return PlainSFT(data_collator=PlainCollator(processor, options.max_length), **arguments)
 
 
-def minutes_for(run: Run, task: str, control: str | None) -> float | None:
-    """A control trains as long as what it is compared with did, by the logs of those stages."""
-    if control is None:
-        return run.profile.sft.max_minutes
-    stages = {"direct": ("sft", "grpo"), "sft": ("grpo",)}[control]
-    return sum(logged_minutes(run.log(f"{stage}-{task}.jsonl")) for stage in stages)
+def preview_batch(run: Run, task: str, count: int = 2) -> tuple[dict, PreTrainedTokenizerBase]:
+    """The first `count` traces of a run as a batch of the training, and the tokenizer to read it.
+
+    Loads neither model nor trainer. `labels` is -100 wherever the loss does not look.
+    """
+    profile, options = run.profile, run.profile.sft
+    small, family = profile.models.small, FAMILIES[profile.models.small.family]
+    processor = load_processor(small.location, small.family)
+    limit_pixels(processor, family, options.max_pixels)
+    traces = read_traces(run.traces(task), profile.data.path, task)[:count]
+    rows = _answer_rows(traces, profile, reasoning=True)
+    return PlainCollator(processor, options.max_length)(list(rows)), processor.tokenizer
+
+
+def _answer_rows(traces: list[dict], profile: Profile, *, reasoning: bool) -> Iterator[dict]:
+    options = profile.sft
+    return answer_rows(
+        traces,
+        FAMILIES[profile.models.small.family],
+        profile.data.path,
+        reasoning=reasoning,
+        grid=options.answer_grid,
+        label=options.answer_label,
+    )
+
+
+# What a control is compared with: it trains on as many tokens, or for as many minutes
+COMPARED = {"direct": ("sft", "grpo"), "sft": ("grpo",)}
+MEASURED_ROWS = 256  # ours: enough for the mean length of a row within 2 %
+
+
+def control_options(
+    run: Run, task: str, control: str, rows: Sequence[Mapping], processor, processes: int = 1
+) -> SFT:
+    """The SFT options of a control, which gets the compute of what it is compared with.
+
+    It takes as many steps as give the tokens in the logs of those stages; the sum is printed.
+    Where the profile limits SFT by minutes alone, it takes their minutes.
+    rows: of `answer_rows`. processor: as the training uses it.
+    """
+    options = run.profile.sft
+    logs = [run.log(f"{stage}-{task}.jsonl") for stage in COMPARED[control]]
+    if options.max_minutes and not options.max_steps:
+        minutes = sum(map(logged_minutes, logs))
+        return replace(options, max_minutes=minutes, num_train_epochs=10_000.0)
+    budgets = dict(zip(COMPARED[control], map(logged_tokens, logs), strict=True))
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * processes
+    per_step = batch * mean_tokens(rows, PlainCollator(processor, options.max_length))
+    steps = max(1, round(sum(budgets.values()) / per_step))
+    stated = " + ".join(f"{tokens:,} of {stage}" for stage, tokens in budgets.items())
+    print(f"{MODELS[control]}: {steps:,} steps x {per_step:,.0f} tokens, for {stated}")
+    return replace(options, max_steps=steps, max_minutes=None)
+
+
+def mean_tokens(rows: Sequence[Mapping], collator: PlainCollator) -> float:
+    """Mean tokens of a row, image and question included; of MEASURED_ROWS evenly spaced ones."""
+    measured = rows[:: -(-len(rows) // MEASURED_ROWS)]
+    return sum(int(collator([row])["attention_mask"].sum()) for row in measured) / len(measured)
 
 
 def run_sft(run: Run, task: str, *, control: str | None = None, output: str | None = None) -> Path:
-    """Trains a run's SFT model, or one of its controls; returns its folder. A finished one is left
-    as it is.
+    """Trains a run's SFT model, or one of its controls; returns its folder.
+
+    A finished model is left as it is.
     """
     profile, name = run.profile, output or MODELS[control]
     out = run.checkpoint(task, name)
@@ -343,73 +254,75 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
     small, family = profile.models.small, FAMILIES[profile.models.small.family]
     start = small.location
     if control == "sft":
-        start = str(
-            require_checkpoint(run, task, MODELS[None], f"`python -m egm_lib.sft --task {task}`")
-        )
-    options = profile.sft
+        made_by = f"`python -m egm_lib.sft --task {task}`"
+        start = str(require_checkpoint(run, task, MODELS[None], made_by))
+    options, work = profile.sft, work_folder(out)
     check_device(options.dtype, "sft")
     check_memory(profile, "sft", start)
     traces = read_traces(run.traces(task), profile.data.path, task)
+    rows = list(_answer_rows(traces, profile, reasoning=control != "direct"))
     if control:
-        # Epochs without end: a control's budget is its minutes.
-        steps = {"max_steps": options.max_steps, "num_train_epochs": options.num_train_epochs}
-        if options.max_steps is None:
-            steps = {"max_steps": None, "num_train_epochs": 10_000.0}
-        options = replace(options, max_minutes=minutes_for(run, task, control), **steps)
-    rows = answer_rows(
-        traces,
-        family,
-        profile.data.path,
-        reasoning=control != "direct",
-        grid=options.answer_grid,
-        label=options.answer_label,
-    )
+        processor = load_processor(start, small.family)
+        limit_pixels(processor, family, options.max_pixels)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        options = control_options(run, task, control, rows, processor, processes)
+    config = sft_config(options, work, run.seed)
     # Full training keeps float32 weights under autocast; with LoRA the frozen base may be small.
     model, processor = load_start(start, small, options.dtype if options.lora else "float32")
+    limit_pixels(processor, family, options.max_pixels)
     stage = "sft" if control is None else f"sft-control-{control}"
-    log = run.log(f"{stage}-{task}.jsonl")
-    trainer = make_trainer(
-        model, processor, rows, family, options, work=work_folder(out), log=log, seed=run.seed
+    trainer = make_sft_trainer(
+        model,
+        processor,
+        rows,
+        family,
+        options,
+        work=work,
+        log=run.log(f"{stage}-{task}.jsonl"),
+        seed=run.seed,
+        config=config,
     )
-    return train_to(trainer, processor, out)
+    # The start's own processor: max_pixels is SFT's, not the model's
+    return train_to(trainer, load_processor(start, small.family, small.max_pixels), out)
 
 
-def dry_run(
+def sft_dry_run(
     profile: Profile, seed: int, task: str, control: str | None, output: str | None
 ) -> dict:
     """What would be trained, under TRL's own option names; loads no model."""
     run = Run(profile, seed)
     out = run.checkpoint(task, output or MODELS[control])
-    own = {
+    stage = {
         "stage": "sft",
         "task": task,
         "control": control,
         "model": profile.models.small.path,
         "output": str(out),
+        "traces": str(run.traces(task)),
+        "max_minutes": profile.sft.max_minutes,
+        "max_pixels": profile.sft.max_pixels,
+        "freeze_vision": profile.sft.freeze_vision,
+        "freeze_merger": profile.sft.freeze_merger,
     }
-    own |= {"traces": str(run.traces(task)), "max_minutes": profile.sft.max_minutes}
-    own |= {"freeze_vision": profile.sft.freeze_vision, "freeze_merger": profile.sft.freeze_merger}
-    return own | sft_options(profile.sft, work_folder(out), seed)
+    return stage | sft_options(profile.sft, work_folder(out), seed)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--control", choices=("direct", "sft"))
+    parser.add_argument("--output", help="name of the model; default: small-sft, or the control's")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
+
+
+def _train(run: Run, args: argparse.Namespace) -> object:
+    if args.dry_run:
+        return json.dumps(
+            sft_dry_run(run.profile, run.seed, args.task, args.control, args.output), indent=2
+        )
+    return run_sft(run, args.task, control=args.control, output=args.output)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m egm_lib.sft", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--control", choices=("direct", "sft"))
-    parser.add_argument(
-        "--output", help="name of the model; small-sft or the control's name where it is not given"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
-
-    def act(run: Run, args: argparse.Namespace) -> object:
-        if args.dry_run:
-            return json.dumps(
-                dry_run(run.profile, run.seed, args.task, args.control, args.output), indent=2
-            )
-        return run_sft(run, args.task, control=args.control, output=args.output)
-
-    return stage_command(parser, argv, act)
+    return stage_command("sft", __doc__.split("\n")[0], argv, _train, add_options=_options)
 
 
 if __name__ == "__main__":

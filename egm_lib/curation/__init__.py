@@ -1,3 +1,1 @@
-"""Curation with VLM services (Sections 3 and 4.1): traces, amodal expressions, verification,
-failure judgements.
-"""
+"""Curation: traces, amodal expressions, verification, failure causes (Sec. 3 and 4.1)."""

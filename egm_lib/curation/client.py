@@ -18,28 +18,21 @@ import openai
 from tqdm import tqdm
 
 from egm_lib.curation.batch import run_batches
-from egm_lib.curation.cost import Budget, Estimate, cost_usd
+from egm_lib.curation.cost import CostEstimate, SpendingCap, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
-from egm_lib.curation.plan import Plan, Receipts, Report, Request
-from egm_lib.curation.results import First, count_checked, write_output
-from egm_lib.curation.services import (
-    MINI,
-    CurationError,
-    Refused,
-    api_key,
-    connect,
-    refuses_everything,
-)
-from egm_lib.curation.tasks import TASKS, Task
-from egm_lib.profile import Teacher
+from egm_lib.curation.outputs import First, count_checked, write_output
+from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts, Report
+from egm_lib.curation.services import CurationError, Refused, connect, refuses_everything
+from egm_lib.curation.tasks import TASKS, CurationTask
+from egm_lib.profile import MINI, Teacher, api_key
 
-# A reply that is no chat completion (half a JSON, an error page with status 200) is asked for again
-READ_TRIES = 3
+READ_TRIES = 3  # a reply that is no answer (half a JSON, an error page) is asked for again
+LEARN_TRIES = 16  # refusals that a request may learn from; no service refuses so many options
 SYNC_S = 5.0
 
 
 def run_task(
-    task: Task,
+    task: CurationTask,
     samples: Iterable[Mapping],
     teacher: Teacher,
     *,
@@ -54,17 +47,17 @@ def run_task(
     max_retries: int = 12,
     progress: bool = True,
 ) -> Report:
-    """Ask a service about every sample that the ledger does not answer yet, filter, write `out`.
+    """Ask a service about every sample that the ledger does not answer yet; filter; write `out`.
 
-    samples: iterated several times (a list, a Dataset, JsonlSamples); root: what their `image` is
-    relative to.
-    out: a row a sample in their order, {sample_id, answer, status, filter, error, usage, raw, task,
-    model, key}; status "ok", "filtered" (filter says why) or "failed"; a sample not asked yet has
-    none. limit: the first so many samples.
-    budget_usd: cap on all that this ledger has paid and will pay. The service's key comes from the
-    environment variable that the teacher names. Ctrl-C waits for the requests under way; the same
-    call then goes on where it stopped. Runs in notebooks too.
-    Raises CurationError, LedgerError; what was answered until then stays in the ledger.
+    samples: a list, a Dataset or JsonlSamples, since they are iterated several times. root: the
+    folder that their `image` is relative to. limit: the first so many samples.
+    out: one row per sample, in their order: {sample_id, answer, status, filter, error, usage, raw,
+    task, model, key}. status is "ok", "filtered" (filter says why) or "failed" (error says why). A
+    sample that was not asked yet has no row.
+    budget_usd: cap on all that this ledger has paid and will pay. The key comes from the
+    environment variable that the teacher names.
+    Ctrl-C waits for the requests under way; the same call then continues. Runs in notebooks too.
+    Raises CurationError, LedgerError or ProfileError; answers that were paid stay in the ledger.
     """
     names = {name for some in TASKS.values() for name, _ in some.filters}
     if unknown := set(skip_filters) - names:
@@ -74,11 +67,6 @@ def run_task(
     if budget_usd is not None and teacher.price_per_mtok is None:
         raise CurationError(
             f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile"
-        )
-    if teacher.ways and teacher.base_url != MINI:
-        raise CurationError(
-            f"only the miniature's teacher takes `ways`, and {teacher.model} is another one; leave "
-            "curation.teacher.ways out of the profile"
         )
     if batch and teacher.base_url == MINI:
         raise CurationError("the miniature world's teacher has no batches; leave --batch out")
@@ -91,7 +79,8 @@ def run_task(
     key = api_key(teacher.base_url, teacher.api_key_env)
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     total = count_checked(task, plan.samples)
-    report, refused, started = Report(task.name, teacher.model), None, time.monotonic()
+    report = Report(task.name, teacher.model, out=Path(out))
+    refused, started = None, time.monotonic()
     with Ledger(ledger) as book, _progress(task.name, total, progress) as bar:
         receipts = Receipts(plan, book, report, key, batch=batch)
         stop = threading.Event()
@@ -101,14 +90,14 @@ def run_task(
         if batch:
             work = run_batches(client, plan, receipts, budget_usd, stop, bar)
         else:
-            # Of one sample, its retries and their pauses included
-            deadline_s = (max_retries + 1) * (timeout_s + 60)
+            deadline_s = (max_retries + 1) * (timeout_s + 60)  # of a sample, with all retries
             work = _Asker(client, plan, receipts, budget_usd, stop, bar, deadline_s).run()
         try:
             _run_anywhere(work, stop)
         except Refused as error:
             refused = error
         report.wall_s = time.monotonic() - started
+        report.notes += plan.options.notes
         write_output(plan, book, out, frozenset(skip_filters), report)
     if refused:
         raise refused
@@ -133,23 +122,18 @@ class _Asker:
         bar: tqdm,
         deadline_s: float,
     ) -> None:
-        self.client, self.plan, self.receipts, self.stop, self.bar = (
-            client,
-            plan,
-            receipts,
-            stop,
-            bar,
-        )
-        self.deadline_s = deadline_s
-        self.budget = Budget(budget_usd, receipts.ledger)
+        self.client, self.plan, self.receipts = client, plan, receipts
+        self.stop, self.bar, self.deadline_s = stop, bar, deadline_s
+        self.budget = SpendingCap(budget_usd, receipts.ledger)
         self.patience = max(100, 4 * plan.teacher.concurrency)  # failures in a row
         self.failures_in_a_row = 0
         self.under_way: set[str] = set()
         self.error: Exception | None = None
 
     async def run(self) -> None:
-        """Ask about all pending samples; raises Refused or LedgerError when all requests under way
-        have ended.
+        """Ask about all pending samples.
+
+        Raises Refused or LedgerError, after the requests under way have ended.
         """
         pending = self.plan.pending(self.receipts.ledger, self.under_way)
         async with self.client, asyncio.TaskGroup() as tasks:
@@ -161,14 +145,14 @@ class _Asker:
         if self.error:
             raise self.error
 
-    async def _work(self, pending: Iterator[Request | None]) -> None:
+    async def _work(self, pending: Iterator[CurationRequest | None]) -> None:
         passed = 0
         while not self.stop.is_set() and (request := next(pending, self)) is not self:
             if request is None:
                 passed += 1
                 self.bar.update()
-                if passed % 64 == 0:  # let replies in
-                    await asyncio.sleep(0)
+                if passed % 64 == 0:
+                    await asyncio.sleep(0)  # lets replies in
                 continue
             try:
                 await self._ask(request)
@@ -179,7 +163,7 @@ class _Asker:
             self.bar.update()
             self.bar.set_postfix_str(f"{self.receipts.ledger.cost_usd:.4f} USD", refresh=False)
 
-    async def _ask(self, request: Request) -> None:
+    async def _ask(self, request: CurationRequest) -> None:
         """One sample's way to a record in the ledger."""
         try:
             body = await asyncio.to_thread(self.plan.body, request)
@@ -194,40 +178,56 @@ class _Asker:
         self.receipts.report.asked += 1
         try:
             async with asyncio.timeout(self.deadline_s):
-                await self._fetch(request, body)
-            self.failures_in_a_row = 0
+                fault = await self._fetch(request, body)
         except (openai.OpenAIError, TimeoutError) as error:
             if reason := refuses_everything(error):
                 raise Refused(self.receipts.redact(reason)) from None
-            self.receipts.fail(request, f"{type(error).__name__}: {str(error)[:500]}")
-            self.failures_in_a_row += 1
-            if self.failures_in_a_row >= self.patience:
-                self._end(
-                    f"{self.patience} requests in a row failed; run again when the service is well"
-                )
+            fault = f"{type(error).__name__}: {str(error)[:500]}"
         finally:
             await self.budget.give_back(at_most_usd)
+        if fault is None:
+            self.failures_in_a_row = 0
+            return
+        self.receipts.fail(request, fault)
+        self.failures_in_a_row += 1
+        if self.failures_in_a_row >= self.patience:
+            self._end(
+                f"{self.patience} requests in a row failed; run again when the service is well"
+            )
 
-    async def _fetch(self, request: Request, body: dict) -> None:
-        name = quote(request.sample_id, safe=" :/+,=@#")
-        options = {"headers": {"X-EGM-Sample": name, "X-EGM-Task": self.plan.task.name}}
+    async def _fetch(self, request: CurationRequest, body: dict) -> str | None:
+        """Ask until there is an answer in the ledger; returns what went wrong where there is none.
+
+        Raises openai.OpenAIError.
+        """
         for attempt in range(READ_TRIES):
             started = time.monotonic()
-            # The SDK's retries without its typed request and answer, which cost more than the
-            # connection does.
-            response = await self.client.post(
-                "/chat/completions", cast_to=httpx2.Response, body=body, options=options
-            )
+            response = await self._post(request, body)
             # Paid from here on: nothing may wait or fail before it is in the ledger.
-            if self.receipts.receive(
-                request, response.text, latency_ms=round(1000 * (time.monotonic() - started), 1)
-            ):
-                return
+            latency_ms = round(1000 * (time.monotonic() - started), 1)
+            fault = self.receipts.receive(request, response.text, latency_ms=latency_ms)
+            if fault is None:
+                return None
             await asyncio.sleep(2.0**attempt)
-        last = response.text[:200]
-        self.receipts.fail(
-            request, f"{READ_TRIES} replies that are no chat completions, the last {last!r}"
-        )
+        return f"{READ_TRIES} replies were no answers; of the last one, {fault}"
+
+    async def _post(self, request: CurationRequest, body: dict) -> httpx2.Response:
+        """Send a request; one that the service refuses for an option is sent as it accepts it."""
+        name = quote(request.sample_id, safe=" :/+,=@#", errors="replace")
+        headers = {"headers": {"X-EGM-Sample": name, "X-EGM-Task": self.plan.task.name}}
+        for attempt in range(LEARN_TRIES):
+            sent = self.plan.options.sent
+            try:
+                # The SDK's retries without its typed request and answer, which cost more time than
+                # the connection does.
+                return await self.client.post(
+                    "/chat/completions", cast_to=httpx2.Response, body=body | sent, options=headers
+                )
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                message = f"{error.param or ''} {error}"
+                if attempt + 1 == LEARN_TRIES or not self.plan.options.learn(message, sent):
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def _end(self, reason: str) -> None:
         self.receipts.report.stopped = self.receipts.report.stopped or reason
@@ -240,8 +240,9 @@ class _Asker:
 
 
 def _run_anywhere(work: Coroutine, stop: threading.Event) -> None:
-    """asyncio.run, in its own thread where a loop runs already (notebooks). Ctrl-C sets `stop`, a
-    second one raises.
+    """asyncio.run, in a thread of its own where a loop runs already, as in notebooks.
+
+    Ctrl-C sets `stop`; a second one raises KeyboardInterrupt.
     """
     try:
         asyncio.get_running_loop()
@@ -273,7 +274,7 @@ def _stopping_gently(stop: threading.Event) -> Iterator[None]:
         stop.set()
         restore()
         print(
-            "\nstopping when the requests under way have ended; once more drops them",
+            "\nstopping when the requests under way have ended; press Ctrl-C again to drop them",
             file=sys.stderr,
         )
 
@@ -286,7 +287,7 @@ def _stopping_gently(stop: threading.Event) -> Iterator[None]:
 
 
 def estimate(
-    task: Task,
+    task: CurationTask,
     samples: Iterable[Mapping],
     teacher: Teacher,
     *,
@@ -294,7 +295,7 @@ def estimate(
     root: Path,
     limit: int | None = None,
     batch: bool = False,
-) -> Estimate:
+) -> CostEstimate:
     """What `run_task` would ask and cost; asks nothing, needs no key."""
     plan = Plan(task, First(samples, limit), teacher, Path(root))
     count_checked(task, plan.samples)
@@ -308,9 +309,11 @@ def estimate(
             prompt += request.prompt_tokens
             at_most_usd += plan.at_most_usd(request, batch=batch)
     completion = requests * task.reply_tokens
-    basis = "picture tiles as gpt-4.1 counts them, 4 characters a token, a typical answer's length"
+    basis = "image tiles as gpt-4.1 counts them, 4 characters a token, a typical answer's length"
     if mean:
         prompt, completion = round(requests * mean[0]), round(requests * mean[1])
         basis = "the mean of the ledger's answers"
     cost = cost_usd(prompt, completion, teacher.price_per_mtok, batch=batch)
-    return Estimate(requests, prompt, completion, cost, at_most_usd, basis, teacher.price_per_mtok)
+    return CostEstimate(
+        requests, prompt, completion, cost, at_most_usd, basis, teacher.price_per_mtok
+    )

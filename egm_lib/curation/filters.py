@@ -1,10 +1,10 @@
-"""Why an answer is dropped: pure, named functions of a reply and its sample, so that they can be
-re-run for nothing.
+"""Why an answer is dropped: pure, named functions of a reply and its sample.
 
-True means drop. Which filters a task uses, and in which order, stands in `tasks.TASKS`; a run may
-leave some out by name. (Deviation: the mini profile leaves out "coordinates" and
-"too-many-sentences". Its traces list places as bare 0..1000 integers, one short sentence a step: a
-vocabulary of a thousand words has no finer way to say where things are.)
+True means drop. They read what the ledger holds, so running them again costs nothing.
+`tasks.TASKS` says which filters a task uses and in which order; a profile may skip some by name.
+The mini profile skips "coordinates" and "too-many-sentences": its traces list places as bare
+integers from 0 to 1000, in one short sentence a step, because its small vocabulary has no finer way
+to say where things are (docs/deviations.md, 13).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from egm_lib.curation.replies import DECLINED
+
 
 @dataclass(frozen=True)
-class Reply:
-    """One reply of a service as the ledger keeps it; answer: what the task's reader found in its
-    text.
+class TeacherReply:
+    """One reply of a service, without its reasoning.
+
+    answer: what the task's reader found in the text.
     """
 
     text: str
@@ -26,7 +29,7 @@ class Reply:
     answer: str | None = None
 
 
-Filter = Callable[[Reply, Mapping], bool]
+Filter = Callable[[TeacherReply, Mapping], bool]
 
 
 def _pattern(*alternatives: str) -> re.Pattern:
@@ -34,8 +37,8 @@ def _pattern(*alternatives: str) -> re.Pattern:
 
 
 _REFUSAL = re.compile(
-    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e | unfortunately,?\ i\b
-    | as\ an\ ai\b
+    r"""\s*(?:(?:i['’]?m|i\ am)\ (?:very\ |so\ )?sorry | sorry\b | i\ apologi[sz]e
+    | unfortunately,?\ i\b | as\ an\ ai\b
     | (?:i|we)\ (?:can['’]?t | can\ ?not | am\ (?:un|not\ )able\ to | won['’]?t | will\ not) \b
     | (?:i|we)['’](?:m|re)\ (?:un|not\ )able\ to)""",
     re.IGNORECASE | re.VERBOSE,
@@ -46,17 +49,23 @@ _PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|fra
 _DRAWN = _pattern(
     rf"bounding[- ]?{_FRAME}",
     "bbox(?:es)?",
-    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?|outlined|boxed|framed|lines?)",
+    rf"green[- ](?:\w+ )?(?:{_FRAME}|mark|marker|marking|highlight(?:ing|ed)?"
+    "|outlined|boxed|framed|lines?)",
     "blue (?:box|rectangle|outline)",
-    rf"(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated) {_FRAME}",
+    "(?:drawn|marked|labell?ed|target|annotated|annotation|highlighted|given|provided|indicated)"
+    f" {_FRAME}",
     rf"{_PASSIVE} (?:in|with|by) (?:a |an |the )?(?:\w+ )?(?:green|{_FRAME})",
-    r"the (?:marked|highlighted|outlined|boxed|annotated) (?:object|region|area|one|person|man|woman|item|part)",
-    r"(?:object|region|area|one) (?:that is |which is |is )?(?:marked|highlighted|outlined|boxed|annotated)",
+    "the (?:marked|highlighted|outlined|boxed|annotated)"
+    " (?:object|region|area|one|person|man|woman|item|part)",
+    "(?:object|region|area|one) (?:that is |which is |is )?"
+    "(?:marked|highlighted|outlined|boxed|annotated)",
     rf"{_FRAME} labell?ed",
 )
-_SOME_BOX = _pattern(  # of a drawn box, unless the scene has a thing that is a box or a frame
+# Means the drawn box, unless the scene has a thing that is a box or a frame
+_SOME_BOX = _pattern(
     r"(?:inside|within|by|in|from) (?:the|this|that) (?:box|rectangle)",
-    r"(?:the|this|that) (?:box|rectangle) (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
+    "(?:the|this|that) (?:box|rectangle)"
+    " (?:is|shows|marks|covers|indicates|surrounds|encloses|contains|around)",
     r"(?:box|rectangle|mark|outline) (?:drawn|around (?:the|it|him|her|them))",
 )
 _IS_BOX = _pattern(_FRAME)
@@ -67,7 +76,8 @@ _GROUND_TRUTH = _pattern(
     "ground[- ]?truth",
     "gt box",
     rf"{_GIVEN} {_ANSWER}",
-    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been) (?:already )?{_GIVEN}",
+    rf"(?:{_ANSWER}|target|object) (?:(?:that )?(?:is|was|are|were)|ha(?:s|ve) been)"
+    rf" (?:already )?{_GIVEN}",
     "as (?:given|provided|indicated|annotated)",
     "the target (?:object|box|region|mark)",
     f"already {_GIVEN}",
@@ -84,12 +94,12 @@ _COORDINATES = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-_PICTURE = r"(?:image|picture|photo|photograph|frame|scene|canvas)"
+_IMAGE_WORD = r"(?:image|picture|photo|photograph|frame|scene|canvas)"
 _LIMIT = r"(?:boundary|boundaries|borders?|edges?|limits?)"
 _BOUNDARY = _pattern(
-    rf"{_PICTURE}(?:['’]s)?(?: \w+)? {_LIMIT}",
-    rf"{_LIMIT} of the {_PICTURE}",
-    rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_PICTURE}",
+    rf"{_IMAGE_WORD}(?:['’]s)?(?: \w+)? {_LIMIT}",
+    rf"{_LIMIT} of the {_IMAGE_WORD}",
+    rf"(?:beyond|outside|out of|past|leav(?:es|ing)) (?:of )?(?:the )?{_IMAGE_WORD}",
 )
 
 _SENTENCE_END = re.compile(
@@ -106,8 +116,9 @@ _DIRECTION_WORDS = {
     **dict.fromkeys(("left", "leftward", "leftwards"), "to the left"),
     **dict.fromkeys(("right", "rightward", "rightwards"), "to the right"),
 }
+# What may stand between the verb and the direction
 _BETWEEN = frozenset(
-    (  # what may stand between verb and direction
+    [
         "further",
         "also",
         "out",
@@ -134,34 +145,38 @@ _BETWEEN = frozenset(
         "it",
         "this",
         "of",
-    )
+    ]
 )
 
 
-def refusal(reply: Reply, sample: Mapping) -> bool:
-    """The service declined: its own field, its content filter, or an answer that opens with an
-    apology.
-    """
+def refusal(reply: TeacherReply, sample: Mapping) -> bool:
+    """The service declined: in its own field, by its filter, or in a text that apologises."""
     return (
         bool(reply.refusal)
-        or reply.finish_reason == "content_filter"
+        or (reply.finish_reason or "").lower() in DECLINED
         or bool(_REFUSAL.match(reply.text))
     )
 
 
-def truncated(reply: Reply, sample: Mapping) -> bool:
+def truncated(reply: TeacherReply, sample: Mapping) -> bool:
     """The answer ended at the token limit."""
     return reply.finish_reason == "length"
 
 
-def empty(reply: Reply, sample: Mapping) -> bool:
+def unfinished(reply: TeacherReply, sample: Mapping) -> bool:
+    """The answer ended for any reason but its own end, which is "stop", and the token limit."""
+    return reply.finish_reason not in ("stop", "length")
+
+
+def empty(reply: TeacherReply, sample: Mapping) -> bool:
     """Nothing but white space and punctuation."""
     return not re.search(r"\w", reply.text)
 
 
-def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
-    """Speaks of the drawn box, its label or its colour as a mark; a thing that is itself a box is
-    no mention.
+def mentions_drawn_box(reply: TeacherReply, sample: Mapping) -> bool:
+    """Speaks of the drawn box, its label or its colour as a mark.
+
+    A thing of the scene that is itself a box is no mention.
     """
     expression = sample["expression"].lower()
     if (
@@ -172,18 +187,18 @@ def mentions_drawn_box(reply: Reply, sample: Mapping) -> bool:
     return bool(_SOME_BOX.search(reply.text)) and not _IS_BOX.search(expression)
 
 
-def names_ground_truth(reply: Reply, sample: Mapping) -> bool:
+def names_ground_truth(reply: TeacherReply, sample: Mapping) -> bool:
     """Treats the answer as given instead of finding it."""
     return bool(_GROUND_TRUTH.search(reply.text))
 
 
-def coordinates(reply: Reply, sample: Mapping) -> bool:
+def coordinates(reply: TeacherReply, sample: Mapping) -> bool:
     """Coordinates or pixel values."""
     return bool(_COORDINATES.search(reply.text))
 
 
-def image_boundary(reply: Reply, sample: Mapping) -> bool:
-    """Speaks of the picture's own border (Fig. 11 forbids it: a whole object may lie beyond)."""
+def image_boundary(reply: TeacherReply, sample: Mapping) -> bool:
+    """Speaks of the image's own border (Fig. 11 forbids it: a whole object may lie beyond)."""
     return bool(_BOUNDARY.search(reply.text))
 
 
@@ -199,21 +214,20 @@ def more_sentences_than(limit: int) -> Filter:
     return lambda reply, sample: count_sentences(reply.text) > limit
 
 
-def no_answer(reply: Reply, sample: Mapping) -> bool:
+def no_answer(reply: TeacherReply, sample: Mapping) -> bool:
     """The text does not hold what was asked for: YES or NO, or exactly one category."""
     return reply.answer is None
 
 
-def rejected(reply: Reply, sample: Mapping) -> bool:
+def rejected(reply: TeacherReply, sample: Mapping) -> bool:
     """Verification says that the expression does not identify the object."""
     return reply.answer == "NO"
 
 
-def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
-    """An amodal trace that names a direction in which the object does not extend, or none of those
-    in which it does.
+def wrong_direction(reply: TeacherReply, extensions: list[tuple[str, str]]) -> bool:
+    """An amodal trace that names a wrong direction, or none although there is one.
 
-    extensions: (direction, degree) pairs of `tasks.extensions`.
+    extensions: (direction, degree) pairs of `directions.extensions`.
     """
     wanted, named = {direction for direction, _ in extensions}, named_directions(reply.text)
     return bool(named - wanted) or bool(wanted and not named)
@@ -222,9 +236,9 @@ def wrong_direction(reply: Reply, extensions: list[tuple[str, str]]) -> bool:
 def named_directions(text: str) -> set[str]:
     """Directions in which a trace says that the object extends.
 
-    "upward", "leftward" and the like count anywhere; "left", "right", "top" and the like only
-    behind a verb of extending with nothing but filling words between, since they also say where
-    things are.
+    "upward", "leftward" and the like count anywhere. "left", "right", "top" and the like also say
+    where things are, so they count only after a verb of extending, with nothing but filling words
+    between.
     """
     named = {
         _DIRECTION_WORDS[word]

@@ -1,10 +1,7 @@
-"""Failure causes named by several judges: one file of judgements, and how far the judges agree
-(Tables 1 and 12).
-"""
+"""Failure causes named by several judges, and how far the judges agree (Tables 1 and 12)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -13,41 +10,37 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.inter_rater import aggregate_raters, cohens_kappa, fleiss_kappa
 
-from egm_lib.curation.results import JsonlSamples
+from egm_lib.curation.outputs import read_output
 from egm_lib.curation.tasks import CAUSES
-from egm_lib.data.records import atomic_open
+from egm_lib.files import write_jsonl
 
 
 def write_judgements(path: Path, outs: Mapping[str, Path]) -> int:
     """Gather outputs of task `failure` into rows {sample_id, judge, cause}; returns their number.
 
-    outs: judge -> output file. A failure that a judge gave no verdict on has no row of that judge.
+    outs: judge -> output file. A failure without a verdict of a judge has no row of that judge.
     """
-    count = 0
-    with atomic_open(Path(path)) as file:
-        for judge, out in outs.items():
-            for row in JsonlSamples(out):
-                if row["status"] == "ok":
-                    verdict = {
-                        "sample_id": row["sample_id"],
-                        "judge": judge,
-                        "cause": row["answer"],
-                    }
-                    file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
-                    count += 1
-    return count
+    return write_jsonl(
+        path,
+        (
+            {"sample_id": row["sample_id"], "judge": judge, "cause": row["answer"]}
+            for judge, out in outs.items()
+            for row in read_output(out)
+            if row["status"] == "ok" and row.get("answer") in CAUSES
+        ),
+    )
 
 
 def agreement(
     judgements: pd.DataFrame, clusters: Mapping[str, str] | None = None, *, draws: int = 500
 ) -> pd.DataFrame:
-    """Agreement of judges on the failures that all of them judged: a row a pair, and one for all.
+    """Agreement on the failures that all judges judged: one row per pair, and one for all.
 
-    judgements: columns sample_id, judge, cause. clusters: sample_id -> picture, the unit that
-    Fleiss' bootstrap draws.
-    Columns: percent (of equal verdicts; for all: unanimous ones), kappa (Cohen's; for all:
-    Fleiss'), low, high (95 %; Cohen's from its standard error, Fleiss' by bootstrap), n. A kappa is
-    nan where every verdict is the same.
+    judgements: columns sample_id, judge, cause. clusters: sample_id -> image, the unit that the
+    bootstrap draws.
+    Columns: percent of equal verdicts (for all: unanimous ones); kappa (Cohen's; for all:
+    Fleiss'); low and high, its 95 % interval (Cohen's from its standard error, Fleiss' by
+    bootstrap); n. A kappa is nan where all verdicts are the same.
     """
     verdicts_N_J = judgements.pivot(index="sample_id", columns="judge", values="cause").dropna()
     judges = list(verdicts_N_J.columns)

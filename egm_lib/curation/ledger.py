@@ -1,29 +1,37 @@
-"""The append-only record of what a service was paid for: one JSON object a line, never
-rewritten.
-"""
+"""The append-only record of what a service was paid for, as JSON lines."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from egm_lib.errors import EgmError
+from egm_lib.files import json_line
 
-class LedgerError(RuntimeError):
+BOM = b"\xef\xbb\xbf"
+BEGIN = b'{"key": "'  # of every record
+TOKENS = ("prompt_tokens", "completion_tokens")
+CHUNK_BYTES = 65_536
+
+
+class LedgerError(EgmError, RuntimeError):
     """A ledger that cannot be used now; the message says why and what to do."""
 
 
 class OffsetIndex:
-    """Map of 64-bit keys to file offsets in 16 bytes an entry, so that 575k of them stay under 10
-    MB.
+    """Map of 64-bit keys to file offsets, in 16 bytes an entry: 575k of them stay under 10 MB.
 
-    A later entry replaces an earlier one. Collisions are the reader's business: it finds the full
-    key at the offset.
+    A later entry replaces an earlier one. A reader compares the full key that it finds at the
+    offset, since two keys may share their first 64 bits.
     """
 
     def __init__(self, recent_limit: int = 16_384) -> None:
@@ -41,33 +49,28 @@ class OffsetIndex:
         if (offset := self._recent.get(key)) is not None:
             return offset
         at = int(np.searchsorted(self._keys_N, np.uint64(key)))
-        return (
-            int(self._offsets_N[at])
-            if at < len(self._keys_N) and int(self._keys_N[at]) == key
-            else None
-        )
+        found = at < len(self._keys_N) and int(self._keys_N[at]) == key
+        return int(self._offsets_N[at]) if found else None
 
     def _merge(self) -> None:
         fresh_keys_R = np.fromiter(self._recent.keys(), np.uint64, len(self._recent))
         fresh_offsets_R = np.fromiter(self._recent.values(), np.uint64, len(self._recent))
-        # np.unique keeps the first of equal keys: the fresh ones stand first
+        # np.unique keeps the first of equal keys, so the fresh ones come first
         keys_N, first_N = np.unique(np.concatenate([fresh_keys_R, self._keys_N]), return_index=True)
-        self._keys_N, self._offsets_N = (
-            keys_N,
-            np.concatenate([fresh_offsets_R, self._offsets_N])[first_N],
-        )
+        self._offsets_N = np.concatenate([fresh_offsets_R, self._offsets_N])[first_N]
+        self._keys_N = keys_N
         self._recent.clear()
 
 
 class Ledger:
     """Open for one process at a time; a context manager.
 
-    Every record has "key", "task", "model", "status", "usage" and "cost_usd"; status is "answered"
-    (paid, received whole), "unreadable" (perhaps paid, of no use: asked again) or "failed" (given
-    up in that run, asked again by the next). A record has reached the operating system when
-    `append` returns, so a killed process loses nothing it had appended;
-    `sync` is against power cuts. cost_usd: sum over all records. mean_usage(task, model): what an
-    answer took so far.
+    Every record has "key", "task", "model", "status", "usage" and "cost_usd". status is "answered"
+    (paid and received whole), "unreadable" (perhaps paid, but no answer: asked again) or "failed"
+    (given up in that run, asked again by the next).
+    A record has reached the operating system when `append` returns, so a killed process loses
+    nothing that it had appended; `sync` protects against power cuts.
+    cost_usd: the sum over all records.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -79,8 +82,10 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            message = f"another process is using {self.path}; wait for it, stop it, or name another ledger"
-            raise LedgerError(message) from None
+            raise LedgerError(
+                f"another process is using {self.path}; wait for it, stop it, or name another "
+                "ledger"
+            ) from None
         except OSError as error:
             raise LedgerError(f"cannot write {self.path} ({error}); name another ledger") from error
         self._answered, self._failed = OffsetIndex(), OffsetIndex()
@@ -103,18 +108,21 @@ class Ledger:
         self._lock.release()
 
     def append(self, record: dict) -> None:
-        """Write one record in one call; raises LedgerError, leaving whole lines only, where the
-        disk refuses.
+        """Write one record in one call.
+
+        Raises LedgerError where the disk refuses; the file then holds whole lines only.
         """
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        line = json_line(record).encode()
         try:
             written = self._file.write(line)
             if written != len(line):
                 raise OSError(f"only {written} of {len(line)} bytes were written")
         except OSError as error:
             self._file.truncate(self._size)
-            message = f"cannot write {self.path} ({error}); make room and run again, the answers so far are kept"
-            raise LedgerError(message) from error
+            raise LedgerError(
+                f"cannot write {self.path} ({error}); make room and run again, the answers so far "
+                "are kept"
+            ) from error
         self._note(record, self._size)
         self._size += len(line)
 
@@ -139,69 +147,52 @@ class Ledger:
         return (record for _, record in self._scan())
 
     def _refuse_other_files(self) -> None:
-        """Raise LedgerError, before anything is written or cut off, for a file whose first line is
-        no record.
-        """
+        """Raise LedgerError for a file that is no ledger, before anything in it is changed."""
         if not self.path.exists():
             return
         try:
             with open(self.path, "rb") as file:
-                first = file.readline()
+                first = file.readline().removeprefix(BOM)
         except OSError as error:
             raise LedgerError(f"cannot read {self.path} ({error}); name another ledger") from error
-        if not first.endswith(b"\n"):  # nothing yet, or torn
-            return
         try:
-            record = json.loads(first)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not {"key", "status", "usage", "cost_usd"} <= set(
-            record
-        ):
+            is_ledger = _is_record(json.loads(first))
+        except (ValueError, RecursionError):
+            # A kill may have torn the only line; it still begins as every record does.
+            torn = not first.endswith(b"\n")
+            is_ledger = torn and first[: len(BEGIN)] == BEGIN[: len(first)]
+        if not is_ledger:
             raise LedgerError(
                 f"{self.path} is no ledger: its first line is no record of one; name another file"
             )
 
     def _repair(self) -> int:
-        """Cut off a last line that a killed process or a power cut left torn; returns the size in
-        bytes.
-        """
-        size = os.fstat(self._file.fileno()).st_size
-        tail_at = size
-        while tail_at and (
-            chunk := os.pread(self._file.fileno(), min(tail_at, 65_536), max(tail_at - 65_536, 0))
-        ):
-            newline = chunk.rfind(b"\n")
-            tail_at = max(tail_at - 65_536, 0)
-            if newline >= 0:
-                tail_at += newline + 1
-                break
-        if tail_at == size:
-            return size
-        tail = os.pread(self._file.fileno(), size - tail_at, tail_at)
-        try:
-            json.loads(tail)
-        except ValueError:
+        """Mend the end that a killed process or a power cut left; returns the size in bytes."""
+        cut = repair_end(self._file)
+        if cut:
             print(
-                f"{self.path}: cut off a torn last line of {len(tail)} bytes; its sample is asked again",
+                f"{self.path}: removed {cut} bytes of a record that was cut off; its sample is "
+                "asked again",
                 file=sys.stderr,
             )
-            self._file.truncate(tail_at)
-            return tail_at
-        self._file.write(b"\n")  # only the line's end was missing
-        return size + 1
+        return os.fstat(self._file.fileno()).st_size
 
     def _scan(self) -> Iterator[tuple[int, dict]]:
-        """(offset, record) of every line; a damaged one is named and passed over, its sample is
-        asked again.
+        """(offset, record) of every line.
+
+        A damaged line is named and left out; its sample is asked again.
         """
         offset = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                try:
-                    yield offset, json.loads(line)
-                except ValueError:
-                    print(f"{self.path}, line {number}: not JSON, passed over", file=sys.stderr)
+                record = _parsed(line.removeprefix(BOM) if number == 1 else line)
+                if record is not None:
+                    yield offset, record
+                elif line.strip():
+                    print(
+                        f"{self.path}, line {number}: no record of a ledger, left out",
+                        file=sys.stderr,
+                    )
                 offset += len(line)
 
     def _note(self, record: dict, offset: int) -> None:
@@ -224,8 +215,59 @@ class Ledger:
             line += os.pread(self._file.fileno(), 4096, offset + len(line))
             if (end := line.find(b"\n")) >= 0:
                 del line[end + 1 :]
-        record = json.loads(line)
+        record = json.loads(line.removeprefix(BOM))
         return record if record["key"] == key else None
+
+
+def repair_end(file: BinaryIO) -> int:
+    """End a file of JSON lines with a whole line; returns how many bytes of a torn one were cut.
+
+    file: open for reading and writing. A last line that only lacks its newline gets it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = size  # of the last line
+    while start:
+        begin = max(start - CHUNK_BYTES, 0)
+        newline = os.pread(file.fileno(), start - begin, begin).rfind(b"\n")
+        start = begin if newline < 0 else begin + newline + 1
+        if newline >= 0:
+            break
+    last = os.pread(file.fileno(), size - start, start)
+    if not last:
+        return 0
+    try:
+        json.loads(last.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        file.truncate(start)
+        return len(last)
+    file.seek(0, os.SEEK_END)
+    file.write(b"\n")
+    return 0
+
+
+def _parsed(line: bytes) -> dict | None:
+    """The record of a line, None for a damaged one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if _is_record(record) else None
+
+
+def _is_record(record: object) -> bool:
+    """Whether a value has the fields of a record, of the right kinds."""
+    if not isinstance(record, dict):
+        return False
+    usage, cost = record.get("usage"), record.get("cost_usd")
+    counts = [usage.get(name) for name in TOKENS] if isinstance(usage, dict) else [None]
+    texts = [record.get(name) for name in ("key", "task", "model", "status")]
+    return (
+        all(isinstance(text, str) for text in (*texts, record.get("text", "")))
+        and re.fullmatch(r"[0-9a-f]{16,}", record["key"]) is not None
+        and all(type(count) is int for count in counts)
+        and type(cost) in (int, float)
+        and math.isfinite(cost)
+    )
 
 
 def _short(key: str) -> int:

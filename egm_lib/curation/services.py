@@ -1,51 +1,42 @@
-"""Services that speak OpenAI's chat API: their keys, connections, and what they answer."""
+"""Services that speak OpenAI's chat API: connections, options, and refusals."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
 import openai
 
-MINI = "mini"  # base_url of the miniature world's teacher, in process
+from egm_lib.errors import EgmError
+from egm_lib.profile import MINI, Teacher, is_local
+
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)"
+    r"|not (?:permitted|allowed|accepted)|forbidden|only the default|cannot find field",
+    re.IGNORECASE,
+)
+# Some services answer 403 for one input that their moderation flags.
+_FLAGGED = re.compile(r"flagged|moderation|safety|content policy", re.IGNORECASE)
 
 
-class CurationError(RuntimeError):
+class CurationError(EgmError, RuntimeError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
 class Refused(CurationError):
-    """The service refuses everything (wrong key, wrong model, no credit): going on would fail every
-    sample.
-    """
-
-
-def api_key(base_url: str, variable: str) -> str:
-    """The key of a service, from the environment only; local and in-process services need none."""
-    if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
-        raise CurationError(
-            "api_key_env is the name of an environment variable, and what was given is no such name"
-        )
-    key = os.environ.get(variable, "")
-    if not key and not is_local(base_url):
-        raise CurationError(f"no key for {base_url}: set the environment variable {variable}")
-    return key or "none"
-
-
-def is_local(base_url: str) -> bool:
-    host = urlsplit(base_url).hostname or ""
-    return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
+    """The service refuses everything: wrong key, wrong model, no credit."""
 
 
 def connect(
     base_url: str, key: str, *, root: Path, timeout_s: float, max_retries: int
 ) -> openai.AsyncOpenAI:
-    """The openai client of a service. base_url "mini" is answered in process from
-    `root/teacher.jsonl`.
+    """The openai client of a service; "mini" is answered in process, from `root/teacher.jsonl`.
+
+    Raises CurationError for what is no base URL.
     """
     if base_url == MINI:
         from egm_lib.mini.teacher import TeacherTransport
@@ -59,13 +50,14 @@ def connect(
     address = urlsplit(base_url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise CurationError(
-            f"{base_url!r} is no base URL: give one like https://api.openai.com/v1 or http://localhost:8000/v1"
+            f"{base_url!r} is no base URL: give one like https://api.openai.com/v1 or "
+            "http://localhost:8000/v1"
         )
     if address.password or address.query:
         raise CurationError(
             "the base URL holds a password or a query; keys belong in the environment only"
         )
-    # a proxy set for the outside world is not asked for this machine
+    # This machine is reached without the proxy that is set for the outside world.
     http_client = openai.DefaultAsyncHttpxClient(trust_env=not is_local(base_url))
     timeout = httpx2.Timeout(timeout_s, connect=min(timeout_s, 15.0))
     return openai.AsyncOpenAI(
@@ -77,43 +69,68 @@ def connect(
     )
 
 
-def sampling_options(model: str, temperature: float, max_tokens: int) -> dict:
-    """Sampling as the service wants it: OpenAI's reasoning models take no temperature and call the
-    limit otherwise.
+def sampling_options(teacher: Teacher, temperature: float | None) -> dict:
+    """The fields of a request beside model and messages, as the profile wants them.
+
+    OpenAI's reasoning models take no temperature and have a name of their own for the limit.
+    temperature: None leaves it out.
     """
-    if re.match(r"(.*/)?(o\d|gpt-5)", model):
-        return {"max_completion_tokens": max_tokens}
-    return {"temperature": temperature, "max_tokens": max_tokens}
+    reasons = re.match(r"(.*/)?(o\d|gpt-5)", teacher.model) is not None
+    limit = teacher.token_limit or ("max_completion_tokens" if reasons else "max_tokens")
+    options: dict = {} if reasons or temperature is None else {"temperature": temperature}
+    return {**options, limit: teacher.max_tokens, **teacher.extra_body}
 
 
-def read_completion(body: str) -> dict:
-    """What the ledger keeps of a chat completion; raises ValueError, KeyError, TypeError, ... where
-    the body is none.
+class AcceptedOptions:
+    """What of the wanted options a service accepts, learned from its refusals.
 
-    usage: None where the service does not say.
+    sent: the options of the next request. notes: what was learned, a sentence each.
     """
-    completion = json.loads(body)
-    choice = completion["choices"][0]
-    content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # some services answer in parts
-        content = "".join(part.get("text", "") for part in content)
-    usage = completion.get("usage") or {}
-    usage = {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-    return {
-        "text": str(content),
-        "finish_reason": choice.get("finish_reason"),
-        "refusal": choice["message"].get("refusal"),
-        "usage": usage if all(isinstance(count, int) for count in usage.values()) else None,
-        "response_id": completion.get("id"),
-    }
+
+    def __init__(self, wanted: Mapping) -> None:
+        self.sent = dict(wanted)
+        self.notes: list[str] = []
+        self._refused: set[str] = set()
+
+    def learn(self, message: str, sent: Mapping) -> bool:
+        """Read a refusal of a request with the options `sent`; True where asking again may help."""
+        if sent != self.sent:  # another request has learned something meanwhile
+            return True
+        name = _refused_option(message, sent)
+        if name is None:
+            return False
+        self._refused.add(name)
+        if name in TOKEN_LIMITS:
+            other = next(limit for limit in TOKEN_LIMITS if limit != name)
+            if other in self._refused:  # never without a limit: it is what the budget counts on
+                return False
+            self.sent = {other if key == name else key: value for key, value in sent.items()}
+            self.notes.append(f"the service refuses {name!r}: it is asked with {other!r} instead")
+        else:
+            self.sent = {key: value for key, value in sent.items() if key != name}
+            self.notes.append(f"the service refuses {name!r}: it is asked without it")
+        return True
+
+
+def _refused_option(message: str, sent: Mapping) -> str | None:
+    """The option that a refusal calls unknown or unsupported, None where it names none."""
+    if not _UNSUPPORTED.search(message):
+        return None
+    # The first one named is refused; another may follow as the one to use instead.
+    places = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in sent}
+    found = [(match.start(), name) for name, match in places.items() if match]
+    return min(found)[1] if found else None
 
 
 def refuses_everything(error: Exception) -> str | None:
-    """A reason that would fail every other sample too, None where this one is alone."""
+    """Why every other sample would fail too; None where this sample alone is refused."""
+    if isinstance(error, openai.PermissionDeniedError) and _FLAGGED.search(str(error)):
+        return None
     if isinstance(
         error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError
     ):
         return f"the service refuses: {error}"
-    if isinstance(error, openai.RateLimitError) and error.code == "insufficient_quota":
+    no_credit = isinstance(error, openai.APIStatusError) and error.status_code == 402
+    if no_credit or getattr(error, "code", None) == "insufficient_quota":
         return f"the account has no credit: {error}"
     return None

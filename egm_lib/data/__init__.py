@@ -1,8 +1,9 @@
-"""Samples and pictures of every data source, and the layout of a data root.
+"""Samples and images of every data source, and the layout of a data root.
 
-A data root is a folder with pictures and, in GroundingSample JSONL files, what is asked about them:
+A data root is a folder with images and, in GroundingSample JSONL files, what is asked about them:
 
-    train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl  eval/<dataset>_<split>.jsonl
+    train.jsonl  train_amodal.jsonl  selection.jsonl  selection_amodal.jsonl
+    eval/<dataset>_<split>.jsonl
 
 The miniature world writes one; `python -m egm_lib.data prepare` makes one from RefCOCO, COCO-Amodal
 and TAO-Amodal.
@@ -14,8 +15,8 @@ from datasets import Dataset
 
 from egm_lib.data.amodal import load_coco_amodal, load_tao_amodal
 from egm_lib.data.flips import flip
+from egm_lib.data.images import open_image, resolve_image
 from egm_lib.data.jsonl import load_jsonl
-from egm_lib.data.pictures import open_image, resolve_image
 from egm_lib.data.records import (
     AMODAL_SPLITS,
     EVAL_SPLITS,

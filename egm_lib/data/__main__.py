@@ -11,7 +11,8 @@ from pathlib import Path
 from egm_lib.data.fetch import SOURCES, FetchError, fetch
 from egm_lib.data.prepare import prepare, report_path
 from egm_lib.data.records import read_samples
-from egm_lib.data.survey import describe, picture_faults, table3
+from egm_lib.data.survey import describe, image_faults, table3
+from egm_lib.errors import InputError
 
 SHOWN_FAULTS = 20
 
@@ -34,9 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     make.add_argument("--no-flips", action="store_true", help="without mirrored twins")
     make.add_argument(
-        "--keep-leaks", action="store_true", help="keep training pictures of evaluation splits"
+        "--keep-leaks", action="store_true", help="keep training images of evaluation splits"
     )
-    verbs.add_parser("check", help="does every picture exist, with the stated size?")
+    verbs.add_parser("check", help="does every image exist, with the stated size?")
     verbs.add_parser("stats", help="Table 3: ours beside the paper's")
     for verb in verbs.choices.values():
         verb.add_argument(
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fetch(given: argparse.Namespace) -> int:
     if unknown := set(given.names) - set(SOURCES):
-        raise ValueError(f"nothing is called {min(unknown)!r}; there are {', '.join(SOURCES)}")
+        raise InputError(f"nothing is called {min(unknown)!r}; there are {', '.join(SOURCES)}")
     failed = []
     for name in given.names or SOURCES:
         print(f"{name}: licence: {SOURCES[name].licence}")
@@ -82,7 +83,8 @@ def _prepare(given: argparse.Namespace) -> int:
             else "not the paper's number"
         )
         print(
-            f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: {verdict}"
+            f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: "
+            f"{verdict}"
         )
     return 0
 
@@ -90,11 +92,11 @@ def _prepare(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     wrong = 0
     for path in _files(given.root):
-        faults = picture_faults(read_samples(path), given.root)
+        faults = image_faults(read_samples(path), given.root)
         shown = list(islice(faults, SHOWN_FAULTS))
         more = sum(1 for _ in faults)
         wrong += len(shown) + more
-        print(f"{path}: {len(shown) + more or 'no'} picture(s) missing or other than stated")
+        print(f"{path}: {len(shown) + more or 'no'} image(s) missing or other than stated")
         for line in [*shown, *([f"and {more} more"] if more else [])]:
             print(f"  {line}")
     return 1 if wrong else 0

@@ -37,9 +37,9 @@ def load_coco_amodal(
 
     min_occlusion: least `occlude_rate` (share of the region that is hidden, 0..1); stuff: keep sky,
     grass and the like.
-    image_root: put before every picture's name. counts: if given, receives how many regions were
+    image_root: put before every image's name. counts: if given, receives how many regions were
     left out and why. modal_box is null where nothing of the region is visible. The amodal box may
-    leave the picture (`fit_to_picture`).
+    leave the image (`fit_to_image`).
     Raises FileNotFoundError, or SampleError naming file, region and reason.
     """
     source, left_out = str(annotation_json), Counter()
@@ -62,7 +62,7 @@ def load_tao_amodal(
     what is visible.
 
     min_occlusion: least 1 - `visibility`, 0..1; uncertain: keep boxes that the annotators were not
-    sure of. The rest is as in `load_coco_amodal`; many of these boxes leave the picture.
+    sure of. The rest is as in `load_coco_amodal`; many of these boxes leave the image.
     """
     source, left_out = str(annotation_json), Counter()
     rows = _tao_rows(
@@ -192,7 +192,8 @@ def _image_of(annotation: dict, images: dict, where: str) -> dict:
     image = images.get(annotation.get("image_id"))
     if image is None or not {"file_name", "width", "height"} <= set(image):
         raise SampleError(
-            f"{where}: picture {annotation.get('image_id')} is not among the file's images, or has no "
+            f"{where}: image {annotation.get('image_id')} is not among the file's images, or has "
+            "no "
             "file_name, width and height"
         )
     return image
@@ -202,7 +203,7 @@ def mask_box(mask: Any, image_wh: tuple[int, int], where: str) -> list[float] | 
     """xyxy px of a COCO mask: a polygon, a list of polygons, or RLE (compressed or not). None where
     it has no area.
 
-    A polygon's box is that of its corners: unlike a raster it may leave the picture.
+    A polygon's box is that of its corners: unlike a raster it may leave the image.
     Raises SampleError, saying where, for anything else.
     """
     if isinstance(mask, dict):
@@ -219,7 +220,8 @@ def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | 
     width, height = image_wh
     if list(rle.get("size", ())) != [height, width]:
         raise SampleError(
-            f"{where}: a mask of size {rle.get('size')} for a picture of height {height}, width {width}"
+            f"{where}: a mask of size {rle.get('size')} for an image of height {height}, width "
+            f"{width}"
         )
     counts = rle.get("counts")
     if isinstance(counts, list):
@@ -227,7 +229,7 @@ def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | 
             not all(isinstance(run, int) and run >= 0 for run in counts)
             or sum(counts) != width * height
         ):
-            raise SampleError(f"{where}: the runs of a mask do not add up to the picture")
+            raise SampleError(f"{where}: the runs of a mask do not add up to the image")
         rle = coco_mask.frPyObjects(rle, height, width)
     else:
         code = counts.encode() if isinstance(counts, str) else b""
@@ -243,24 +245,24 @@ def _with_area(box: list[float]) -> list[float] | None:
 
 
 def _inside(box: Sequence[float] | None, image_wh: tuple[int, int]) -> list[float] | None:
-    """The part of a box that lies in the picture; None where there is none."""
+    """The part of a box that lies in the image; None where there is none."""
     if box is None:
         return None
     (x1, y1, x2, y2), (width, height) = box, image_wh
     return _with_area([max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))])
 
 
-def fit_to_picture(samples: Dataset, counts: Counter | None = None) -> Dataset:
-    """The samples with every box cut to its picture, as an answer in 0..1000 can state it; those
+def fit_to_image(samples: Dataset, counts: Counter | None = None) -> Dataset:
+    """The samples with every box cut to its image, as an answer in 0..1000 can state it; those
     outside are dropped.
 
-    This is where the project decides what an amodal box outside the picture means: data roots are
+    This is where the project decides what an amodal box outside the image means: data roots are
     written through it, so that target, reward and metric see the same box.
     counts: if given, receives "cut at the border", "of these, IoU with the whole box < 0.5" and
     "wholly outside".
     """
     counts = Counter() if counts is None else counts
-    return rows_to_dataset(_fitted(samples, counts), "samples cut to the picture")
+    return rows_to_dataset(_fitted(samples, counts), "samples cut to the image")
 
 
 def _fitted(samples: Dataset, counts: Counter) -> Iterator[dict]:

@@ -20,7 +20,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from egm_lib.data.records import atomic_open
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open
 
 CHUNK_BYTES = 1 << 20
 RESERVE_BYTES = 1 << 30  # left free on the disk
@@ -28,7 +29,7 @@ RESERVE_BYTES = 1 << 30  # left free on the disk
 MAX_EXPANSION = 200
 
 
-class FetchError(RuntimeError):
+class FetchError(EgmError, RuntimeError):
     """A download or an archive that did not work out; the message says what to do."""
 
 
@@ -49,7 +50,7 @@ class Source:
 
 _REFER = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
 _HUB = "https://huggingface.co/datasets"
-_COCO_LICENCE = "annotations CC BY 4.0; pictures: Flickr's terms of use, each its own licence"
+_COCO_LICENCE = "annotations CC BY 4.0; images: Flickr's terms of use, each its own licence"
 
 
 def _coco(split: str, md5: str) -> Source:
@@ -67,7 +68,7 @@ def _refer(name: str, archived: str, sha256: str) -> Source:
     mirror = f"https://web.archive.org/web/{archived}id_/{_REFER}/{name}.zip"
     return Source(
         name,
-        "annotations: no licence stated by refer (its code is Apache-2.0); pictures as COCO",
+        "annotations: no licence stated by refer (its code is Apache-2.0); images as COCO",
         (mirror, f"{_REFER}/{name}.zip"),
         f"downloads/{name}.zip",
         ".",
@@ -97,7 +98,7 @@ SOURCES = {
         ),
         Source(
             "coco_amodal",
-            "annotations: none stated by amodalAPI; pictures as COCO",
+            "annotations: none stated by amodalAPI; images as COCO",
             ("https://www.dropbox.com/s/4znu1sbf67c8c96/annotations.tar.gz?dl=1",),
             "downloads/coco_amodal.tar.gz",
             "coco_amodal",
@@ -115,8 +116,10 @@ SOURCES = {
             "tao_frames",
             "each video source its own; AVA and HACS by request",
             manual=(
-                "TAO's frames may not be fetched without a request: AVA and HACS videos are given out by a form. Follow "
-                f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the file "
+                "TAO's frames may not be fetched without a request: AVA and HACS videos are given "
+                "out by a form. Follow "
+                f"{_HUB}/chengyenhsieh/TAO-Amodal (download_frames.sh) and unpack, so that the "
+                "file "
                 "<root>/images/tao/train/YFCC100M/... exists."
             ),
         ),
@@ -236,7 +239,8 @@ def download(
     if checksum and (found := _digest(part, checksum[0])) != checksum[1]:
         _forget(part)
         raise FetchError(
-            f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown away"
+            f"{url}: {checksum[0]} is {found}, not {checksum[1]} as published; the file was thrown "
+            "away"
         )
     part.replace(target)
     _forget(part)
@@ -307,7 +311,8 @@ def _need_room(folder: Path, wanted_bytes: int, what: str | Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted_bytes + RESERVE_BYTES:
         raise FetchError(
-            f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, but "
+            f"{what}: needs {wanted_bytes / 1e9:.1f} GB and {RESERVE_BYTES / 1e9:.1f} GB to spare, "
+            "but "
             f"{folder} has {free / 1e9:.1f} GB; make room and start again"
         )
 
@@ -387,7 +392,8 @@ def _unpack_members(members: list[_Member], archive: Path, folder: Path) -> None
         path = PurePosixPath(member.name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in member.name:
             raise FetchError(
-                f"{archive}: member {member.name!r} would land outside {folder}; nothing was unpacked"
+                f"{archive}: member {member.name!r} would land outside {folder}; nothing was "
+                "unpacked"
             )
         if not (member.is_folder or member.is_file):
             raise FetchError(

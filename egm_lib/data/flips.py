@@ -1,4 +1,4 @@
-"""Horizontal flips, as in the authors' training file: picture and box mirrored, left and right
+"""Horizontal flips, as in the authors' training file: image and box mirrored, left and right
 swapped in the words.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from datasets import Dataset
 
-from egm_lib.data.pictures import mirrored_name
+from egm_lib.data.images import mirrored_name
 from egm_lib.data.records import GroundingSample, rows_to_dataset
 
 _SWAP = {"left": "right", "right": "left"}
@@ -30,7 +30,8 @@ _WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")
 # With these before it a side is a side, whatever follows: "on the far right in blue", "bottom left
 # on the table".
 _CERTAIN = re.compile(
-    r"\b(?:(?:on|to|at|from|in|of|toward|towards|facing|looking|pointing)(?: (?:the|her|his|its|their|your|my|our|far|"
+    r"\b(?:(?:on|to|at|from|in|of|toward|towards|facing|looking|pointing)(?: "
+    r"(?:the|her|his|its|their|your|my|our|far|"
     r"very|extreme|most|upper|lower|top|bottom|front|back))*|far|farthest|furthest|upper|lower|top|bottom|front|back)"
     r"[ -](?:left|right)\b|^(?:the )?left (?=in|on|at|by|front|back)\b"
 )
@@ -38,14 +39,16 @@ _CERTAIN = re.compile(
 _LEFT_VERB = re.compile(
     r"\b(?:who|that|which|he|she|they|it|has|have|had|having|just|already|been|being|get|got|getting|gets|leaves?)"
     r" left\b(?! (?:of|side|hand|most|corner|end|part|half|edge)\b)"
-    r"|\bleft (?:the|a|an|his|her|their|its|my|your|over|behind|alone|out|open|unattended|uneaten|empty|here|there|"
+    r"|\bleft "
+    r"(?:the|a|an|his|her|their|its|my|your|over|behind|alone|out|open|unattended|uneaten|empty|here|there|"
     r"for|to be|to|when|after|before|by|in|on|at)\b"
     r"|\b(?:nothing|something|one|two|three|four|pieces?|slices?) left\b(?! (?:of|side|hand)\b)"
     r"|\bwhat(?:'s| is| was) left\b"
     r"|\b(?:is|are|was|were) left(?=$| ?[.,;!?]| (?:and|with)\b)"
 )
 _RIGHT_ADVERB = re.compile(
-    r"\bright (?:next|behind|beside|besides|above|below|under|underneath|beneath|before|after|near|by|in|on|at|over|up|"
+    r"\bright "
+    r"(?:next|behind|beside|besides|above|below|under|underneath|beneath|before|after|near|by|in|on|at|over|up|"
     r"down|against|around|between|across|through|where|here|there|now|away|outside|inside|off|out|along|past|about|"
     r"angle|angled|angles|triangle|way|answer|amount|side up)\b|\ball right\b"
 )
@@ -62,7 +65,7 @@ class _Doubt(Exception):
 
 
 def mirror_expression(expression: str) -> str | None:
-    """The expression that means the same object in the mirrored picture; None where that cannot be
+    """The expression that means the same object in the mirrored image; None where that cannot be
     told from the words.
 
     left and right change places in every word that says where something is, letter case kept. None
@@ -114,9 +117,9 @@ def _like(old: str, new: str) -> str:
 
 
 def flip(sample: Mapping) -> GroundingSample | None:
-    """The sample mirrored: picture (its twin in the sibling folder `..._flip`), boxes and words.
+    """The sample mirrored: image (its twin in the sibling folder `..._flip`), boxes and words.
     None where the words cannot be (`mirror_expression`). Flipping twice gives the sample back.
-    Makes no picture: `write_mirrored` does.
+    Makes no image: `write_mirrored` does.
     """
     expression = mirror_expression(sample["expression"])
     if expression is None:

@@ -58,8 +58,8 @@ def load_jsonl(
     """Samples of a jsonl file (or a JSON list) with fields image, sent, bbox (xyxy px), width,
     height.
 
-    image_root: put before every picture's name. Rows that say that no object fits ("empty_case")
-    are left out and counted in `counts`. image_id is the COCO number in the picture's name, else
+    image_root: put before every image's name. Rows that say that no object fits ("empty_case")
+    are left out and counted in `counts`. image_id is the COCO number in the image's name, else
     the name.
     Raises FileNotFoundError, or SampleError naming file, row and reason.
     """
@@ -94,7 +94,7 @@ def load_jsonl(
 
 
 def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The COCO number in a picture's file name (12 digits before the suffix), without leading
+    """The COCO number in an image's file name (12 digits before the suffix), without leading
     zeros; else its path.
     """
     found = pc.struct_field(

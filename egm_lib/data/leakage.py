@@ -1,4 +1,4 @@
-"""Pictures both trained on and tested on: RefCOCO, RefCOCO+ and RefCOCOg split the same pictures
+"""Images both trained on and tested on: RefCOCO, RefCOCO+ and RefCOCOg split the same images
 differently.
 """
 
@@ -27,9 +27,9 @@ class Leakage:
 def remove_leakage(
     train: Sequence[Dataset], evaluation: Sequence[Dataset]
 ) -> tuple[list[Dataset], list[Leakage]]:
-    """The training sets without the pictures of any evaluation split, and per set what was removed.
+    """The training sets without the images of any evaluation split, and per set what was removed.
 
-    Pictures are compared by image_id (COCO's number), so mirrored twins leave with their originals.
+    Images are compared by image_id (COCO's number), so mirrored twins leave with their originals.
     """
     tested = pa.chunked_array(
         [chunk for samples in evaluation for chunk in _column(samples, "image_id").chunks],
@@ -53,7 +53,7 @@ def remove_leakage(
 
 
 def count_images(datasets: Sequence[Dataset]) -> int:
-    """Number of different pictures in some sets together."""
+    """Number of different images in some sets together."""
     return len(
         set().union(*(_column(samples, "image_id").unique().to_pylist() for samples in datasets))
     )

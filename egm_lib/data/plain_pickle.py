@@ -8,6 +8,8 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
+from egm_lib.errors import EgmError
+
 MAX_BYTES = 512 * 2**20  # the largest refs(*).p has about 40 MB
 
 # Opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo that
@@ -71,7 +73,7 @@ _ADMITTED = (
 _OPCODE_NAMES = {opcode.code.encode("latin-1")[0]: opcode.name for opcode in pickletools.opcodes}
 
 
-class UnsafePickleError(ValueError):
+class UnsafePickleError(EgmError, ValueError):
     """A pickle that is broken or wants more than plain data; the message says which file and what
     it wanted.
     """
@@ -108,7 +110,8 @@ def load_plain_pickle(path: str | Path) -> Any:
             reason = f"no pickle (byte {byte} is none of its codes); delete it and fetch it again"
             raise UnsafePickleError(f"{path}: {reason}") from error
         raise UnsafePickleError(
-            f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings and numbers are read. "
+            f"{path}: refused, it asks for {_OPCODE_NAMES[byte]}; only plain containers, strings "
+            "and numbers are read. "
             "If you trust the file, convert it to JSON yourself"
         ) from error
     except (

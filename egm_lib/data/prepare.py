@@ -12,19 +12,20 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
-from egm_lib.data.amodal import fit_to_picture, load_coco_amodal, load_tao_amodal
+from egm_lib.data.amodal import fit_to_image, load_coco_amodal, load_tao_amodal
 from egm_lib.data.flips import flip_all
+from egm_lib.data.images import mirrored_name, resolve_image, write_mirrored
 from egm_lib.data.leakage import PAPER_TRAIN_IMAGES, count_images, remove_leakage
-from egm_lib.data.pictures import mirrored_name, resolve_image, write_mirrored
 from egm_lib.data.records import (
     AMODAL_SPLITS,
     EVAL_SPLITS,
     Task,
-    atomic_open,
     rows_to_dataset,
     write_samples,
 )
 from egm_lib.data.refcoco import load_refcoco
+from egm_lib.errors import InputError
+from egm_lib.files import atomic_open
 
 TRAIN_DATASETS = ("refcoco", "refcoco+", "refcocog")
 COCO_IMAGES = "images/train2014"
@@ -46,8 +47,8 @@ def prepare(
     returns the counts.
 
     Already prepared tasks are left as they are (delete their `report_path` to do one again).
-    flips: add mirrored twins of vanilla samples, and make their pictures. keep_leaks: do not remove
-    pictures of the evaluation splits. Raises FileNotFoundError where files are missing, ValueError
+    flips: add mirrored twins of vanilla samples, and make their images. keep_leaks: do not remove
+    images of the evaluation splits. Raises FileNotFoundError where files are missing, ValueError
     where a task was prepared with other choices, and the readers' errors.
     """
     root, reports = Path(root), {}
@@ -68,8 +69,9 @@ def prepare(
             for name in chosen
             if report.get(name, chosen[name]) != chosen[name]
         ]:
-            raise ValueError(
-                f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it again"
+            raise InputError(
+                f"{root}: {task} was prepared with {', '.join(other)}; delete {path} to prepare it "
+                "again"
             )
     return reports
 
@@ -99,7 +101,7 @@ def _vanilla(root: Path, flips: bool, keep_leaks: bool) -> dict:
         for part in ([samples, flip_all(samples, doubts)] if flips else [samples])
     ]
     if flips:
-        mirror_pictures(parts, root)
+        mirror_images(parts, root)
     _write(root, "vanilla", evaluation, concatenate_datasets(parts))
     return dict(
         task="vanilla",
@@ -127,7 +129,7 @@ def _amodal(root: Path, keep_leaks: bool) -> dict:
             stuff=False,
             counts=left_out,
         )
-        return fit_to_picture(
+        return fit_to_image(
             rows_to_dataset(map(_in_coco_folder, samples), f"COCO-Amodal {split}"), cuts
         )
 
@@ -145,7 +147,7 @@ def _amodal(root: Path, keep_leaks: bool) -> dict:
         uncertain=False,
         counts=left_out,
     )
-    train = [visible(load_coco("train")), visible(fit_to_picture(tao, cuts))]
+    train = [visible(load_coco("train")), visible(fit_to_image(tao, cuts))]
     kept, leaks = remove_leakage(train, list(evaluation.values()))
     kept = train if keep_leaks else kept
     _write(root, "amodal", evaluation, concatenate_datasets(kept))
@@ -170,8 +172,8 @@ def _in_coco_folder(sample: dict) -> dict:
     return sample | {"image": str(image.parent / folder / image.name)}
 
 
-def mirror_pictures(parts: Sequence[Dataset], root: Path) -> None:
-    """Make the mirrored twin of every picture of a flipped sample that has none yet."""
+def mirror_images(parts: Sequence[Dataset], root: Path) -> None:
+    """Make the mirrored twin of every image of a flipped sample that has none yet."""
     names = sorted(
         {
             name
@@ -180,7 +182,7 @@ def mirror_pictures(parts: Sequence[Dataset], root: Path) -> None:
             if flipped
         }
     )
-    for name in tqdm(names, desc="mirror pictures", mininterval=10):
+    for name in tqdm(names, desc="mirror images", mininterval=10):
         target = resolve_image({"image": name}, root)
         if not target.exists():
             write_mirrored(resolve_image({"image": mirrored_name(name)}, root), target)

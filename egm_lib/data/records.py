@@ -2,16 +2,13 @@
 
 import json
 import logging
-import os
 import types
 import typing
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +17,9 @@ import pyarrow.json
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-Task = Literal["vanilla", "amodal"]
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open
+from egm_lib.prompts import Task
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class GroundingSample(TypedDict):
     """One referring expression and the box it means: a row of every Dataset, a line of every
     *.jsonl.
 
-    Boxes are [x1, y1, x2, y2] in pixels of the picture as it is seen (EXIF orientation applied),
+    Boxes are [x1, y1, x2, y2] in pixels of the image as it is seen (EXIF orientation applied),
     origin top left.
     """
 
@@ -42,14 +41,14 @@ class GroundingSample(TypedDict):
     width: int  # px
     height: int  # px
     expression: str
-    gt_box: list[float]  # xyxy px; inside the picture for "vanilla", may leave it for "amodal"
+    gt_box: list[float]  # xyxy px; inside the image for "vanilla", may leave it for "amodal"
     modal_box: list[float] | None  # xyxy px of the visible part; "amodal" only
-    image_id: str  # of the unmirrored picture, equal across data sets (COCO id where there is one)
+    image_id: str  # of the unmirrored image, equal across data sets (COCO id where there is one)
     ann_id: str | None
     ref_id: str | None
     flipped: bool  # True: made by `flip`
     prompt_kind: str | None  # description of the expression, where the source tells
-    # Other objects of the same kind in the picture, where the source tells
+    # Other objects of the same kind in the image, where the source tells
     num_lookalikes: int | None
 
 
@@ -70,7 +69,7 @@ EDGE_TOLERANCE_PX = 1.0  # annotators' boxes overshoot the border by fractions o
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
-class SampleError(ValueError):
+class SampleError(EgmError, ValueError):
     """A row that is no GroundingSample; the message says file, row and reason."""
 
 
@@ -291,7 +290,7 @@ def _faults(batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, str]]:
         known_N = vanilla_N & ~absent_N & ~not_four_N
         yield (
             known_N & (overshoot_N > EDGE_TOLERANCE_PX),
-            f"{name} leaves the picture, which only amodal boxes may",
+            f"{name} leaves the image, which only amodal boxes may",
         )
     yield vanilla_N & ~absent_N, "modal_box belongs to amodal samples only"
 
@@ -344,22 +343,3 @@ def join_image(image_root: str | Path | None, name: str) -> str:
     root).
     """
     return name if image_root is None else str(Path(image_root) / name)
-
-
-@contextmanager
-def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """A file that replaces `path` when the block ends well, and leaves no trace when it does
-    not.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Of the usual rights, unlike tempfile's
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with open(
-            unfinished, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8"
-        ) as file:
-            yield file
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

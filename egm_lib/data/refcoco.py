@@ -17,13 +17,14 @@ from egm_lib.data.records import (
     rows_to_dataset,
     xywh_to_xyxy,
 )
+from egm_lib.errors import InputError
 
 SPLITS = {
     ("refcoco", "unc"): ("train", "val", "testA", "testB"),
     ("refcoco", "google"): ("train", "val", "test"),
     ("refcoco+", "unc"): ("train", "val", "testA", "testB"),
     ("refcocog", "umd"): ("train", "val", "test"),
-    # Its val shares pictures with its train: umd is the default
+    # Its val shares images with its train: umd is the default
     ("refcocog", "google"): ("train", "val"),
 }
 DEFAULT_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
@@ -42,7 +43,7 @@ def load_refcoco(
 
     root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json; split_by: "unc",
     "umd" or "google".
-    image_root: put before every picture's name. counts: if given, receives how many sentences were
+    image_root: put before every image's name. counts: if given, receives how many sentences were
     left out and why.
     Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError,
     SampleError.
@@ -51,7 +52,7 @@ def load_refcoco(
     splits = SPLITS.get((dataset, split_by))
     if splits is None or split not in splits:
         known = "; ".join(f"{name} ({by}): {', '.join(of)}" for (name, by), of in SPLITS.items())
-        raise ValueError(f"no split {split!r} of {dataset!r} by {split_by!r}; there are {known}")
+        raise InputError(f"no split {split!r} of {dataset!r} by {split_by!r}; there are {known}")
     folder = Path(root) / dataset
     refs_path, left_out = folder / f"refs({split_by}).p", Counter()
     refs = _cached(load_plain_pickle, refs_path)
@@ -83,12 +84,12 @@ def _rows(
         try:
             if ref["split"] != split:
                 continue
-            # A ref's file_name carries the annotation's number (..._16.jpg): the picture's name is
+            # A ref's file_name carries the annotation's number (..._16.jpg): the image's name is
             # in instances.json.
             image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
             if annotation["image_id"] != ref["image_id"]:
                 raise SampleError(
-                    f"{source}, row {number}: annotation {ref['ann_id']} is of picture "
+                    f"{source}, row {number}: annotation {ref['ann_id']} is of image "
                     f"{annotation['image_id']}, not of {ref['image_id']}"
                 )
             common = dict(
@@ -113,7 +114,8 @@ def _rows(
                 yield common | dict(sample_id=sample_id, expression=sentence["sent"].strip())
         except KeyError as error:
             raise SampleError(
-                f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference nor an "
+                f"{source}, row {number}: {error.args[0]!r} is neither a field of the reference "
+                "nor an "
                 "id in instances.json"
             ) from error
         except (TypeError, AttributeError) as error:

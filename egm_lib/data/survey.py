@@ -1,4 +1,4 @@
-"""What a data root holds: Table 3's numbers, and whether every picture is there and as large as
+"""What a data root holds: Table 3's numbers, and whether every image is there and as large as
 stated.
 """
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from egm_lib.data.pictures import resolve_image
+from egm_lib.data.images import resolve_image
 
 ORIENTATION_TAG, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # Table 3 as far as the text gives it; the other columns are lost.
@@ -65,20 +65,21 @@ def table3(described: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
-    """A sentence for every picture of the samples that is missing, unreadable or of another size
+def image_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
+    """A sentence for every image of the samples that is missing, unreadable or of another size
     than stated.
     """
     columns = ["image", "width", "height", "sample_id"]
     table = samples.with_format("arrow").select_columns(columns)[:]
     images = table.group_by(["image", "width", "height"]).aggregate([("sample_id", "min")])
     repeated = {image for image, times in Counter(images["image"].to_pylist()).items() if times > 1}
-    for row in tqdm(images.to_pylist(), desc="check pictures", mininterval=10):
+    for row in tqdm(images.to_pylist(), desc="check images", mininterval=10):
         where = f"{row['image']} (e.g. sample {row['sample_id_min']})"
         if row["image"] in repeated:
-            yield f"{where}: the samples state different sizes, one of them {row['width']} x {row['height']}"
+            stated = f"{row['width']} x {row['height']}"
+            yield f"{where}: the samples state different sizes, one of them {stated}"
         try:
-            size = picture_size(
+            size = image_size(
                 resolve_image({"image": row["image"], "sample_id": row["sample_id_min"]}, root)
             )
         except FileNotFoundError:
@@ -90,14 +91,15 @@ def picture_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
             SyntaxError,
             ValueError,
         ) as error:
-            yield f"{where}: not a readable picture ({error})"
+            yield f"{where}: not a readable image ({error})"
         else:
             if size != (row["width"], row["height"]):
-                yield f"{where}: is {size[0]} x {size[1]} px, stated are {row['width']} x {row['height']}"
+                stated = f"{row['width']} x {row['height']}"
+                yield f"{where}: is {size[0]} x {size[1]} px, stated are {stated}"
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a picture as it is seen, from its header where the format allows it."""
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as it is seen, from its header where the format allows it."""
     with Image.open(path) as image:
         width, height = image.size
         return (

@@ -4,7 +4,7 @@ it.
 A Query is a small tree: which kind of thing, picked how, relative to which other queries. Each
 query can say itself in words (with paraphrases), find its thing (or None when it fits none or
 several, or by too small a margin), and write the steps that lead there. Places are visible centres
-on the 0..1000 grid of egm_lib.mini.vision.
+on the 0..1000 grid of egm_lib.mini.pretraining.vision.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from egm_lib.curation.tasks import DEGREES, extensions
-from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing
-from egm_lib.mini.vision import GRID_1000, level
+from egm_lib.curation.directions import DEGREES, extensions
+from egm_lib.mini.grid import GRID_1000, grid_length, level
+from egm_lib.mini.scenes import COLOURS, SHAPES, Scene, Thing
 
 ORDER_MARGIN_PX = 5.0  # two places closer than this along an axis have no order
 SIDE_MARGIN_PX = 6.0  # "left of" wants at least this offset, and its absence in all others
@@ -84,11 +84,6 @@ def place(thing: Thing) -> str:
     """Where a thing is, as traces say it: `at 420 300`."""
     x, y = thing.centre_px
     return f"at {level(x) * GRID_1000} {level(y) * GRID_1000}"
-
-
-def grid_length(length_px: float) -> int:
-    """A length in pixels on the answer grid (0..1000)."""
-    return min(round(length_px / SIZE_PX * 1000 / GRID_1000) * GRID_1000, 1000)
 
 
 def sort_value(thing: Thing, axis: str) -> float:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from egm_lib.inference.loading import Qwen3VLProcessor, save_processor
 from egm_lib.mini.scenes import SIZE_PX
+from egm_lib.mini.tokens import build_tokenizer
 
 PATCH_PX, MERGE, WIDTH = 8, 2, 128
 CELLS = SIZE_PX // (PATCH_PX * MERGE)  # merged cells per side: 8 x 8 = 64 image tokens
@@ -80,24 +82,24 @@ def build(size: str, tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
     return model
 
 
-def patchify(pictures_B_H_W_3: np.ndarray) -> Tensor:
-    """uint8 pictures -> pixel_values_B_P_D as Qwen's image processor lays them out
+def patchify(images_B_H_W_3: np.ndarray) -> Tensor:
+    """uint8 images -> pixel_values_B_P_D as Qwen's image processor lays them out
     (merge-block-major; C, T, h, w).
     """
-    batch, side = len(pictures_B_H_W_3), SIZE_PX // PATCH_PX // MERGE
-    x = torch.from_numpy(pictures_B_H_W_3).float().div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
+    batch, side = len(images_B_H_W_3), SIZE_PX // PATCH_PX // MERGE
+    x = torch.from_numpy(images_B_H_W_3).float().div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
     x = x.reshape(batch, 3, side, MERGE, PATCH_PX, side, MERGE, PATCH_PX)
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block column, row, column, C, h, w
-    # The two temporal copies of a still picture
+    # The two temporal copies of a still image
     x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1)
     return x.reshape(batch, side * side * MERGE * MERGE, -1)
 
 
-def encode_pictures(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The tower on a batch of equal-sized pictures: merged_B_64_W and the deepstack features of the
+def encode_images(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The tower on a batch of equal-sized images: merged_B_64_W and the deepstack features of the
     same shape.
 
-    The same sums as `visual(...)`, whose attention loops over pictures; here they are one batch
+    The same sums as `visual(...)`, whose attention loops over images; here they are one batch
     (about 3x faster).
     """
     batch, patches, _ = pixel_values_B_P_D.shape
@@ -137,13 +139,11 @@ def encode_pictures(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Te
 
 
 def processor(tokenizer):
-    """The miniature's processor: pictures of exactly SIZE_PX square, no resizing."""
+    """The miniature's processor: images of exactly SIZE_PX square, no resizing."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from egm_lib.models import Qwen3VLProcessor
-
     area = SIZE_PX * SIZE_PX
-    pictures = Qwen2VLImageProcessorPil(
+    images = Qwen2VLImageProcessorPil(
         patch_size=PATCH_PX,
         merge_size=MERGE,
         temporal_patch_size=2,
@@ -151,15 +151,13 @@ def processor(tokenizer):
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return Qwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+    return Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
 def save(model, folder) -> None:
     """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers
     needs to load it.
     """
-    from egm_lib.mini.tokens import build_tokenizer
-    from egm_lib.models import save_processor
 
     tokenizer = build_tokenizer()
     model.model.language_model.config._attn_implementation = "sdpa"

@@ -1,7 +1,7 @@
 """Scenes of the miniature world: coloured shapes on a textured ground, with exact visible and full
 boxes.
 
-Boxes are xyxy in pixels of the picture (BoxFrame.PIXEL). A scene is a pure function of its random
+Boxes are xyxy in pixels of the image (BoxFrame.PIXEL). A scene is a pure function of its random
 generator.
 """
 
@@ -142,16 +142,16 @@ def _ground(seed: int) -> np.ndarray:
     else:
         coarse = rng.normal(size=(8, 8))
         pattern = np.kron(coarse, np.ones((SIZE_PX // 8, SIZE_PX // 8))) * 0.6
-    picture = (
+    image = (
         base
         + rng.uniform(6, 18) * pattern[..., None]
         + rng.normal(0, rng.uniform(1, 5), (SIZE_PX, SIZE_PX, 1))
     )
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene's RGB picture, 128 x 128."""
+    """The scene's RGB image, 128 x 128."""
     side = SIZE_PX * SUPERSAMPLING
     canvas = Image.fromarray(_ground(scene.ground_seed)).resize((side, side), Image.NEAREST)
     draw = ImageDraw.Draw(canvas)
@@ -215,7 +215,7 @@ def _place(
 
 def _occluder(rng: np.random.Generator, target: Box) -> Box | None:
     """A box that hides a good part of the target from one side or corner, and stays in the
-    picture.
+    image.
     """
     x1, y1, x2, y2 = target
     side = int(rng.integers(16, 32))

@@ -1,15 +1,15 @@
 """The miniature world's teacher: an HTTP transport that answers curation requests in process.
 
 It stands where a proprietary VLM stands: the same client sends it the same requests. It does not
-look at the picture but knows the sample by the header `X-EGM-Sample` and reads what is true of it
+look at the image but knows the sample by the header `X-EGM-Sample` and reads what is true of it
 in `teacher.jsonl`, one object a sample: sample_id, reasoning, amodal_reasoning | null,
 amodal_expression | null, verify "YES" | "NO", planted_cause | null, gt_box and lookalike_boxes_px
 (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
 `planted_error` tells afterwards, so that the filters' precision and recall can be measured.
 
-It works every trace out, unless the request's `ways` (the profile's `curation.teacher.ways`) name
-shares of poorer ones: the traces of real teachers are not all alike. A hash of the sample decides
-which way it is reasoned in.
+It works every trace out, unless the request has a field `ways`: shares of the ways to reason, since
+the traces of real teachers are not all alike. A hash of the sample decides which way it gets. In a
+profile: `extra_body: {ways: {worked: 0.6, concluding: 0.3, restating: 0.1}}`, of the teacher.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from math import isclose
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -44,7 +45,7 @@ ERROR_RATES = {
 # judges.
 CONFUSION_RATES = {"mini-judge-1": 0.06, "mini-judge-2": 0.12, "mini-judge-3": 0.18}
 CONFUSION_RATE = 0.12  # of any other judge
-TINY_SHARE = 0.01  # of the picture's area: below it a target counts as small
+TINY_SHARE = 0.01  # of the image's area: below it a target counts as small
 MENTIONS = (
     "it is inside the green box.",
     "see the green outline.",
@@ -103,7 +104,11 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         prompt = "".join(
             part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text"
         )
-        text, finish_reason = self.answer(task, truth, prompt, body["model"], body.get("ways"))
+        ways = body.get("ways")
+        if ways is not None and not _are_shares(ways):
+            message = f"`ways` are shares of {', '.join(WAYS)}: from 0 to 1, and 1 in all"
+            return httpx2.Response(400, json={"error": {"message": message}}, request=request)
+        text, finish_reason = self.answer(task, truth, prompt, body["model"], ways)
         if text is None:
             message = f"the teacher has no answer to task {task!r} for this sample"
             return httpx2.Response(400, json={"error": {"message": message}}, request=request)
@@ -242,6 +247,13 @@ def _true_text(task: str, truth: Mapping) -> str | None:
     ]
 
 
+def _are_shares(ways: object) -> bool:
+    if not isinstance(ways, dict) or ways.keys() != set(WAYS):
+        return False
+    shares = ways.values()
+    return all(isinstance(s, int | float) and s >= 0 for s in shares) and isclose(sum(shares), 1)
+
+
 def _expression(prompt: str) -> str:
     """The expression asked about; reads `prompts.TRACE` and `prompts.AMODAL_TRACE`."""
     return re.search(r'^  "(.+)"$', prompt, re.MULTILINE)[1]
@@ -258,7 +270,7 @@ def _cause_of(truth: Mapping, prompt: str) -> str:
     `prompts.FAILURE`.
     """
     width, height = map(
-        int, re.search(r"^Picture: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups()
+        int, re.search(r"^Image: (\d+) x (\d+) pixels$", prompt, re.MULTILINE).groups()
     )
     predicted = re.search(r"^Predicted box: \[(.+)\]$", prompt, re.MULTILINE)
     if predicted:

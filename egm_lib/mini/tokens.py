@@ -13,6 +13,8 @@ from functools import cache
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from egm_lib.mini.language import WORDS
+
 SPECIAL = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -40,8 +42,10 @@ NUMBERS = [str(n) for n in range(0, 1001, 20)]
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}<|im_start|>{{ message.role + '\\n' }}"
     "{%- if message.role == 'assistant' %}{{ '<think>\n' }}{% endif -%}"
-    "{%- if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == 'text' %}"
+    "{%- if message.content is string %}{{ message.content }}{% else %}{% for part in "
+    "message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part.type == "
+    "'text' %}"
     "{{ part.text }}{% endif %}{% endfor %}{% endif -%}"
     "{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif -%}"
@@ -54,7 +58,6 @@ _PATTERN = "|".join(
 @cache
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer with every word that egm_lib.mini.language can say."""
-    from egm_lib.mini.language import WORDS
 
     punctuation = [*".,:;?()[]{}\"'-", " ", "\t", " ["]
     spellings = [prefix + n for prefix in ("", ", ", " ", " at ") for n in NUMBERS]

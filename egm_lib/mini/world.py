@@ -1,9 +1,9 @@
-"""Writes the miniature world to disk in the record format of real data: pictures, samples, and what
+"""Writes the miniature world to disk in the record format of real data: images, samples, and what
 the teacher knows.
 
 `python -m egm_lib.mini.world --out data/raw/mini --profile mini` writes images/*.png, train.jsonl,
 train_amodal.jsonl, selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl and
-teacher.jsonl. Splits differ by seed, and no picture occurs in two of them. A known small share of
+teacher.jsonl. Splits differ by seed, and no image occurs in two of them. A known small share of
 labels is wrong, of expressions ambiguous, of targets tiny.
 """
 
@@ -25,6 +25,7 @@ from random import Random
 import numpy as np
 
 from egm_lib.boxes import iou
+from egm_lib.cli import ends
 from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
 from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookalikes, sample_query
 from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
@@ -49,13 +50,13 @@ class Recipe:
     hops: tuple[float, float, float, float]
     location: bool = True
     amodal: bool = False
-    per_picture: int = 3
+    per_image: int = 3
 
 
 def recipes() -> dict[str, Recipe]:
     """Every file of the world, by its path below the root."""
     found = {
-        "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_picture=6),
+        "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_image=6),
         "train_amodal.jsonl": Recipe(
             "coco_amodal", "train", 102, (0.35, 0.4, 0.25, 0.0), amodal=True
         ),
@@ -77,11 +78,11 @@ def recipes() -> dict[str, Recipe]:
             201 + number,
             mixes[dataset],
             location=dataset != "refcoco+",
-            per_picture=2,
+            per_image=2,
         )
     for number, (dataset, split) in enumerate(AMODAL_SPLITS):
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
-            dataset, split, 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_picture=2
+            dataset, split, 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_image=2
         )
     return found
 
@@ -103,7 +104,7 @@ def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | Non
 
 
 def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
-    """(scene, image id, samples, teacher's truths) picture by picture, until `count` samples are
+    """(scene, image id, samples, teacher's truths) image by image, until `count` samples are
     made.
     """
     made, number = 0, 0
@@ -117,7 +118,7 @@ def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict]
         image_id = f"{recipe.dataset}_{recipe.split}_{number:06d}"
         number += 1
         rows, truths, asked = [], [], set()
-        for _ in range(recipe.per_picture):
+        for _ in range(recipe.per_image):
             drawn = _drawn(recipe, scene, rng)
             if drawn is None or drawn in asked or made + len(rows) == count:
                 continue
@@ -203,16 +204,16 @@ def counts(data: Data) -> dict[str, int]:
 
 
 def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
-    """Write the pictures, the samples and, beside them, the truths of one file; returns its
-    pictures' digests.
+    """Write the images, the samples and, beside them, the truths of one file; returns its
+    images' digests.
     """
     digests: dict[bytes, str] = {}
     rows: list[dict] = []
     with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
         for scene, image_id, found, truths in samples(recipes()[name], count):
-            picture = render(scene)
-            digests[hashlib.blake2b(picture.tobytes(), digest_size=16).digest()] = image_id
-            picture.save(folder / "images" / f"{image_id}.png", compress_level=1)
+            image = render(scene)
+            digests[hashlib.blake2b(image.tobytes(), digest_size=16).digest()] = image_id
+            image.save(folder / "images" / f"{image_id}.png", compress_level=1)
             rows += found
             truths_file.writelines(json.dumps(truth) + "\n" for truth in truths)
     write_samples(folder / name, rows)
@@ -244,7 +245,7 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
                 if twice := seen.keys() & digests.keys():
                     pair = {(seen[digest], digests[digest]) for digest in twice}
                     raise RuntimeError(
-                        f"the same picture under two names, change a stream: {sorted(pair)[0]}"
+                        f"the same image under two names, change a stream: {sorted(pair)[0]}"
                     )
                 seen |= digests
         with open(scratch / "teacher.jsonl", "wb") as teacher:
@@ -269,13 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--profile", default="mini")
     args = parser.parse_args(argv)
-    try:
-        made = write_world(args.out, counts(load_profile(args.profile).data))
-    except (ProfileError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    return ends(lambda: _write(args))
+
+
+def _write(args: argparse.Namespace) -> None:
+    made = write_world(args.out, counts(load_profile(args.profile).data))
     print(f"{sum(made.values())} samples in {len(made)} files under {args.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Prediction files -> scores, metrics with intervals, paired differences."""

@@ -1,0 +1,223 @@
+"""What the runs of one profile left on disk, read once: the input of tables and figures."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from egm_lib.errors import InputError
+from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
+from egm_lib.files import project_root, read_json, read_jsonl
+
+MODELS = (
+    "small-base",
+    "small-sft",
+    "small-egm",
+    "small-egm-no-reasoning",
+    "small-direct-control",
+    "small-sft-control",
+    "large-base",
+)
+PAPER_DIR = project_root() / "data" / "paper"
+
+
+@cache
+def paper(name: str) -> dict:
+    """A published table or figure of data/paper, such as "table4" or "fig5"."""
+    return json.loads((PAPER_DIR / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def paper_models(profile: str) -> tuple[dict[str, str], bool]:
+    """The paper's model beside each of a profile's, and whether they are the same (else: a
+    miniature's).
+    """
+    matching = [row for row in paper("models")["rows"] if profile.startswith(row["profiles"])]
+    best = max(matching, key=lambda row: len(row["profiles"]))
+    return best["models"], best["same"]
+
+
+class Results:
+    """The runs of one profile, one a seed; predictions are scored by `rule` when first asked for.
+
+    run_roots: folders data/runs/<profile>-<seed>; a file that a run lacks is simply not there
+    (None, or no rows).
+    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
+    profiles.
+    """
+
+    def __init__(self, run_roots: Sequence[Path], rule: str = "egm", draws: int = 2000):
+        self.roots = [Path(root) for root in run_roots if Path(root).is_dir()]
+        if not self.roots:
+            tried = ", ".join(map(str, run_roots))
+            raise FileNotFoundError(f"no run in {tried}; `make reproduce` makes one")
+        self.rule, self.draws = rule, draws
+        names = {root.name.rpartition("-")[0] for root in self.roots}
+        if len(names) > 1:
+            raise InputError(
+                f"runs of several profiles ({', '.join(sorted(names))}): make the tables of one at "
+                "a time"
+            )
+        self.profile = names.pop()
+        self.paper_models, self.same_models = paper_models(self.profile)
+        self.seeds = [
+            int(tail) if (tail := root.name.rpartition("-")[2]).isdigit() else tail
+            for root in self.roots
+        ]
+
+    @cached_property
+    def manifests(self) -> list[dict]:
+        return [
+            manifest
+            for root in self.roots
+            if (manifest := read_json(root / "manifest.json")) is not None
+        ]
+
+    def stated(self, key: str):
+        """What the manifests say under a key: one value where they agree, a list where not, None
+        where none says.
+        """
+        values = [manifest[key] for manifest in self.manifests if key in manifest]
+        return (
+            values[0]
+            if all(value == values[0] for value in values) and values
+            else (values or None)
+        )
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """Every prediction row of every seed, unscored; the seed is the run's."""
+        parts = []
+        for root, seed in zip(self.roots, self.seeds, strict=True):
+            files = sorted((root / "predictions").glob("*/*.jsonl"))
+            if files:
+                parts.append(load_predictions(files, SCORING_COLUMNS).assign(seed=seed))
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=list(SCORING_COLUMNS))
+        )
+
+    @cached_property
+    def scored(self) -> pd.DataFrame:
+        return self.score(self.rule)
+
+    def score(self, rule: str) -> pd.DataFrame:
+        """All predictions as `rule` reads them."""
+        return score(self.predictions, rule)
+
+    @cached_property
+    def models(self) -> list[str]:
+        """Names with predictions: the run's own in the order of the story, then any other by name;
+        no variants.
+        """
+        found = {model for model in set(self.predictions["model"]) if "@" not in model}
+        return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """Names of models decoded otherwise, such as small-egm@budget-16, by way and number."""
+        found = {model for model in set(self.predictions["model"]) if "@" in model}
+        return sorted(
+            found, key=lambda model: (model.rpartition("-")[0], int(model.rpartition("-")[2]))
+        )
+
+    @cached_property
+    def _by_model_and_task(self) -> dict[tuple[str, str], pd.DataFrame]:
+        return dict(list(self.scored.groupby(["model", "task"], sort=False)))
+
+    def of(self, model: str, task: str = "vanilla") -> pd.DataFrame:
+        """Scored rows of one model and task (no rows where it was not run)."""
+        rows = self._by_model_and_task.get((model, task))
+        return self.scored.iloc[:0] if rows is None else rows
+
+    @cached_property
+    def ablations(self) -> pd.DataFrame:
+        """Scored answers of the ablations' variants; model is the variant, steps its
+        GRPO steps.
+        """
+        parts = []
+        for root, seed in zip(self.roots, self.seeds, strict=True):
+            for answers in sorted((root / "ablations").glob("*-steps/answers")):
+                rows = load_predictions(answers, SCORING_COLUMNS)
+                parts.append(
+                    rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps")))
+                )
+        rows = (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else self.predictions.iloc[:0].assign(steps=0)
+        )
+        return score(rows, self.rule)
+
+    @cached_property
+    def latency(self) -> pd.DataFrame:
+        """Rows of the latency protocol, of every seed."""
+        rows = [
+            row
+            for root in self.roots
+            for file in sorted((root / "latency").glob("*.jsonl"))
+            for row in read_jsonl(file)
+        ]
+        return pd.DataFrame(rows)
+
+    @cached_property
+    def failures(self) -> pd.DataFrame:
+        """Judgements of failures: model, seed, sample_id, judge, cause, image_id (from the
+        predictions).
+        """
+        rows = [
+            {
+                "model": file.stem,
+                "seed": seed,
+                **{key: row[key] for key in ("sample_id", "judge", "cause")},
+            }
+            for root, seed in zip(self.roots, self.seeds, strict=True)
+            for file in sorted((root / "failures").glob("*.jsonl"))
+            for row in read_jsonl(file)
+        ]
+        frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
+        places = self.predictions[["sample_id", "image_id", "dataset", "split"]].drop_duplicates(
+            "sample_id"
+        )
+        frame = frame.merge(places, on="sample_id", how="left")
+        # A cluster of its own where unknown
+        return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
+
+    @cached_property
+    def judges(self) -> list[str]:
+        return list(dict.fromkeys(self.failures["judge"]))
+
+    def majority_causes(self, model: str) -> pd.DataFrame:
+        """One row a judged failure: the cause that more than half of its judges name, or "no
+        majority".
+        """
+        rows = self.failures[self.failures["model"] == model]
+        return pd.DataFrame(
+            [
+                {
+                    "seed": seed,
+                    "sample_id": sample_id,
+                    "image_id": group["image_id"].iloc[0],
+                    "cause": _majority(group["cause"]),
+                }
+                for (seed, sample_id), group in rows.groupby(["seed", "sample_id"], sort=False)
+            ],
+            columns=["seed", "sample_id", "image_id", "cause"],
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by stage, mean over the seeds."""
+        times: dict[str, list[float]] = {}
+        for manifest in self.manifests:
+            for stage, seconds in (manifest.get("wall_seconds") or {}).items():
+                times.setdefault(stage, []).append(seconds)
+        return {stage: round(float(np.mean(values)), 1) for stage, values in times.items()}
+
+
+def _majority(causes: Sequence[str]) -> str:
+    cause, count = Counter(causes).most_common(1)[0]
+    return cause if count * 2 > len(causes) else "no majority"

@@ -1,0 +1,142 @@
+"""Do models of unlike size see alike? Similarity of their vision features (linear CKA), and boxes
+read off them.
+
+An image's merged features are what its language model gets: one vector a cell of a coarse grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from egm_lib.boxes import Box, BoxFrame, convert, iou
+from egm_lib.data import open_image, read_train, resolve_image
+from egm_lib.inference.from_profile import model_of
+from egm_lib.inference.loading import load_model, load_processor
+from egm_lib.run import Run
+
+RIDGE = 1e-2  # of the features' mean variance
+IMAGES = 16  # that go through the tower together
+
+
+def linear_cka(x_N_D: np.ndarray, y_N_E: np.ndarray) -> float:
+    """Linear centred kernel alignment (Kornblith et al. 2019, Sec. 3): 0 (unrelated) .. 1 (equal
+    but for a rotation).
+
+    Rows are the same cells seen by two models. Raises ValueError for unlike numbers of rows, or
+    features that are the same for all rows. Few rows make unrelated features look alike: N should
+    be many times D and E.
+    """
+    x_N_D, y_N_E = np.asarray(x_N_D, dtype=np.float64), np.asarray(y_N_E, dtype=np.float64)
+    if len(x_N_D) != len(y_N_E):
+        raise ValueError(
+            f"{len(x_N_D)} rows beside {len(y_N_E)}: the features must be of the same cells"
+        )
+    x_N_D, y_N_E = x_N_D - x_N_D.mean(axis=0), y_N_E - y_N_E.mean(axis=0)
+    sizes = [np.linalg.norm(z.T @ z) for z in (x_N_D, y_N_E)]
+    if min(sizes) == 0:
+        raise ValueError("features that are the same for all rows have no similarity")
+    return float(np.linalg.norm(y_N_E.T @ x_N_D) ** 2 / (sizes[0] * sizes[1]))
+
+
+def box_probe(
+    features_N_D: np.ndarray, boxes_N_4: np.ndarray, held_out_N: np.ndarray
+) -> np.ndarray:
+    """IoU, for each held-out row, of its box (any one frame) with what ridge regression reads off
+    its features.
+
+    Fitted on the other rows; a row's image should be wholly on one side. A degenerate predicted
+    box has IoU 0.
+    """
+    features_N_D, boxes_N_4 = (
+        np.asarray(features_N_D, dtype=np.float64),
+        np.asarray(boxes_N_4, dtype=np.float64),
+    )
+    held_out_N = np.asarray(held_out_N, dtype=bool)
+    if held_out_N.all() or not held_out_N.any():
+        raise ValueError("a probe needs rows to fit and rows held out")
+    fit_K_D, fit_K_4 = features_N_D[~held_out_N], boxes_N_4[~held_out_N]
+    mean_D, mean_4 = fit_K_D.mean(axis=0), fit_K_4.mean(axis=0)
+    centred_K_D = fit_K_D - mean_D
+    gram_D_D = centred_K_D.T @ centred_K_D
+    variance = np.trace(gram_D_D) / len(gram_D_D)
+    # All features alike: nothing is read off them
+    gram_D_D += (RIDGE * variance or 1.0) * np.eye(len(gram_D_D))
+    weights_D_4 = np.linalg.solve(gram_D_D, centred_K_D.T @ (fit_K_4 - mean_4))
+    predicted_M_4 = (features_N_D[held_out_N] - mean_D) @ weights_D_4 + mean_4
+    return np.array(
+        [iou(box, truth) for box, truth in zip(predicted_M_4, boxes_N_4[held_out_N], strict=True)]
+    )
+
+
+@torch.no_grad()
+def cell_features(
+    model, processor, images: Sequence[Image.Image], boxes: Sequence[Box]
+) -> np.ndarray:
+    """Of each image the merged features of the cell in which its box (px) has its centre; N x D,
+    float64.
+
+    model, processor: of the Qwen3-VL family.
+    """
+    visual, rows = model.model.visual, []
+    for start in range(0, len(images), IMAGES):
+        part, part_boxes = images[start : start + IMAGES], boxes[start : start + IMAGES]
+        inputs = processor.image_processor(list(part), return_tensors="pt")
+        grids = inputs["image_grid_thw"]
+        pixels = inputs["pixel_values"].to(visual.device, visual.dtype)
+        merged = visual(pixels, grid_thw=grids.to(visual.device)).pooler_output
+        cells = [
+            (int(h) // visual.spatial_merge_size, int(w) // visual.spatial_merge_size)
+            for _, h, w in grids
+        ]
+        for image, box, (height, width), seen_T_D in zip(
+            part, part_boxes, cells, merged.split([h * w for h, w in cells]), strict=True
+        ):
+            x1, y1, x2, y2 = convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
+            row, column = (
+                min(int((y1 + y2) / 2 * height), height - 1),
+                min(int((x1 + x2) / 2 * width), width - 1),
+            )
+            rows.append(seen_T_D[row * width + column].double().cpu().numpy())
+    return np.stack(rows)
+
+
+def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.DataFrame:
+    """Each model's CKA with the first one and the mean IoU of its probe, on the first training
+    samples of a run.
+
+    The probe is held out on every second image. Loads the models, so it is for those that fit
+    this machine.
+    """
+    root = run.profile.data.path
+    samples = list(read_train(root, "vanilla", limit=limit))
+    images = [open_image(resolve_image(sample, root)) for sample in samples]
+    boxes_N_4 = np.array(
+        [
+            convert(sample["gt_box"], BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
+            for sample, image in zip(samples, images, strict=True)
+        ]
+    )
+    held_out_N = pd.factorize(np.array([sample["image_id"] for sample in samples]))[0] % 2 == 1
+    rows, first_N_D = [], None
+    for name in models:
+        checkpoint = model_of(run, name, "vanilla")
+        model = load_model(checkpoint.location, checkpoint.dtype)
+        processor = load_processor(checkpoint.location, checkpoint.family)
+        seen_N_D = cell_features(model, processor, images, [sample["gt_box"] for sample in samples])
+        first_N_D = seen_N_D if first_N_D is None else first_N_D
+        probed = box_probe(seen_N_D, boxes_N_4, held_out_N)
+        rows.append(
+            {
+                "model": name,
+                f"CKA with {models[0]}": linear_cka(first_N_D, seen_N_D),
+                "cells": len(samples),
+                "probe, mean IoU": probed.mean(),
+                "held out": len(probed),
+            }
+        )
+    return pd.DataFrame(rows).set_index("model")

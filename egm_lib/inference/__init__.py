@@ -1,0 +1,1 @@
+"""Having a model answer: loading it, three engines, decoding, predictions and latencies."""

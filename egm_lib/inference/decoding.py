@@ -1,0 +1,131 @@
+"""Other ways to decode, for the ablations that the paper lacks: a cap on the reasoning, and a vote
+among samples.
+
+A name such as `small-egm@budget-16` or `small-egm@majority-8` (`predict --model`) is
+the model decoded so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from egm_lib.boxes import Box, pairwise_iou
+from egm_lib.errors import InputError
+from egm_lib.inference.engine import Answer, Engine, Request
+from egm_lib.parsing import parse_completion, split_reasoning
+from egm_lib.profile import Sampling
+
+VOTE_TEMPERATURE = 0.7  # that of the paper's rollouts, Table 6
+
+
+def decoded_as(engine: Engine, model: str) -> Engine:
+    """The engine, or the variant of it that the name asks for. Raises ValueError for an unknown
+    variant.
+    """
+    _, _, variant = model.partition("@")
+    if not variant:
+        return engine
+    kind, _, number = variant.partition("-")
+    variants = {"budget": ReasoningBudget, "majority": Majority}
+    if kind not in variants or not number.isdigit() or int(number) < 1:
+        known = "budget-N (tokens) or majority-N (samples)"
+        raise InputError(f"unknown way of decoding {variant!r} in {model!r}: use {known}")
+    return variants[kind](engine, int(number))
+
+
+class _Variant:
+    def __init__(self, engine: Engine, number: int):
+        self.engine, self.number = engine, number
+        self.family, self.revision = engine.family, engine.revision
+
+    @property
+    def batch_size(self) -> int:
+        return self.engine.batch_size
+
+    @batch_size.setter
+    def batch_size(self, number: int) -> None:
+        self.engine.batch_size = number
+
+    def describe(self) -> dict:
+        return {
+            **self.engine.describe(),
+            "decoding": f"{type(self).__name__.lower()}-{self.number}",
+        }
+
+
+class ReasoningBudget(_Variant):
+    """Reasoning that is not done after `number` tokens is closed, and the model must answer."""
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
+        short = replace(sampling, max_new_tokens=min(self.number, sampling.max_new_tokens))
+        answers = list(self.engine.answer(requests, short, reasoning=reasoning))
+        going = [i for i, answer in enumerate(answers) if answer.finish_reason == "length"]
+        longer = [replace(requests[i], begun=self._begun(answers[i].raw_answer)) for i in going]
+        for i, rest in zip(going, self.engine.answer(longer, sampling), strict=True):
+            first = answers[i]
+            if rest.error is None:
+                counts = first.reasoning_tokens, first.answer_tokens
+                done = (sum(counts), 0) if _is_reasoning(first.raw_answer) else counts
+                rest = replace(
+                    rest,
+                    prompt_tokens=first.prompt_tokens,
+                    reasoning_tokens=done[0] + rest.reasoning_tokens,
+                    answer_tokens=done[1] + rest.answer_tokens,
+                )
+            answers[i] = rest
+        yield from answers
+
+    def _begun(self, raw_answer: str) -> str:
+        """The assistant's text so far, without the opener that the chat template writes again."""
+        closing = "</think>" if not self.family.reasoning_opener else "\n</think>\n\n"
+        return raw_answer.removeprefix(self.family.reasoning_opener) + (
+            closing if _is_reasoning(raw_answer) else ""
+        )
+
+
+def _is_reasoning(raw_answer: str) -> bool:
+    return split_reasoning(raw_answer)[1] is None
+
+
+class Majority(_Variant):
+    """`number` answers are sampled, and the one whose box most others share (IoU > 0.5) is given;
+    tokens are of all.
+    """
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
+        warm = replace(sampling, temperature=VOTE_TEMPERATURE)
+        seed, rounds = self.engine.seed, []
+        for number in range(self.number):
+            self.engine.seed = seed + number
+            rounds.append(list(self.engine.answer(requests, warm, reasoning=reasoning)))
+        self.engine.seed = seed
+        for request, answers in zip(requests, zip(*rounds, strict=True), strict=True):
+            frame, image_wh = self.family.frame, request.image.size
+            boxes = [
+                parse_completion(each.raw_answer, frame=frame, image_wh=image_wh).box
+                for each in answers
+            ]
+            chosen = answers[most_agreed(boxes)]
+            given = [each for each in answers if each.error is None]
+            if chosen.error is None:
+                chosen = replace(
+                    chosen,
+                    reasoning_tokens=sum(each.reasoning_tokens for each in given),
+                    answer_tokens=sum(each.answer_tokens for each in given),
+                )
+            yield chosen
+
+
+def most_agreed(boxes: Sequence[Box | None]) -> int:
+    """Index of the box that most of the others overlap (IoU > 0.5), the first among equals; 0 where
+    there is no box.
+    """
+    known = [index for index, box in enumerate(boxes) if box is not None]
+    if not known:
+        return 0
+    found = [boxes[index] for index in known]
+    votes = (pairwise_iou(found, found) > 0.5).sum(axis=1)
+    return known[int(votes.argmax())]

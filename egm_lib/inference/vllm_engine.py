@@ -1,0 +1,130 @@
+"""The engine on vLLM in this process."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import AutoConfig, ProcessorMixin
+
+from egm_lib.inference.answer_form import ANSWER_PATTERNS, check_bound
+from egm_lib.inference.engine import THINK_END, Answer, Request, chat_texts
+from egm_lib.inference.loading import load_processor
+from egm_lib.profile import Sampling
+from egm_lib.prompts import FAMILIES
+
+# Tokens that vLLM sets memory aside for: Table 6, for rollouts; ours, for evaluation
+MAX_MODEL_LEN = 32_768
+
+
+# No video: vLLM 0.30 tries one as it starts, in a way that transformers 5.23 refuses.
+VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
+
+
+def vllm_images(processor: ProcessorMixin) -> dict:
+    """vLLM's options on images: one a prompt, in the sizes of `processor`, whatever the
+    checkpoint's own says.
+    """
+    size = processor.image_processor.size
+    # InternVL-3: none
+    limits = {name: size[name] for name in ("shortest_edge", "longest_edge") if size.get(name)}
+    return {
+        "limit_mm_per_prompt": VLLM_LIMITS,
+        "mm_processor_kwargs": {"size": limits} if limits else None,
+    }
+
+
+class VLLMEngine:
+    """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no
+    GPU was at hand.
+
+    tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process
+    a GPU on a share of the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        family: str,
+        dtype: str = "bfloat16",
+        batch_size: int = 256,
+        *,
+        processor=None,
+        revision: str | None = None,
+        max_pixels: int | None = None,
+        tensor_parallel: int = 1,
+        seed: int = 0,
+    ):
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise ImportError(
+                "the engine 'vllm' needs vLLM: pip install -e .[gpu] on a machine with GPUs"
+            ) from error
+        self.family, self.revision, self.batch_size, self.dtype, self.seed = (
+            FAMILIES[family],
+            revision,
+            batch_size,
+            dtype,
+            seed,
+        )
+        self.processor = processor or load_processor(model_path, family, max_pixels, revision)
+        text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
+        self.llm = LLM(
+            model=model_path,
+            revision=revision,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel,
+            seed=seed,
+            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
+            **vllm_images(self.processor),
+        )
+
+    def describe(self) -> dict:
+        import vllm
+
+        name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+        return {"engine": "vllm", "device": name, "dtype": self.dtype, "vllm": vllm.__version__}
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        if not requests:
+            return
+        texts, begun = zip(
+            *chat_texts(self.processor, self.family, requests, reasoning), strict=True
+        )
+        pattern = ANSWER_PATTERNS[self.family.name]
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            seed=self.seed,
+            max_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            skip_special_tokens=False,
+            structured_outputs=None if reasoning else StructuredOutputsParams(regex=pattern),
+        )
+        prompts = [  # one <|image_pad|> or <IMG_CONTEXT> an image: vLLM expands it itself
+            {"prompt": text, "multi_modal_data": {"image": request.image}}
+            for text, request in zip(texts, requests, strict=True)
+        ]
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        latency_ms = (time.perf_counter() - start) * 1000
+        tokenizer = self.processor.tokenizer
+        think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
+        for output, opening in zip(outputs, begun, strict=True):
+            completion = output.outputs[0]
+            ids = list(completion.token_ids)
+            if ids[-1:] == [tokenizer.eos_token_id]:  # not counted, as in TransformersEngine
+                ids.pop()
+            text = completion.text.removesuffix(tokenizer.eos_token)
+            finish = "length" if completion.finish_reason == "length" else "stop"
+            if not reasoning:
+                check_bound(text, pattern, finished=finish == "stop")
+            num_reasoning = len(ids) - ids[::-1].index(think_end_id) if think_end_id in ids else 0
+            num_answer, num_prompt = len(ids) - num_reasoning, len(output.prompt_token_ids)
+            yield Answer(opening + text, num_prompt, num_reasoning, num_answer, finish, latency_ms)

@@ -1,0 +1,1 @@
+"""How the miniature's base models were made from nothing; the results stand in data/mini."""

@@ -1,0 +1,150 @@
+"""The manifest of a run: what ran, with which revisions, on what, for how long."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from egm_lib.files import digest, file_digest, project_root, read_json, write_text
+from egm_lib.pipeline.publish import ReproduceError
+from egm_lib.run import Run
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "vllm",
+    "deepspeed",
+    "numpy",
+    "papermill",
+)
+
+
+def open_manifest(run: Run) -> dict:
+    """The run's manifest, new or as it was left; profile and base models must be those that the run
+    began with.
+    """
+    values = json.loads(json.dumps(run.profile.as_dict()))
+    manifest = {
+        "profile": run.profile.name,
+        "seed": run.seed,
+        "values": values,
+        "models": _model_revisions(run),
+    }
+    manifest |= {"stages": {}, "wall_seconds": {}}
+    if run.manifest.exists():
+        now = manifest
+        manifest = read_json(run.manifest, "delete it, and the run continues with its files")
+        changed = [
+            text for key in ("values", "models") for text in _changes(manifest[key], now[key], key)
+        ]
+        if changed:
+            raise ReproduceError(
+                f"{run.root} was begun with another profile or other base models: "
+                f"{'; '.join(changed)}. Delete that "
+                "folder to begin anew, or put them back."
+            )
+    else:
+        manifest |= environment()
+    write_manifest(run, manifest)
+    return manifest
+
+
+def environment() -> dict:
+    """By which revision, with what and on what a stage runs."""
+    return {"git": git_revision(), "versions": _versions(), "hardware": _hardware()}
+
+
+def _changes(old: object, new: object, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            text
+            for key in keys
+            for text in _changes(old.get(key), new.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if old == new else [f"{where} was {old!r}, is {new!r}"]
+
+
+def write_manifest(run: Run, manifest: dict) -> None:
+    data = sorted(run.profile.data.path.rglob("*.jsonl"))
+    manifest["data"] = {
+        "root": run.profile.data.root,
+        "files": {path.name: file_digest(path)[:16] for path in data},
+    }
+    write_text(run.manifest, json.dumps(manifest, indent=1))
+
+
+def _model_revisions(run: Run) -> dict[str, str | None]:
+    """Of a local checkpoint the digest of its weights, of a hub id its revision (None: the
+    newest).
+    """
+    models = run.profile.models
+    named = {"small": models.small, "large": models.large, "reference": models.reference}
+    return {
+        name: _weights_digest(Path(model.location)) or model.revision
+        for name, model in named.items()
+    }
+
+
+def _weights_digest(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return digest([file_digest(path)[:16] for path in files])[:16] if files else None
+
+
+def git_revision() -> str:
+    """The revision of the checkout, "-dirty" where it has changes, figures apart: runs write them;
+    or "unknown".
+    """
+    git = ["git", "-C", str(project_root())]
+    try:
+        revision = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        same = (
+            subprocess.run(
+                [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)figures"]
+            ).returncode
+            == 0
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision.stdout.strip() + ("" if same else "-dirty")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, object]:
+    import torch
+
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(memory_gb, 1),
+        "gpus": gpus,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -1,0 +1,98 @@
+"""The notebooks of a run: their order, and storing the executed ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+
+from egm_lib.errors import EgmError
+from egm_lib.files import atomic_open, project_root
+from egm_lib.run import Run
+
+
+class ReproduceError(EgmError, RuntimeError):
+    """A run that cannot start or go on; the message is one clear sentence."""
+
+
+def stages() -> list[Path]:
+    """The notebooks in their order."""
+    found = sorted((project_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not found:
+        raise ReproduceError(
+            f"no notebooks in {project_root() / 'notebooks'}; run from a checkout of the repository"
+        )
+    return found
+
+
+def clean(path: Path) -> None:
+    """Strips what must not be stored from a notebook: widget state (its PNG stays), and the paths
+    of this machine.
+    """
+    root = f"{project_root()}/"
+    book = nbformat.read(path, as_version=4)
+    book.metadata.pop("widgets", None)
+    book.metadata.pop("papermill", None)
+    for cell in book.cells:
+        cell.metadata.pop("papermill", None)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            data.pop("application/vnd.jupyter.widget-view+json", None)
+            for holder, field in ((output, "text"), (data, "text/plain"), (data, "text/html")):
+                if field in holder:
+                    holder[field] = holder[field].replace(root, "")
+    with atomic_open(path) as file:
+        nbformat.write(book, file)
+
+
+def publish(run: Run) -> None:
+    """Puts the run's executed notebooks in the place of the stored ones, with outputs but without
+    papermill's cell and the times of cells. All of them, or none: ReproduceError where one was not
+    run or was changed since."""
+    books = {}
+    for notebook in stages():
+        executed = run.notebook(notebook.name)
+        if not executed.exists():
+            raise ReproduceError(
+                f"{executed} is missing: run the whole profile before its notebooks are published"
+            )
+        book = nbformat.read(executed, as_version=4)
+        book.cells = [
+            cell
+            for cell in book.cells
+            if "injected-parameters" not in cell.metadata.get("tags", [])
+        ]
+        for cell in book.cells:
+            cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if _worth_seeing(output)]
+        if code_of(book) != code_of_file(notebook):
+            raise ReproduceError(
+                f"{notebook.name} was changed since it was run: run the profile again first"
+            )
+        books[notebook] = book
+    for notebook, book in books.items():
+        with atomic_open(notebook) as file:
+            nbformat.write(book, file)
+
+
+def _worth_seeing(output: nbformat.NotebookNode) -> bool:
+    """Whether a page should show an output of a run: not the progress of jobs, nor bars, nor
+    warnings.
+    """
+    if output.output_type != "stream":
+        return (
+            set(output.get("data", ())) != {"text/plain"} or output.output_type == "execute_result"
+        )
+    progress = re.compile(r"(?m)^[\w-]+: (started|(done in )?\d+ min \d\d s.*)$\n?")
+    output.text = progress.sub("", output.text)
+    return output.name == "stdout" and bool(output.text.strip())
+
+
+def code_of_file(notebook: Path) -> list[str]:
+    return code_of(nbformat.read(notebook, as_version=4))
+
+
+def code_of(book: nbformat.NotebookNode) -> list[str]:
+    return [cell.source for cell in book.cells if cell.cell_type == "code"]

@@ -1,0 +1,1 @@
+"""What people look at: tables, figures, the gallery, the numbers in the README."""

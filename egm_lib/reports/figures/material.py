@@ -1,0 +1,100 @@
+"""What figures are made of: scored results, prediction rows, parameters."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from egm_lib.evaluation.results import Results
+from egm_lib.profile import ProfileError, load_profile
+from egm_lib.viewer.comparison import Comparison, compare, rows_of
+
+SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
+DRAWS = 1000  # of a bootstrap
+
+
+class NotRun(Exception):
+    """The files that a figure needs are not there; the message says which."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was made (files) or was not (not_run says why)."""
+
+    name: str
+    title: str
+    caption: str = ""
+    not_run: str = ""
+    files: tuple[str, ...] = ()
+
+
+class Material:
+    """What figures are made of: scored results, whole prediction rows where text or images are
+    shown, parameters.
+    """
+
+    def __init__(self, results: Results, root: Path, parameters: Mapping[str, int]):
+        self.results, self.root, self.parameters = results, root, parameters
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """The first seed's small base, EGM and large base, sample by sample."""
+        folder = self.results.roots[0] / "predictions"
+        return compare(
+            rows_of([folder / name for name in (SMALL, EGM, LARGE) if (folder / name).is_dir()])
+        )
+
+    def of(self, task: str) -> list[Comparison]:
+        return [each for each in self.comparisons if each.sample["task"] == task]
+
+    def needed(self, model: str, task: str = "vanilla") -> pd.DataFrame:
+        rows = self.results.of(model, task)
+        if rows.empty:
+            raise NotRun(f"no {task} predictions of {model}")
+        return rows
+
+
+def lot(items: Sequence, count: int) -> list:
+    """`count` of the items by a fixed lot, in their order."""
+    chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
+    return [items[place] for place in chosen]
+
+
+def data_root(results: Results) -> Path:
+    """Where the images of the runs' profile lie; the current folder for a profile that is no
+    more.
+    """
+    try:
+        return load_profile(results.profile).data.path
+    except ProfileError:
+        return Path(".")
+
+
+def parameters_of(results: Results) -> dict[str, int]:
+    """Parameters by model, counted in the headers of the profile's safetensors files; none where
+    they are not here.
+    """
+    from safetensors import safe_open
+
+    try:
+        models = load_profile(results.profile).models
+    except ProfileError:
+        return {}
+    counts = {}
+    for name, location in (("small", models.small.location), ("large", models.large.location)):
+        total = 0
+        for file in sorted(Path(location).glob("*.safetensors")):
+            with safe_open(file, framework="np") as tensors:
+                names = tensors.keys()
+                total += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
+        if total:
+            counts[name] = total
+    return {
+        model: counts[size]
+        for model in results.models
+        if (size := model.partition("-")[0]) in counts
+    }

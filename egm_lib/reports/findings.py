@@ -1,0 +1,187 @@
+"""What a run's numbers say, in sentences that are made from the numbers and hold on any profile.
+
+Notebooks show them below their figures and tables. A finding whose files are absent is "not run".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from egm_lib.curation.outputs import JsonlSamples
+from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.statistics import Difference, Estimate, estimate
+from egm_lib.files import read_json, read_jsonl
+from egm_lib.reports.tables.beyond_paper import latency_stats
+from egm_lib.reports.tables.paper import cause_shares, gain
+
+BASE, LARGE, SFT, EGM = "small-base", "large-base", "small-sft", "small-egm"
+# (model, compared with, what it would mean that the first is better)
+QUESTIONS = (
+    (EGM, BASE, "Learning to reason helps the small model"),
+    (EGM, "small-direct-control", "It helps more than direct training does"),
+    (EGM, LARGE, "The small model that reasons is better than the large base"),
+    (EGM, "small-egm-no-reasoning", "The written reasoning is what helps"),
+    (EGM, SFT, "GRPO adds to SFT"),
+    (EGM, "small-sft-control", "GRPO adds more than SFT continued"),
+)
+MIN_GROUP = 30  # ours: a kind of prompt with fewer samples is not named
+
+
+def findings(results: Results, topic: str) -> str:
+    """Sentences on a topic, as Markdown. Raises KeyError for an unknown topic."""
+    sentences = list(TOPICS[topic](results))
+    return " ".join(sentences) if sentences else f"{topic}: not run."
+
+
+def _percent(value: Estimate) -> str:
+    return f"{100 * value.mean:.1f} %{_interval(value)}"
+
+
+def _points(value: Difference) -> str:
+    return f"{100 * value.mean:+.1f} points{_interval(value)}"
+
+
+def _interval(value: Estimate | Difference) -> str:
+    if value.ci95 is None:
+        return ""
+    low, high = (100 * end for end in value.ci95)
+    return f" [{low:.1f}, {high:.1f}]"
+
+
+def _verdict(value: Difference, claim: str) -> str:
+    """A claim with the word for what the interval says about it."""
+    if value.ci95 is None:
+        word = "one sample each, so nothing can be said"
+    elif value.ci95[0] > 0:
+        word = "yes"
+    elif value.ci95[1] < 0:
+        word = "no, the opposite"
+    else:
+        word = "cannot be told from chance"
+    return f"{claim}: **{word}**, {_points(value)}."
+
+
+def _bases(results: Results) -> Iterator[str]:
+    for model in (BASE, LARGE):
+        accuracy = estimate(results.of(model), over_splits=True, draws=results.draws)
+        if accuracy:
+            yield f"`{model}` finds {_percent(accuracy)} of the objects."
+    if (difference := gain(results, LARGE, BASE)) is not None:
+        yield f"The large base differs from the small one by {_points(difference)}."
+
+
+def _kinds(results: Results) -> Iterator[str]:
+    rows = results.of(BASE)
+    kinds = rows.groupby("prompt_kind")["success"].agg(["mean", "size"])
+    kinds = kinds[kinds["size"] >= MIN_GROUP].sort_values("mean")
+    if len(kinds) > 1:
+        hard, easy = kinds.index[0], kinds.index[-1]
+        yield (
+            f"`{BASE}` does best on the kind {easy} ({100 * kinds['mean'].iloc[-1]:.0f} %) and "
+            f"worst on the kind {hard} ({100 * kinds['mean'].iloc[0]:.0f} %)."
+        )
+    elif len(rows):
+        yield "The data does not tell kinds of prompts, or has too few samples of each."
+
+
+def _causes(results: Results) -> Iterator[str]:
+    for model in (BASE, LARGE):
+        causes = results.majority_causes(model)
+        if causes.empty:
+            continue
+        shares = cause_shares(causes, results.draws)
+        first = max(shares, key=lambda cause: shares[cause].mean)
+        yield (
+            f"Of {len(causes):,} judged failures of `{model}`, most are {first}: "
+            f"{_percent(shares[first])}."
+        )
+
+
+def _curation(results: Results) -> Iterator[str]:
+    folder = results.roots[0] / "curation"
+    for name, what in (("trace", "traces"), ("amodal-trace-train", "amodal traces")):
+        outcomes = _outcomes(folder / f"{name}.jsonl")
+        if outcomes.empty:
+            continue
+        kept, dropped = outcomes.get("kept", 0), outcomes.drop("kept", errors="ignore")
+        sentence = f"Of {outcomes.sum():,} {what}, {100 * kept / outcomes.sum():.1f} % are kept"
+        if len(dropped):
+            sentence += f"; the most frequent reason for dropping one is {dropped.idxmax()}"
+        yield f"{sentence}."
+
+
+def _outcomes(path: Path) -> pd.Series:
+    """How often each outcome ("kept", a filter's name, "failed") occurs in an output file."""
+    rows = JsonlSamples(path) if path.is_file() else ()
+    outcomes = ["kept" if row["status"] == "ok" else row["filter"] or "failed" for row in rows]
+    return pd.Series(outcomes, dtype=object).value_counts()
+
+
+def _logged(results: Results, stage: str, column: str) -> Iterator[tuple[str, float, float, int]]:
+    """(task, mean of the first tenth, mean of the last tenth, steps) of the first seed's logs."""
+    for task in ("vanilla", "amodal"):
+        path = results.roots[0] / "logs" / f"{stage}-{task}.jsonl"
+        rows = [row for row in read_jsonl(path) if column in row] if path.is_file() else []
+        if rows:
+            tenth = max(1, len(rows) // 10)
+            values = [row[column] for row in rows]
+            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            yield task, first, last, rows[-1]["step"]
+
+
+def _sft(results: Results) -> Iterator[str]:
+    for task, first, last, steps in _logged(results, "sft", "loss"):
+        yield f"In {steps:,} steps the {task} loss goes from {first:.2f} to {last:.2f} (tenths)."
+
+
+def _selection(results: Results) -> Iterator[str]:
+    counts = (read_json(results.roots[0] / "selection.json") or {}).get("vanilla")
+    if counts and counts["pool"]:
+        share = 100 * counts["learnable"] / counts["pool"]
+        yield (
+            f"Of {counts['pool']:,} prompts, {counts['learnable']:,} ({share:.0f} %) are "
+            f"learnable: the reference solves them and the learner does not. GRPO trains on "
+            f"{counts['kept']:,} prompts."
+        )
+
+
+def _grpo(results: Results) -> Iterator[str]:
+    for task, first, last, steps in _logged(results, "grpo", "reward"):
+        yield f"In {steps:,} steps the mean {task} reward goes from {first:.3f} to {last:.3f}."
+    for task, _, last, _ in _logged(results, "grpo", "frac_reward_zero_std"):
+        yield f"At the end {100 * last:.0f} % of the {task} groups earn the same and teach nothing."
+
+
+def _latency(results: Results) -> Iterator[str]:
+    for model in (BASE, EGM, LARGE):
+        if stats := latency_stats(results, model):
+            yield f"`{model}` takes {stats['mean']:.0f} ms for {stats['tokens']:.0f} tokens."
+
+
+def _answers(results: Results, task: str) -> Iterator[str]:
+    for model, other, claim in QUESTIONS:
+        if (difference := gain(results, model, other, task)) is not None:
+            yield f"- {_verdict(difference, claim)}\n"
+
+
+def _did_it_help(results: Results) -> Iterator[str]:
+    for task in ("vanilla", "amodal"):
+        answers = list(_answers(results, task))
+        if answers:
+            yield f"\n\n**{task.capitalize()} grounding**\n\n" + "".join(answers)
+
+
+TOPICS: dict[str, Callable[[Results], Iterator[str]]] = {
+    "bases": _bases,
+    "kinds": _kinds,
+    "causes": _causes,
+    "curation": _curation,
+    "sft": _sft,
+    "selection": _selection,
+    "grpo": _grpo,
+    "latency": _latency,
+    "did it help": _did_it_help,
+}

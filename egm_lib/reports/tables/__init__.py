@@ -1,0 +1,140 @@
+"""Tables 1-12, the comparisons that the paper lacks, and summary.json: functions of a run's files,
+no model needed.
+
+    python -m egm_lib.reports.tables --profile mini [--rule vlmevalkit] [--only table4]
+
+Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX; the same files give the same
+bytes.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from egm_lib.evaluation.results import MODELS, Results
+from egm_lib.evaluation.scoring import split_keys
+from egm_lib.evaluation.statistics import Difference, Estimate, estimate
+from egm_lib.files import write_text
+from egm_lib.reports.tables import beyond_paper, paper
+from egm_lib.reports.tables.cells import (
+    Table,
+    stated_text,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+
+TABLES: dict[str, Callable[[Results], Table]] = {
+    **{f"table{number}": getattr(paper, f"table{number}") for number in range(1, 13)},
+    "table4_differences": beyond_paper.table_differences,
+    "table4_kinds": beyond_paper.table_kinds,
+    "table4_rules": beyond_paper.table_rules,
+    "table4_answers": beyond_paper.table_answers,
+    "table4_decoding": beyond_paper.table_decoding,
+    "table4_latency": beyond_paper.table_latency,
+    "ablation_grpo": beyond_paper.table_ablations,
+}
+
+
+def build_tables(
+    run_roots: Sequence[Path],
+    out_dir: Path,
+    *,
+    rule: str = "egm",
+    draws: int = 2000,
+    only: Sequence[str] | None = None,
+) -> dict[str, Table]:
+    """Writes every table (or those named in `only`) and summary.json to out_dir; returns them by
+    name.
+
+    run_roots: the runs of one profile, one a seed; several are pooled, and intervals cover seeds as
+    well as images.
+    """
+    results = Results(run_roots, rule, draws)
+    stamp = (
+        f"Profile {results.profile}, seeds {', '.join(map(str, results.seeds))}, rule {rule}, "
+        f"git {stated_text(results.stated('git'))}. Intervals: 95 %."
+    )
+    tables = {
+        name: build(results) for name, build in TABLES.items() if only is None or name in only
+    }
+    out_dir = Path(out_dir)
+    for name, table in tables.items():
+        for suffix, text in (
+            ("md", to_markdown(table, stamp)),
+            ("csv", to_csv(table, results)),
+            ("tex", to_latex(table, stamp)),
+        ):
+            write_text(out_dir / f"{name}.{suffix}", text)
+    if only is None:
+        write_text(
+            out_dir / "summary.json",
+            json.dumps(summary(results), indent=1, ensure_ascii=False) + "\n",
+        )
+    return tables
+
+
+def summary(results: Results) -> dict:
+    """The headline numbers, shares in 0..1; a model that was not run is null."""
+    names = list(dict.fromkeys([*MODELS, *results.models]))
+
+    def accuracy(model: str, task: str) -> dict | None:
+        rows = results.of(model, task)
+        value = estimate(rows, over_splits=True, draws=results.draws)
+        return value and {**_rounded(value), "splits": int(split_keys(rows).nunique())}
+
+    def complex_share(model: str) -> dict | None:
+        causes = results.majority_causes(model)
+        return (
+            None
+            if causes.empty
+            else _rounded(paper.cause_shares(causes, results.draws)["COMPLEX-PROMPT"])
+        )
+
+    def tokens(model: str) -> dict | None:
+        rows = results.of(model)
+        if rows.empty:
+            return None
+        means = [pd.to_numeric(rows[name]).mean() for name in ("reasoning_tokens", "answer_tokens")]
+        if any(map(math.isnan, means)):
+            return None
+        return {
+            "reasoning": round(means[0], 2),
+            "answer": round(means[1], 2),
+            "mean": round(sum(means), 2),
+        }
+
+    differences = {
+        f"{task}: {a} - {b}": {
+            **_rounded(value),
+            "p": None if value.p_value is None else round(value.p_value, 6),
+        }
+        for task in ("vanilla", "amodal")
+        for a, b in beyond_paper.COMPARISONS
+        if (value := paper.gain(results, a, b, task)) is not None
+    }
+    return {
+        "profile": results.profile,
+        "seeds": results.seeds,
+        "git": results.stated("git"),
+        "hardware": results.stated("hardware"),
+        "rule": results.rule,
+        "acc_at_50": {name: accuracy(name, "vanilla") for name in names},
+        "amodal_acc_at_50": {name: accuracy(name, "amodal") for name in names},
+        "differences": differences,
+        "complex_share_of_failures": {name: complex_share(name) for name in names},
+        "latency_ms": {name: beyond_paper.latency_stats(results, name) for name in names},
+        "tokens": {name: tokens(name) for name in names},
+        "wall_seconds": results.seconds(),
+    }
+
+
+def _rounded(value: Estimate | Difference) -> dict:
+    return {
+        "mean": round(value.mean, 7),
+        "ci95": None if value.ci95 is None else [round(end, 7) for end in value.ci95],
+        "n": value.n,
+    }

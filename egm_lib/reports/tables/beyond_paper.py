@@ -1,0 +1,339 @@
+"""Tables that the paper lacks: paired differences with their controls, kinds of samples, scorers,
+answers, latency.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from egm_lib.evaluation.metrics import metrics
+from egm_lib.evaluation.results import Results, paper
+from egm_lib.evaluation.scoring import with_strata
+from egm_lib.evaluation.statistics import estimate, holm, paired_difference
+from egm_lib.inference.latency import CONCURRENCIES
+from egm_lib.parsing import RULES
+from egm_lib.reports.tables.cells import UNKNOWN, Number, Row, Table, count, p_text, percent
+from egm_lib.reports.tables.paper import accuracy_cells, gain
+from egm_lib.training.variants import STEPS, VARIANTS
+
+COMPARISONS = (
+    ("small-egm", "small-base"),
+    ("small-egm", "large-base"),
+    ("small-egm", "small-sft"),
+    ("small-sft", "small-base"),
+    ("small-egm", "small-egm-no-reasoning"),
+    ("small-egm", "small-direct-control"),
+    ("small-egm", "small-sft-control"),
+    ("small-sft", "small-direct-control"),
+    ("large-base", "small-base"),
+)
+
+
+def table_differences(results: Results) -> Table:
+    """The hypothesis and its controls: paired differences, Holm-corrected within the table."""
+    table = Table(
+        "table4_differences",
+        "Differences, paired on samples",
+        ["points", "n", "p (clustered)", "p (Holm)", "only first", "only second", "p (McNemar)"],
+    )
+    tests = [
+        (f"{a} - {b}, {task}", gain(results, a, b, task))
+        for task in ("vanilla", "amodal")
+        for a, b in COMPARISONS
+    ]
+    with_p = [
+        index
+        for index, (_, test) in enumerate(tests)
+        if test is not None and test.p_value is not None
+    ]
+    adjusted = dict(zip(with_p, holm([tests[index][1].p_value for index in with_p]), strict=True))
+    for index, (label, test) in enumerate(tests):
+        cells = (
+            [None] * 7
+            if test is None
+            else [
+                percent(test),
+                count(test.n),
+                p_text(test.p_value),
+                p_text(adjusted.get(index)),
+                count(test.only_a),
+                count(test.only_b),
+                p_text(test.mcnemar_p) or "several seeds",
+            ]
+        )
+        table.rows.append(Row(label, "ours", cells))
+    table.notes.append(
+        "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first "
+        "/ only second: "
+        "samples that just one of the two solves. small-direct-control: the base trained on, on "
+        "direct answers, with "
+        "the compute of SFT + GRPO; small-sft-control: SFT continued for GRPO's minutes."
+    )
+    return table
+
+
+def table_kinds(results: Results) -> Table:
+    """Accuracy by kind of prompt, number of look-alikes, size of the object and length of the
+    expression.
+    """
+    models = results.models
+    table = Table("table4_kinds", "Accuracy by kind of sample", ["n", *models])
+    if not models:
+        return table
+    scored = with_strata(results.scored[results.scored["task"] == "vanilla"])
+    for stratum in ("prompt_kind", "num_lookalikes", "size", "length"):
+        groups = scored[scored[stratum].notna()].groupby(stratum, sort=True, observed=True)
+        for value, group in groups:
+            name = (
+                f"{stratum.replace('_', ' ')}: {value:g}"
+                if isinstance(value, float)
+                else f"{stratum.replace('_', ' ')}: {value}"
+            )
+            cells = [
+                percent(estimate(group[group["model"] == model], draws=results.draws))
+                for model in models
+            ]
+            table.rows.append(Row(name, "ours", [count(group["sample_id"].nunique()), *cells]))
+    table.notes.append(
+        "All vanilla splits together; n: samples; kinds and look-alikes where the data tells them."
+    )
+    return table
+
+
+def table_rules(results: Results) -> Table:
+    """The same answers scored as other evaluators would: how much of a difference is the
+    scorer's.
+    """
+    models = results.models
+    table = Table("table4_rules", "The same answers under other evaluators' rules", models)
+    for rule in RULES if models else ():
+        scored = results.scored if rule == results.rule else results.score(rule)
+        cells = []
+        for model in models:
+            rows = scored[(scored["model"] == model) & (scored["task"] == "vanilla")]
+            cells.append(percent(estimate(rows, over_splits=True, draws=results.draws)))
+        table.rows.append(Row(rule, "ours", cells))
+    table.notes.append(
+        "Vanilla splits, plain mean over the splits that were run; rules: docs/scoring-rules.md."
+    )
+    return table
+
+
+def table_answers(results: Results) -> Table:
+    """What kind of answers a model gives: shares in percent, and tokens."""
+    shares = [
+        "acc_50_95",
+        "mean_iou",
+        "no_box",
+        "several_boxes",
+        "unclosed_reasoning",
+        "malformed",
+        "error",
+        "truncated",
+    ]
+    tokens = ["reasoning_tokens", "answer_tokens"]
+    table = Table(
+        "table4_answers",
+        "Answers: boxes, faults, tokens",
+        [*(name.replace("_", " ") for name in shares + tokens), "n"],
+    )
+    if not results.models:
+        return table
+    frame = metrics(results.scored, ["task", "model"], draws=20).set_index(["task", "model"])
+    for task in ("vanilla", "amodal"):
+        for model in results.models:
+            if (task, model) in frame.index:
+                row = frame.loc[(task, model)]
+                cells = [Number(100 * row[name]) for name in shares]
+                cells += [None if math.isnan(row[name]) else Number(row[name]) for name in tokens]
+                table.rows.append(Row(f"{model}, {task}", "ours", [*cells, count(int(row["n"]))]))
+    table.notes.append(
+        "Shares, mean IoU and accuracy over IoU 0.50:0.95 in percent; tokens: mean of an answer."
+    )
+    return table
+
+
+def table_decoding(results: Results) -> Table:
+    """Accuracy against the number of generated tokens and the way of decoding (variants of
+    `egm_lib.inference.decoding`).
+    """
+    columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
+    table = Table("table4_decoding", "Other ways to decode", columns)
+    plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or [
+        "small-egm"
+    ]
+    for model in plain:
+        for name in [
+            model,
+            *(each for each in results.variants if each.partition("@")[0] == model),
+        ]:
+            rows = results.of(name)
+            if rows.empty:
+                table.rows.append(Row(name, "ours", [None] * 4))
+                continue
+            tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
+            difference = "" if name == model else percent(gain(results, name, model))
+            accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
+            table.rows.append(
+                Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))])
+            )
+    table.notes.append(
+        "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; "
+        "majority-N: of N "
+        "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as "
+        "in Table 8."
+    )
+    return table
+
+
+def table_ablations(results: Results) -> Table:
+    """GRPO taken apart (`make ablations`): short runs beside each other, on one validation
+    split.
+    """
+    columns = [
+        "accuracy",
+        "difference",
+        "p (Holm)",
+        "mean IoU",
+        "tokens an answer",
+        "n",
+        "GRPO steps",
+    ]
+    table = Table("ablation_grpo", "SFT and GRPO taken apart, on a validation split", columns)
+    found = results.ablations
+    for steps in sorted(set(found["steps"])) or [STEPS]:
+        rows = {
+            name: found[(found["steps"] == steps) & (found["model"] == name)] for name in VARIANTS
+        }
+        whole = rows["sft-and-grpo"]
+        tests = {
+            name: paired_difference(rows[name], whole, draws=results.draws)
+            for name in VARIANTS
+            if len(whole)
+        }
+        tests.pop("sft-and-grpo", None)
+        p_values = {
+            name: test.p_value for name, test in tests.items() if test and test.p_value is not None
+        }
+        adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+        for name, variant in VARIANTS.items():
+            if rows[name].empty:
+                table.rows.append(Row(name, "ours", [None] * len(columns)))
+                continue
+            compared = (
+                ["", ""]
+                if name == "sft-and-grpo"
+                else [percent(tests.get(name)), p_text(adjusted.get(name))]
+            )
+            tokens = pd.to_numeric(rows[name]["reasoning_tokens"]) + pd.to_numeric(
+                rows[name]["answer_tokens"]
+            )
+            table.rows.append(
+                Row(
+                    name,
+                    "ours",
+                    [
+                        percent(estimate(rows[name], draws=results.draws)),
+                        *compared,
+                        percent(estimate(rows[name], "iou", draws=results.draws)),
+                        Number(tokens.mean()),
+                        count(len(rows[name])),
+                        count(0 if variant.changes is None else steps),
+                    ],
+                )
+            )
+    table.notes.append(
+        "Short GRPO runs of one length, whatever the run itself did; difference: paired, to "
+        "sft-and-grpo, which has "
+        "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: "
+        "IoU alone."
+    )
+    return table
+
+
+def table_latency(results: Results) -> Table:
+    """Fig. 5's numbers: latency by the protocol beside accuracy."""
+    columns = [
+        "at a time",
+        "ms, mean",
+        "ms, median",
+        "ms, p95",
+        "first token, ms",
+        "tokens",
+        "accuracy",
+        "n",
+    ]
+    columns.append("measured on")
+    table = Table("table4_latency", "Latency of requests, and accuracy", columns)
+    for row in paper("fig5")["rows"]:
+        milliseconds, accuracy = row["values"]
+        cells = [
+            UNKNOWN,
+            Number(milliseconds, decimals=0),
+            *[UNKNOWN] * 4,
+            Number(accuracy),
+            UNKNOWN,
+            "L20 GPUs",
+        ]
+        table.rows.append(Row(row["name"], "paper", cells))
+    for model in results.models:
+        accuracy = accuracy_cells(results, model)[-1]
+        for concurrency in CONCURRENCIES:
+            stats = latency_stats(results, model, concurrency)
+            if stats is None:
+                table.rows.append(
+                    Row(model, "ours", [count(concurrency), *[None] * 5, accuracy, None, None])
+                )
+                continue
+            first = stats["first_token_mean"]
+            table.rows.append(
+                Row(
+                    model,
+                    "ours",
+                    [
+                        count(concurrency),
+                        Number(stats["mean"], stats["ci95"]),
+                        Number(stats["p50"]),
+                        Number(stats["p95"]),
+                        None if first is None else Number(first),
+                        Number(stats["tokens"]),
+                        accuracy,
+                        count(stats["n"]),
+                        stats["device"],
+                    ],
+                )
+            )
+    table.notes.append(
+        "Ours: after a warm-up, from handing the request over (image in memory) to the last token; "
+        "several at a time "
+        "are a batch, whose answers come together, or requests on the way to an endpoint. "
+        f"Paper: {paper('fig5')['source']}; its released script measures at concurrency 64."
+    )
+    return table
+
+
+def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
+    """Mean (with interval), p50 and p95 in ms of a model's rows of the latency protocol; None where
+    it was not run.
+    """
+    rows = results.latency
+    if len(rows):
+        asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)
+        rows = rows[asked & rows["latency_ms"].notna()]
+    if rows.empty:
+        return None
+    mean = estimate(rows.assign(image_id=rows["sample_id"]), "latency_ms", draws=results.draws)
+    first = pd.to_numeric(rows["first_token_ms"]).mean()
+    tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
+    p50, p95 = np.percentile(rows["latency_ms"].astype(float), [50, 95])
+    return {
+        "mean": round(mean.mean, 2),
+        "ci95": mean.ci95 and [round(value, 2) for value in mean.ci95],
+        "p50": round(float(p50), 2),
+        "p95": round(float(p95), 2),
+        "n": mean.n,
+        "tokens": round(float(tokens.mean()), 2),
+        "first_token_mean": None if math.isnan(first) else round(float(first), 2),
+        "device": ", ".join(sorted(set(rows["device"]))),
+    }

@@ -1,0 +1,213 @@
+"""What a table is made of, and how it is written: Markdown for people, CSV for programs, LaTeX for
+papers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_UP, Decimal
+
+from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.statistics import Difference, Estimate
+
+NOT_RUN = "not run"
+UNKNOWN = "not at hand"  # the paper's number, in no text that we have
+
+
+def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
+    """A number as people round it, halves away from zero: 49.05 is 49.1, though its double lies a
+    hair below.
+    """
+    exact = Decimal(str(round(float(value), 9)))
+    rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP) + 0  # + 0: no "-0.0"
+    return f"{rounded:{'+' if signed else ''},f}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value with what is known of it; percent and points carry one decimal, counts none."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+    n: int | None = None
+    p: float | None = None
+    decimals: int = 1
+    signed: bool = False
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, self.texts()))
+
+    def texts(self) -> tuple[str, str]:
+        """The value, and its interval in brackets or nothing."""
+        value, *ends = (
+            decimal_text(each, self.decimals, self.signed)
+            for each in (self.value, *(self.ci95 or ()))
+        )
+        return value, f"[{', '.join(ends)}]" if ends else ""
+
+
+Cell = Number | str | None  # None: not run
+
+
+@dataclass(frozen=True)
+class Row:
+    """source: "paper" | "ours" | "ours, difference" | ..."""
+
+    label: str
+    source: str
+    cells: Sequence[Cell]
+
+
+@dataclass
+class Table:
+    """name: the file's stem; every row has one cell a column."""
+
+    name: str
+    title: str
+    columns: list[str]
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def percent(value: Estimate | Difference | None, signed: bool = False) -> Cell:
+    """An estimate in 0..1 as percent (a difference: as points)."""
+    if value is None:
+        return None
+    ci95 = None if value.ci95 is None else (100 * value.ci95[0], 100 * value.ci95[1])
+    is_difference = isinstance(value, Difference)
+    p = value.p_value if is_difference else None
+    return Number(100 * value.mean, ci95, value.n, p, signed=signed or is_difference)
+
+
+def summarised(value: dict | None) -> Cell:
+    """A mean as summary.json has it, as percent; None where it was not run."""
+    return percent(Estimate(value["mean"], value["ci95"], value["n"])) if value else None
+
+
+def published(value: float | None, decimals: int = 1) -> Cell:
+    return UNKNOWN if value is None else Number(value, decimals=decimals)
+
+
+def count(value: int | None) -> Cell:
+    return None if value is None else Number(value, decimals=0)
+
+
+def p_text(p: float | None) -> Cell:
+    return None if p is None else ("< 0.001" if p < 0.001 else f"{p:.3f}")
+
+
+def cell_text(cell: Cell) -> str:
+    return NOT_RUN if cell is None else str(cell)
+
+
+def to_markdown(table: Table, stamp: str) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "/") for text in cells) + " |"
+
+    title = table.name.replace("table", "Table ").replace("_", ": ", 1).capitalize()
+    lines = [
+        f"# {title}. {table.title}",
+        "",
+        line(["", "source", *table.columns]),
+        line(["---"] * (len(table.columns) + 2)),
+    ]
+    lines += [line([row.label, row.source, *map(cell_text, row.cells)]) for row in table.rows]
+    return "\n".join([*lines, "", *(f"{note}\n" for note in [*table.notes, stamp])])
+
+
+def to_csv(table: Table, results: Results) -> str:
+    """One line a cell, so that a program needs no parsing of brackets."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(
+        [
+            "table",
+            "row",
+            "source",
+            "column",
+            "value",
+            "low",
+            "high",
+            "n",
+            "p",
+            "rule",
+            "profile",
+            "seeds",
+            "git",
+        ]
+    )
+    run = [
+        results.rule,
+        results.profile,
+        " ".join(map(str, results.seeds)),
+        stated_text(results.stated("git")),
+    ]
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            if isinstance(cell, Number):
+                low, high = cell.ci95 or ("", "")
+                numbers = [cell.value, low, high]
+                values = [
+                    f"{value:.6g}" if isinstance(value, float) else value for value in numbers
+                ]
+                extra = [
+                    "" if value is None else value for value in (cell.n, cell.p and f"{cell.p:.6g}")
+                ]
+            else:
+                values, extra = [cell_text(cell), "", ""], ["", ""]
+            writer.writerow([table.name, row.label, row.source, column, *values, *extra, *run])
+    return buffer.getvalue()
+
+
+_LATEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"$<$",
+        ">": r"$>$",
+        "|": r"$|$",
+    }
+)
+
+
+def to_latex(table: Table, stamp: str) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(text.translate(_LATEX) for text in cells) + r" \\"
+
+    notes = " ".join([*table.notes, stamp]).translate(_LATEX)
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{table.title.translate(_LATEX)}}}",
+        rf"\begin{{tabular}}{{ll{'r' * len(table.columns)}}}",
+        r"\toprule",
+        line(["", "source", *table.columns]),
+        r"\midrule",
+        *(line([row.label, row.source, *map(cell_text, row.cells)]) for row in table.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\par\smallskip\footnotesize {notes}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def stated_text(value) -> str:
+    """What manifests state, as one line; a list where several runs state different things."""
+    if isinstance(value, list):
+        return ", ".join(map(stated_text, value))
+    return (
+        "not recorded"
+        if value is None
+        else (value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+    )

@@ -1,0 +1,67 @@
+"""The names of the files of one run: `Run(profile, seed)`, and `open_run` for notebooks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from egm_lib.files import project_root
+from egm_lib.profile import Profile, load_profile
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files
+    in it.
+    """
+
+    profile: Profile
+    seed: int
+
+    @property
+    def root(self) -> Path:
+        return project_root() / "data" / "runs" / f"{self.profile.name}-{self.seed}"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    def notebook(self, name: str) -> Path:
+        return self.root / "notebooks" / name
+
+    def samples(self, name: str) -> Path:
+        return self.root / "samples" / f"{name}.jsonl"
+
+    def traces(self, name: str) -> Path:
+        return self.root / "traces" / f"{name}.jsonl"
+
+    def log(self, name: str) -> Path:
+        return self.root / "logs" / name
+
+    def groups(self, task: str) -> Path:
+        return self.root / "groups" / f"{task}.jsonl"
+
+    def checkpoint(self, task: str, model: str) -> Path:
+        return self.root / "checkpoints" / task / model
+
+    def predictions(self, model: str, split_id: str) -> Path:
+        """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
+        return self.root / "predictions" / model / f"{split_id}.jsonl"
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders of all seeds of the profile that have been run."""
+        folders = [Run(self.profile, seed).root for seed in {*self.profile.seeds, self.seed}]
+        return sorted(folder for folder in folders if folder.is_dir())
+
+    @property
+    def figures(self) -> Path:
+        """Tables and figures, shared by the seeds of a profile."""
+        return project_root() / "figures" / self.profile.name
+
+
+def open_run(profile: str, seed: int) -> Run:
+    """The first line of every notebook: the run of a profile's name and a seed, its folder made."""
+    run = Run(load_profile(profile), seed)
+    run.root.mkdir(parents=True, exist_ok=True)
+    return run

@@ -1,0 +1,1 @@
+"""What it takes to run SFT and GRPO: trainers, checkpoints, the clock, checks, selection, plans."""

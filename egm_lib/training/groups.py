@@ -1,0 +1,82 @@
+"""Some of a run's last GRPO groups, kept for people to read:
+`TraceViewer(groups=read_groups(path))` shows them.
+
+A line of the JSONL file is a prompt: its sample's fields, the step, and a group's completions with
+their rewards and advantages (Eq. 7 and 8). The file is written whole whenever a checkpoint is saved
+and when training ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from egm_lib.files import read_jsonl, write_jsonl
+from egm_lib.loss import group_advantages
+
+MAX_GROUPS = 32  # kept of a run
+STEP_GROUPS = 8  # kept of a step, so that the last four are there
+SAMPLE_FIELDS = (
+    "sample_id",
+    "image",
+    "width",
+    "height",
+    "expression",
+    "task",
+    "gt_box",
+    "modal_box",
+)
+
+
+class GroupKeeper(TrainerCallback):
+    """Remembers the last groups and writes them; a run that is resumed goes on from its
+    checkpoint's.
+    """
+
+    def __init__(self, path: Path, opener: str = ""):
+        """opener: what the chat template has begun of each answer, such as `<think>`."""
+        self.path, self.opener = path, opener
+        self.groups: deque[dict] = deque(maxlen=MAX_GROUPS)
+
+    def keep(
+        self,
+        step: int,
+        samples: Sequence[Mapping],
+        texts: Sequence[str],
+        rewards_B: Tensor,
+        size: int,
+    ) -> None:
+        """samples, texts, rewards_B: one a completion, the `size` completions of a prompt side by
+        side.
+        """
+        for start in range(0, min(len(texts), STEP_GROUPS * size) - size + 1, size):
+            rewards_G = rewards_B[start : start + size].cpu()
+            self.groups.append(
+                {
+                    **samples[start],
+                    "step": step,
+                    "completions": [self.opener + text for text in texts[start : start + size]],
+                    "rewards": rewards_G.tolist(),
+                    "advantages": group_advantages(rewards_G, size).tolist(),
+                }
+            )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        known = read_groups(self.path) if state.global_step else []
+        self.groups.extend(group for group in known if group["step"] <= state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or not self.groups:
+            return
+        write_jsonl(self.path, self.groups)
+
+    on_train_end = on_save
+
+
+def read_groups(path: Path) -> list[dict]:
+    """The groups of a file, the earliest first; none where there is no file."""
+    return read_jsonl(path) if path.is_file() else []

@@ -1,0 +1,152 @@
+"""The RL data of a run (Sec. 4.2, Table 7): samples that the SFT model misses and a stronger model
+solves, and as many easy ones.
+
+    python -m egm_lib.training.selection --profile mini --role learner      # then
+    python -m egm_lib.training.selection --profile mini --role reference
+
+The learner is the SFT model (Sec. 5.1), so SFT comes first. It answers before the reference, which
+answers the learner's misses alone: the selection needs no more. All amodal samples are kept
+(Sec. 4.2).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from egm_lib.cli import ends, run_of, run_parser
+from egm_lib.data import read_samples, read_train, write_samples
+from egm_lib.errors import InputError
+from egm_lib.evaluation.scoring import load_predictions, score
+from egm_lib.files import write_text
+from egm_lib.inference.from_profile import make_engine, model_of
+from egm_lib.inference.predict import predict
+from egm_lib.learnability import select_learnable
+from egm_lib.run import Run
+
+ROLES = {"learner": "small-sft", "reference": "reference"}
+
+
+def pool_answers(run: Run, role: str) -> Path:
+    """The file of a role's answers on the pool of vanilla samples."""
+    return run.root / "selection" / f"{role}.jsonl"
+
+
+def answer_pool(run: Run, role: str) -> Path:
+    """Has a role answer the pool; goes on where it stopped.
+
+    The learner answers every sample. The reference answers what `selection.reference` says: all,
+    or the learner's misses. Raises InputError where those are not known yet.
+    """
+    data, name = run.profile.data, ROLES[role]
+    pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
+    if role == "reference" and run.profile.selection.reference == "misses":
+        learner = _scored(run, "learner")
+        if learner["sample_id"].tolist() != list(pool["sample_id"]):
+            raise InputError(
+                "the learner has not answered the whole pool, and the reference answers its "
+                "misses: run `python -m egm_lib.training.selection --role learner` first"
+            )
+        pool = pool.select(np.flatnonzero(_missed(learner)))
+    engine = make_engine(run.profile, model_of(run, name, "vanilla"), run.seed)
+    return predict(
+        pool,
+        engine,
+        out=pool_answers(run, role),
+        model=name,
+        profile=run.profile.name,
+        seed=run.seed,
+        root=data.path,
+        sampling=run.profile.generation.sampling,
+    )
+
+
+def select(run: Run) -> dict:
+    """Writes the RL samples of each task (samples/rl_<task>.jsonl) and selection.json.
+
+    Returns what selection.json holds. Counts: pool, both (solve it), learnable (the reference
+    alone), learner_only, neither, easy (drawn), filled (up to the profile's `selection.fill_to`),
+    kept. both and learner_only are None where the reference answered the learner's misses alone.
+    Raises FileNotFoundError before both roles have answered.
+    """
+    counts: dict[str, dict] = {}
+    if "vanilla" in run.profile.tasks:
+        counts["vanilla"] = _select_vanilla(run)
+    if "amodal" in run.profile.tasks:
+        kept = write_samples(run.samples("rl_amodal"), amodal_pool(run))
+        counts["amodal"] = {"pool": kept, "kept": kept}
+    write_text(run.root / "selection.json", json.dumps(counts, indent=1))
+    return counts
+
+
+def amodal_pool(run: Run):
+    """The verified amodal samples of notebook 03, or else those of the data root."""
+    verified, data = run.samples("selection_amodal"), run.profile.data
+    if verified.exists():
+        return read_samples(verified)
+    return read_train(data.path, "amodal", "selection", data.selection_amodal_limit)
+
+
+def _scored(run: Run, role: str) -> pd.DataFrame:
+    return score(load_predictions(pool_answers(run, role)), run.profile.evaluation.rule)
+
+
+def _missed(scored: pd.DataFrame) -> np.ndarray:
+    """Rows that were answered, and wrongly: an error of the engine is no miss."""
+    return (~scored["success"] & (scored["status"] != "error")).to_numpy(dtype=bool)
+
+
+def _select_vanilla(run: Run) -> dict[str, int | None]:
+    data, selection = run.profile.data, run.profile.selection
+    learner, reference = (_scored(run, role) for role in ROLES)
+    learner_N, ids = learner["success"].to_numpy(dtype=bool), learner["sample_id"].tolist()
+    answered = reference["sample_id"].tolist()
+    of_all = answered == ids
+    if not of_all and answered != learner["sample_id"][_missed(learner)].tolist():
+        raise InputError(
+            "learner and reference answered different samples; delete the run's folder `selection`"
+        )
+    solved = set(reference["sample_id"][reference["success"]])
+    solved -= set(learner["sample_id"][learner["status"] == "error"])  # not known to be a miss
+    # A sample that the reference was not asked about counts as unsolved: the learner solves it
+    reference_N = np.array([sample_id in solved for sample_id in ids], dtype=bool)
+    hard, easy = select_learnable(
+        learner_N,
+        reference_N,
+        seed=run.seed,
+        sample_ids=ids,
+        easy=selection.easy,
+        learner_iou_N=learner["iou"].to_numpy(),
+    )
+    easy = easy if selection.num_easy == "equal" else easy[:0]
+    chosen = {*hard.tolist(), *easy.tolist()}
+    others = [row for row in range(len(learner_N)) if row not in chosen]
+    filled = others[: max(0, selection.fill_to - len(chosen))]
+    pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
+    kept = write_samples(run.samples("rl_vanilla"), pool.select(sorted([*chosen, *filled])))
+    return {
+        "pool": len(learner_N),
+        "both": int((learner_N & reference_N).sum()) if of_all else None,
+        "learnable": len(hard),
+        "learner_only": int((learner_N & ~reference_N).sum()) if of_all else None,
+        "neither": int((~learner_N & ~reference_N).sum()),
+        "easy": len(easy),
+        "filled": len(filled),
+        "kept": kept,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = run_parser("training.selection", "Answer the selection pool.")
+    parser.add_argument("--role", choices=ROLES, required=True)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    return ends(lambda: print(answer_pool(run_of(args), args.role)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

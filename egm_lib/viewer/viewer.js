@@ -1,0 +1,254 @@
+// Draws one sample (`view`, made by egm_lib/comparison.py) and talks to its model through the widget protocol:
+// get, set, save_changes, on, off, send. The gallery hands in a small stand-in for the kernel.
+// Text from files only ever becomes a text node, so an expression or an answer cannot become markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+let serial = 0;
+
+function html(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+const rectOf = ([x1, y1, x2, y2]) => ({ x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
+
+// A box; strokes keep their width in screen pixels whatever the image's size.
+function box(xyxy, { colour, dash = [], width, name, hit = false }) {
+  const shared = { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke" };
+  const dashes = dash.map((length) => length * width).join(" ");
+  return svg("g", { class: "egm-box", "data-box": name },
+    svg("rect", { ...shared, stroke: colour, "stroke-width": width, "stroke-dasharray": dashes }),
+    ...(hit ? [svg("rect", { ...shared, stroke: "transparent", "stroke-width": 14, "pointer-events": "stroke" })] : []));
+}
+
+// White beneath all boxes, so that they show on any image.
+const halo = (xyxy, width) =>
+  svg("rect", { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", stroke: "white", "stroke-width": width + 2.5, "stroke-opacity": 0.85 });
+
+function hidden(amodal, modal, id) {
+  const ring = ([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`;
+  const size = Math.max(amodal[2] - amodal[0], amodal[3] - amodal[1]) / 14;
+  return svg("g", { "data-box": "hidden" },
+    svg("defs", {}, svg("pattern", { id, width: size, height: size, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
+      svg("rect", { width: size, height: size, fill: "white", "fill-opacity": 0.35 }),
+      svg("rect", { width: size / 4, height: size, fill: "#111", "fill-opacity": 0.75 }))),
+    svg("path", { d: ring(amodal) + ring(modal), fill: `url(#${id})`, "fill-rule": "evenodd" }),
+    box(modal, { colour: "#111", dash: [1, 2], width: 1.2, name: "modal" }));
+}
+
+// The part of the plane to show: the image, and boxes that leave it (amodal ones may).
+function frame(view, boxes) {
+  const known = boxes.filter(Boolean), { width: w, height: h } = view, clamp = (v, low, high) => Math.min(Math.max(v, low), high);
+  const x1 = clamp(Math.min(0, ...known.map((b) => b[0] - 2)), -w, 0), y1 = clamp(Math.min(0, ...known.map((b) => b[1] - 2)), -h, 0);
+  const x2 = clamp(Math.max(w, ...known.map((b) => b[2] + 2)), w, 2 * w), y2 = clamp(Math.max(h, ...known.map((b) => b[3] + 2)), h, 2 * h);
+  return [x1, y1, x2 - x1, y2 - y1];
+}
+
+function image(view, models, { thin = false } = {}) {
+  if (!view.width || !view.height) return html("div", { class: "egm-noimage" }, view.error || "no image");
+  const at = frame(view, [view.gt_box, ...models.map((m) => m.box)]);
+  const drawing = svg("svg", { viewBox: at.join(" "), class: "egm-image", role: "img", "data-width": view.width, "data-height": view.height });
+  drawing.append(svg("title", {}, `${view.expression || "image"}: ground truth and predicted boxes`));
+  drawing.append(svg("rect", { x: at[0], y: at[1], width: at[2], height: at[3], class: "egm-outside" }));
+  if (view.image) {
+    const crisp = Math.max(view.width, view.height) <= 256 ? "image-rendering: pixelated" : "";
+    drawing.append(svg("image", { href: view.image, x: 0, y: 0, width: view.width, height: view.height, preserveAspectRatio: "none", style: crisp }));
+  }
+  if (view.gt_box && view.modal_box) drawing.append(hidden(view.gt_box, view.modal_box, `egm-hatch-${serial++}`));
+  const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [3, 1.4] : [4.4, 2];
+  drawing.append(...boxed.map((m) => halo(m.box, slim)), ...(view.gt_box ? [halo(view.gt_box, wide)] : []));
+  if (view.gt_box) drawing.append(box(view.gt_box, { colour: "#111", width: wide, name: "ground truth" }));
+  boxed.sort((a, b) => a.dash.length - b.dash.length); // dashes last: they show on a solid line in the same place
+  for (const m of boxed) drawing.append(box(m.box, { colour: m.colour, dash: m.dash, width: slim, name: m.model, hit: !thin }));
+  return drawing;
+}
+
+const swatch = (colour, dash, width = 30) =>
+  svg("svg", { width, height: 10, class: "egm-swatch", "aria-hidden": "true" },
+    svg("line", { x1: 1, x2: width - 1, y1: 5, y2: 5, stroke: colour, "stroke-width": 3.2, "stroke-dasharray": dash.map((d) => d * 2.6).join(" ") }));
+
+const tinted = (pieces) => pieces.map(([text, kind]) => (kind ? html("mark", { class: `egm-${kind}` }, text) : document.createTextNode(text)));
+
+const STATUS = { no_box: "no box", unclosed_reasoning: "cut off while reasoning", malformed: "malformed box", error: "error" };
+
+function card(m, place, { off, toggle, light }) {
+  const node = html("section", { class: `egm-card${off ? " egm-off" : ""}`, "data-model": m.model, style: `--egm-colour: ${m.colour}` });
+  node.addEventListener("mouseenter", () => light(m.model));
+  node.addEventListener("mouseleave", () => light(null));
+  const verdict = !m.run ? html("span", { class: "egm-verdict" }, "not run")
+    : html("span", { class: `egm-verdict ${m.success ? "egm-hit" : "egm-miss"}` },
+      m.status === "ok" ? `${m.success ? "✓ hit" : "✗ miss"} · IoU ${m.iou.toFixed(2)}` : `✗ ${STATUS[m.status] || m.status}`);
+  node.append(html("button", { class: "egm-name", type: "button", title: `show or hide the box (key ${place + 1})`, "aria-pressed": String(!off), onclick: () => toggle(m.model) },
+    swatch(m.colour, m.dash), m.label), verdict);
+  if (!m.run) return node;
+  const facts = [m.reward === null ? null : `reward ${m.reward.toFixed(2)}`, m.tokens === null ? null : `${m.tokens} tokens`,
+    typeof m.latency_ms === "number" ? `${Math.round(m.latency_ms)} ms` : null, m.truncated ? "cut at the token limit" : null,
+    m.num_boxes > 1 ? `${m.num_boxes} boxes, the first counts` : null].filter(Boolean);
+  node.append(html("div", { class: "egm-facts" }, facts.join(" · ")));
+  if (m.error) node.append(html("p", { class: "egm-error" }, m.error));
+  if (m.reasoning.length) node.append(html("p", { class: "egm-reasoning" }, ...tinted(m.reasoning)));
+  else if (!m.error) node.append(html("p", { class: "egm-reasoning egm-faint" }, "(answers without reasoning)"));
+  if (m.answer) node.append(html("details", { class: "egm-answer" }, html("summary", {}, "answer"), html("pre", {}, m.answer)));
+  return node;
+}
+
+const signed = (value) => `${value >= 0 ? "+" : "−"}${Math.abs(value).toFixed(2)}`;
+
+function group(view, open) {
+  const { completions, step } = view.group;
+  const most = Math.max(1e-6, ...completions.map((c) => Math.abs(c.advantage)));
+  const solved = completions.filter((c) => c.success).length;
+  const text = html("div", { class: "egm-grouptext", "aria-live": "polite" }, "Point at a completion, or tap it, to read it.");
+  const tell = (c, number) => text.replaceChildren(
+    html("b", {}, `completion ${number + 1}: reward ${c.reward.toFixed(2)}, advantage ${signed(c.advantage)}. `),
+    ...(c.reasoning.length ? tinted(c.reasoning) : [document.createTextNode(c.answer)]));
+  const grid = html("div", { class: "egm-grid" }, ...completions.map((c, number) => {
+    const colour = c.success ? "#0072B2" : "#D55E00", share = (Math.abs(c.advantage) / most) * 50;
+    const tile = html("button", { type: "button", class: "egm-tile", onmouseenter: () => tell(c, number), onfocus: () => tell(c, number), onclick: () => tell(c, number) },
+      image(view, [{ model: `completion ${number + 1}`, box: c.box, colour, dash: c.success ? [] : [4, 2] }], { thin: true }),
+      html("span", { class: "egm-bar", role: "img", "aria-label": `advantage ${signed(c.advantage)}` },
+        html("i", { style: `background: ${colour}; width: ${share}%; ${c.advantage >= 0 ? "left: 50%" : `right: 50%`}` })),
+      html("span", { class: "egm-num" }, `r ${c.reward.toFixed(2)}`, html("span", {}, `A ${signed(c.advantage)}`)));
+    return tile;
+  }));
+  const title = `GRPO group${step === null || step === undefined ? "" : ` at step ${step}`}: ${completions.length} completions, ${solved} hit`;
+  return html("details", { class: "egm-group", ...(open ? { open: "" } : {}) }, html("summary", {}, title), grid, text);
+}
+
+function select(label, values, current, change) {
+  const any = current === undefined;
+  const node = html("select", { "aria-label": label, title: label, onchange: () => change(values[node.selectedIndex]) },
+    ...values.map((value) => {
+      const [key, text] = Array.isArray(value) ? value : [value, value];
+      return html("option", { value: key, ...(key === current || (any && key === "any") ? { selected: "" } : {}) }, String(text));
+    }));
+  return node;
+}
+
+const FIELDS = { split: "split", prompt_kind: "prompt kind", num_lookalikes: "look-alikes", cause: "failure cause" };
+
+function render({ model, el }) {
+  const root = html("div", { class: "egm-viewer", tabindex: "0", "data-lm-suppress-shortcuts": "true" });
+  const bar = html("div", { class: "egm-bar-top" }), tools = html("div", { class: "egm-tools" }), main = html("div", { class: "egm-main" });
+  root.append(tools, bar, main);
+  el.append(root);
+
+  const set = (name, value) => { model.set(name, value); model.save_changes(); };
+  const go = (place) => { const last = model.get("count") - 1; set("index", Math.max(0, Math.min(last, place))); };
+  const step = (by) => go(model.get("index") + by);
+  const refine = (key, value) => set("filter", { ...model.get("filter"), [key]: value });
+  const toggle = (name) => {
+    const off = model.get("hidden");
+    set("hidden", off.includes(name) ? off.filter((other) => other !== name) : [...off, name]);
+  };
+  const light = (name) => {
+    main.classList.toggle("egm-lit", name !== null);
+    for (const node of main.querySelectorAll("[data-model], .egm-stage [data-box]")) {
+      node.classList.toggle("egm-on", name !== null && (node.dataset.model === name || node.dataset.box === name));
+    }
+  };
+
+  // The bar of places: built once, so that the field one types into is never replaced under the hands.
+  const place = html("input", { type: "number", min: 1, class: "egm-place", "aria-label": "go to number",
+    onchange: () => go(Number(place.value) - 1), onkeydown: (event) => { if (event.key === "Enter") go(Number(place.value) - 1); } });
+  const of = html("span", { class: "egm-of" });
+  bar.append(html("button", { type: "button", class: "egm-step", title: "previous (left arrow)", "aria-label": "previous", onclick: () => step(-1) }, "‹"), place, of,
+    html("button", { type: "button", class: "egm-step", title: "next (right arrow)", "aria-label": "next", onclick: () => step(1) }, "›"));
+  let typing;
+  const search = html("input", { type: "search", class: "egm-search", placeholder: "search in expressions", "aria-label": "search in expressions",
+    oninput: () => { clearTimeout(typing); typing = setTimeout(() => refine("search", search.value), 250); } });
+
+  function controls() {
+    const choices = model.get("choices"), now = model.get("filter");
+    if (!choices.show) { tools.remove(); return; }
+    const some = (field) => choices[field] && choices[field].length > 1;
+    const models = choices.models.map(({ model: name, label }) => [name, label]);
+    const pair = models.length > 1;
+    const nodes = [
+      select("which samples", choices.show, now.show ?? "all", (value) => refine("show", value)),
+      ...(pair ? [html("label", {}, "A ", select("model A", models, now.a ?? models[0][0], ([name]) => refine("a", name))),
+        html("label", {}, "B ", select("model B", models, now.b ?? models[1][0], ([name]) => refine("b", name)))] : []),
+      ...Object.entries(FIELDS).filter(([field]) => some(field)).map(([field, label]) =>
+        select(label, [["any", `${label}: any`], ...choices[field].map((value) => [value, value])], now[field], ([value]) => refine(field, value))),
+      html("label", {}, "sort ", select("sort", choices.sort, model.get("sort"), (value) => set("sort", value))),
+    ];
+    tools.replaceChildren(...nodes);
+    if (document.activeElement !== search) search.value = now.search ?? "";
+  }
+
+  const save = html("span", { class: "egm-save" }, ...["png", "svg"].map((kind) =>
+    html("button", { type: "button", title: `save what is seen as ${kind.toUpperCase()}`, onclick: () => model.send({ export: kind }) }, kind.toUpperCase())));
+  if (model.get("choices").show) bar.append(search, save);
+
+  let open = true;
+  function draw() {
+    const view = model.get("view"), off = model.get("hidden"), count = model.get("count"), total = model.get("total");
+    place.value = count ? model.get("index") + 1 : 0;
+    place.max = count;
+    of.textContent = `of ${count.toLocaleString("en")}${count === total ? "" : ` (all: ${total.toLocaleString("en")})`}`;
+    if (!count || !view.models) { main.replaceChildren(html("p", { class: "egm-empty" }, "No sample matches the filter.")); return; }
+    const shown = view.models.filter((m) => m.run && !off.includes(m.model));
+    const stage = html("div", { class: "egm-stage" }, image(view, shown));
+    if (view.error) stage.append(html("p", { class: "egm-error" }, view.error));
+    stage.append(html("div", { class: "egm-legend" }, html("span", {}, swatch("#111", []), "ground truth"),
+      ...(view.modal_box ? [html("span", {}, swatch("#111", [0.5, 0.8]), "visible part (hatched: hidden)")] : [])));
+    for (const node of stage.querySelectorAll(".egm-box")) {
+      node.addEventListener("mouseenter", () => light(node.dataset.box));
+      node.addEventListener("mouseleave", () => light(null));
+    }
+    const facts = [`${view.dataset ?? ""} ${view.split ?? ""}`.trim(), view.task === "amodal" ? "amodal" : null, view.prompt_kind,
+      view.num_lookalikes === null || view.num_lookalikes === undefined ? null : `${view.num_lookalikes} look-alikes`, view.causes.cause, view.sample_id].filter(Boolean);
+    const side = html("div", { class: "egm-side" }, html("h3", { class: "egm-expression" }, `“${view.expression ?? ""}”`),
+      html("div", { class: "egm-facts" }, facts.join(" · ")), ...view.models.map((m, number) => card(m, number, { off: off.includes(m.model), toggle, light })));
+    main.replaceChildren(stage, side);
+    if (view.group) {
+      const tiles = group(view, open);
+      tiles.addEventListener("toggle", () => { open = tiles.open; });
+      main.append(tiles);
+    }
+  }
+
+  root.addEventListener("keydown", (event) => {
+    if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
+    const models = model.get("view").models ?? [];
+    const act = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0), End: () => go(model.get("count") - 1), "/": () => search.focus() }[event.key]
+      ?? (models[Number(event.key) - 1] && (() => toggle(models[Number(event.key) - 1].model)));
+    if (!act) return;
+    event.preventDefault();
+    event.stopPropagation();
+    act();
+  });
+
+  const download = (message, buffers) => {
+    if (!message || !message.export) return;
+    const type = { png: "image/png", svg: "image/svg+xml" }[message.export];
+    const link = html("a", { href: URL.createObjectURL(new Blob([buffers[0]], { type })), download: message.name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+  const redraw = ["change:view", "change:hidden", "change:count", "change:index"], recontrol = ["change:choices", "change:filter", "change:sort"];
+  redraw.forEach((name) => model.on(name, draw));
+  recontrol.forEach((name) => model.on(name, controls));
+  model.on("msg:custom", download);
+  controls();
+  draw();
+  return () => {
+    redraw.forEach((name) => model.off(name, draw));
+    recontrol.forEach((name) => model.off(name, controls));
+    model.off("msg:custom", download);
+  };
+}
+
+export default { render };

@@ -1,0 +1,124 @@
+"""Eq. 8 on whole completions, in TRL's and VeRL's signatures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from egm_lib.boxes import BoxFrame, iou, is_success
+from egm_lib.parsing import parse_completion
+from egm_lib.prompts import FAMILIES
+from egm_lib.reward import compute_score, egm_reward, grounding_reward
+
+GT, WH = (100.0, 100.0, 300.0, 200.0), (1000, 500)  # in 0-1000: [100, 200, 300, 400]
+BANK = Path(__file__).parents[3] / "shared" / "data" / "parser_bank.jsonl"
+
+
+@pytest.mark.parametrize(
+    "completion, reward",
+    [
+        ('{"bbox_2d": [100, 200, 300, 400]}', 1.0),  # exact: 0.5 * 1 + 0.5 * 1
+        ("<box>[[100, 200, 300, 400]]</box>", 1.0),  # the other family
+        ("[100, 200, 300, 300]", 0.25),  # IoU exactly 0.5 is no success: 0.5 * 0 + 0.5 * 0.5
+        ("[100, 200, 300, 350]", 0.875),  # IoU 0.75: 0.5 * 1 + 0.5 * 0.75
+        ("[500, 500, 600, 600]", 0.0),  # elsewhere
+        ("[300, 400, 100, 200]", 1.0),  # swapped corners are sorted
+        ("[100, 200, 300, 400] or [500, 500, 600, 600]", 1.0),  # the first of several
+        # Listing boxes until one fits earns nothing
+        ("[500, 500, 600, 600] or [100, 200, 300, 400]", 0.0),
+        # Nor does naming it while reasoning
+        ("[100, 200, 300, 400]</think>[500, 500, 600, 600]", 0.0),
+        ("[500, 500, 600, 600]</think>[100, 200, 300, 400]", 1.0),
+        ("<think>it is at [100, 200, 300, 400]", 0.0),  # cut off before the answer
+        ("[100, 100, 300, 200]", 0.0),  # the right pixels, in the wrong frame
+        ("[100, 200, 300]", 0.0),  # no box
+        ("[-1e300, -1e300, 1e300, 1e300]", 0.0),  # everything and more
+        ("", 0.0),
+    ],
+)
+def test_rewards(completion, reward):
+    chat = [{"role": "assistant", "content": completion}]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": completion}]}]
+    rewards = egm_reward(
+        [completion, chat, parts], gt_box=[GT] * 3, image_wh=[WH] * 3, prompts=["?"] * 3
+    )
+    assert rewards == pytest.approx([reward] * 3)
+    assert compute_score(
+        "refcoco", completion, list(GT), {"width": 1000, "height": 500}
+    ) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("weight, expected", [(0.0, 0.75), (0.5, 0.875), (1.0, 1.0)])
+def test_the_weight_is_of_success(weight, expected):
+    assert grounding_reward((0, 0, 1, 0.75), (0, 0, 1, 1), weight) == expected
+    assert egm_reward(
+        ["[0, 0, 1, 0.75]"], [(0, 0, 1, 1)], [(9, 9)], frame=BoxFrame.PIXEL, weight=weight
+    ) == [expected]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=4, max_size=4), st.sampled_from(sorted(FAMILIES)))
+def test_reward_and_metric_agree(box, family):
+    answer = FAMILIES[family].answer(box, (1000, 1000), "cat", "why")
+    pred = parse_completion(answer, frame=FAMILIES[family].frame, image_wh=WH).box
+    expected = 0.5 * is_success(pred, GT) + 0.5 * iou(pred, GT)
+    assert egm_reward([answer], [GT], [WH]) == [expected]
+    assert 0.0 <= expected <= 1.0
+
+
+def test_no_prediction_earns_nothing():
+    assert grounding_reward(None, GT) == 0.0
+
+
+@pytest.mark.parametrize("gt", [(3, 1, 2, 4), (1, 2, 3), (1, 2, 3, float("nan"))])
+def test_bad_ground_truth_is_an_error_not_a_reward(gt):
+    for pred in (None, GT):
+        with pytest.raises(ValueError, match="gt"):
+            grounding_reward(pred, gt)
+
+
+def test_trl_columns_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="2, 1, 1"):
+        egm_reward(["a", "b"], [GT], [WH])
+
+
+def test_an_empty_chat_earns_nothing():
+    assert egm_reward([[], [{"role": "assistant", "content": None}]], [GT] * 2, [WH] * 2) == [
+        0.0,
+        0.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "ground_truth, info",
+    [
+        (list(GT), {"image_wh": WH}),
+        (np.array(GT), {"image_wh": np.array(WH)}),  # as parquet files come back
+        (json.dumps(GT), {"width": 1000, "height": 500}),
+        # The released parquet files
+        ([100, 200, 300, 400], {"image_wh": WH, "ground_truth_frame": "norm_1000"}),
+    ],
+)
+def test_verl_ground_truths(ground_truth, info):
+    assert compute_score("refcoco", "[100, 200, 300, 400]", ground_truth, info) == pytest.approx(
+        1.0
+    )
+
+
+def test_verl_needs_the_image_size():
+    with pytest.raises(ValueError, match='"width" and "height"'):
+        compute_score("refcoco", "[1, 2, 3, 4]", GT)
+
+
+@pytest.mark.skipif(not BANK.exists(), reason="the parser bank is not part of the project")
+def test_every_answer_of_the_bank_earns_full_reward_for_the_box_it_names():
+    rows = [json.loads(line) for line in BANK.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        box = parse_completion(row["raw"], frame=BoxFrame.NORM_1000, image_wh=(1000, 1000)).box
+        if box is not None:
+            assert egm_reward([row["raw"]], [box], [(1000, 1000)]) == pytest.approx([1.0]), row[
+                "id"
+            ]

@@ -1,0 +1,63 @@
+"""CKA and probe on constructed cases; the features are of the cell that they are said to be of."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_qwen import tiny_qwen
+
+from egm_lib.evaluation.vision_features import box_probe, cell_features, linear_cka
+
+RNG = np.random.default_rng(0)
+
+
+def test_cka_of_a_rotated_scaled_moved_copy_is_one_and_of_noise_near_zero():
+    x = RNG.normal(size=(2000, 12))
+    rotation = np.linalg.qr(RNG.normal(size=(12, 12)))[0]
+    assert linear_cka(x, x) == pytest.approx(1, abs=1e-12)
+    assert linear_cka(x, 3 * x @ rotation + 7) == pytest.approx(1, abs=1e-12)
+    assert linear_cka(x, RNG.normal(size=(2000, 20))) < 0.02
+    half = np.hstack([x, RNG.normal(size=(2000, 12))])  # half of it shared: 12 / sqrt(12 * 24)
+    assert linear_cka(x, half) == pytest.approx(0.5**0.5, abs=0.02)
+    assert linear_cka(x, half) == pytest.approx(linear_cka(half, x), abs=1e-12)
+
+
+def test_cka_refuses_what_has_no_answer():
+    with pytest.raises(ValueError, match="same cells"):
+        linear_cka(np.ones((3, 2)), np.ones((4, 2)))
+    with pytest.raises(ValueError, match="no similarity"):
+        linear_cka(np.ones((3, 2)), RNG.normal(size=(3, 2)))
+
+
+def test_a_probe_reads_boxes_that_are_in_the_features_and_none_that_are_not():
+    corners = RNG.uniform(0, 0.5, size=(400, 2))
+    boxes = np.hstack([corners, corners + RNG.uniform(0.2, 0.4, size=(400, 2))])
+    held_out = np.arange(400) % 2 == 1
+    mixed = np.hstack([boxes @ RNG.normal(size=(4, 8)), 0.1 * RNG.normal(size=(400, 8))])
+    read = box_probe(mixed, boxes, held_out)
+    assert read.shape == (200,) and read.mean() > 0.9
+    guessed = box_probe(RNG.normal(size=(400, 16)), boxes, held_out)
+    average = box_probe(np.zeros((400, 1)), boxes, held_out)  # nothing to read: the mean box
+    assert guessed.mean() < average.mean() + 0.03 and average.mean() < 0.5
+    with pytest.raises(ValueError, match="held out"):
+        box_probe(mixed, boxes, np.zeros(400))
+
+
+def test_a_cell_s_features_are_found_where_the_box_is():
+    """A tower that says where it looks: each cell's features are its own number."""
+    model, processor = tiny_qwen()
+    visual, told = model.model.visual, []
+
+    def look(pixels, grid_thw, forward=visual.forward):
+        output = forward(pixels, grid_thw=grid_thw)
+        told.append(grid_thw.prod(dim=-1) // visual.spatial_merge_size**2)
+        for seen, count in zip(
+            output.pooler_output.split(told[-1].tolist()), told[-1].tolist(), strict=True
+        ):
+            seen[:] = seen.new_tensor(range(count))[:, None]
+        return output
+
+    visual.forward = look
+    # Cells of 16 px: 4 x 2 and 2 x 4
+    images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]
+    got = cell_features(model, processor, images, [(50, 20, 60, 30), (2, 34, 10, 44)])
+    assert got.shape == (2, 64) and got[:, 0].tolist() == [7, 4]

@@ -1,0 +1,73 @@
+"""The files of the miniature world: same format as real data, disjoint splits, planted faults that
+are known.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+from egm_lib.boxes import iou
+from egm_lib.data import open_image, read_samples, resolve_image
+from egm_lib.mini import world
+
+WANTED = {name: 40 if name.startswith("train") else 12 for name in world.recipes()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world") / "mini"
+    world.write_world(out, WANTED)
+    return out
+
+
+def rows_of(root, name):
+    return list(read_samples(root / name))
+
+
+def test_every_file_has_its_samples_and_every_sample_its_image(root):
+    for name, count in WANTED.items():
+        rows = rows_of(root, name)
+        assert len(rows) == count
+        for row in rows[:4]:
+            assert open_image(resolve_image(row, root)).size == (row["width"], row["height"])
+
+
+def test_no_image_is_shared_between_files(root):
+    seen: dict[str, str] = {}
+    for name in WANTED:
+        for image in {row["image"] for row in rows_of(root, name)}:
+            digest = np.asarray(open_image(root / image)).tobytes()
+            assert seen.setdefault(digest, name) == name
+
+
+def test_refcoco_plus_has_no_location_words(root):
+    for split in ("val", "testA", "testB"):
+        for row in rows_of(root, f"eval/refcoco+_{split}.jsonl"):
+            assert not {"left", "right", "top", "bottom", "above", "below"} & set(
+                row["expression"].split()
+            )
+
+
+def test_amodal_targets_are_partly_hidden(root):
+    for row in rows_of(root, "eval/coco_amodal_val.jsonl"):
+        assert iou(row["modal_box"], row["gt_box"]) <= 0.85
+
+
+def test_the_teacher_knows_every_sample_and_its_planted_fault(root):
+    truths = {row["sample_id"]: row for row in map(json.loads, (root / "teacher.jsonl").open())}
+    for name in WANTED:
+        for row in rows_of(root, name):
+            truth = truths[row["sample_id"]]
+            assert truth["gt_box"] == row["gt_box"]
+            if truth["planted_cause"] is None and row["task"] == "vanilla":
+                assert all(iou(row["gt_box"], other) < 0.5 for other in truth["lookalike_boxes_px"])
+
+
+def test_a_world_is_the_same_twice_and_a_finished_one_is_left_alone(root, tmp_path):
+    again = tmp_path / "again"
+    world.write_world(again, WANTED)
+    assert (again / "train.jsonl").read_bytes() == (root / "train.jsonl").read_bytes()
+    before = (again / "train.jsonl").stat().st_mtime_ns
+    world.write_world(again, WANTED)
+    assert (again / "train.jsonl").stat().st_mtime_ns == before

@@ -1,0 +1,133 @@
+"""Ablations: same start, samples and steps for all but what is taken apart; their own folder; never
+a test split.
+"""
+
+import json
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+from prediction_rows import prediction, write_rows
+
+from egm_lib.data import EVAL_SPLITS
+from egm_lib.evaluation.results import Results
+from egm_lib.inference.decoding import decoded_as
+from egm_lib.pipeline import ablations
+from egm_lib.pipeline.ablations import answers_file, validation_samples, variant_run
+from egm_lib.profile import load_profile
+from egm_lib.reports.tables import build_tables
+from egm_lib.run import Run
+from egm_lib.training.variants import VARIANTS
+
+
+@pytest.fixture
+def run():
+    return Run(load_profile("mini"), 0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_differs_from_the_run_in_nothing_but_what_it_says(run, name):
+    own, variant = variant_run(run, name, 7), VARIANTS[name]
+    expected = asdict(run.profile) | {
+        "grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}
+    }
+    expected["grpo"] |= variant.changes or {}
+    assert asdict(own.profile) == expected and own.seed == run.seed
+    assert own.samples("rl_vanilla") == run.samples("rl_vanilla")
+    base = {"small-base": "data/mini/small", "small-sft": "checkpoints/vanilla/small-sft"}[
+        variant.start
+    ]
+    # What egm_lib.grpo starts from
+    assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)
+
+
+def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run):
+    places = set()
+    for name in VARIANTS:
+        for steps in (7, 8):
+            own = variant_run(run, name, steps)
+            written = (
+                own.checkpoint("vanilla", "small-egm"),
+                own.log("grpo-vanilla.jsonl"),
+                own.groups("vanilla"),
+            )
+            places |= {*written, answers_file(run, name, steps)}
+    assert len(places) == 4 * 2 * len(VARIANTS)
+    assert all(place.is_relative_to(run.root / "ablations") for place in places)
+
+
+def test_validation_is_no_test_split(tmp_path, run):
+    sample = {
+        "sample_id": "v1",
+        "dataset": "refcoco",
+        "split": "validation",
+        "task": "vanilla",
+        "image": "a.png",
+        "width": 9,
+        "height": 9,
+        "expression": "it",
+        "gt_box": [0.0, 0.0, 5.0, 5.0],
+        "image_id": "a",
+        "flipped": False,
+    }
+    profile = replace(run.profile, data=replace(run.profile.data, root=str(tmp_path)))
+    write_rows(
+        tmp_path / "eval" / "refcoco_val.jsonl", [sample | {"sample_id": "r1", "split": "val"}]
+    )
+    # Real data: RefCOCO's own
+    assert [row["sample_id"] for row in validation_samples(profile)] == ["r1"]
+    write_rows(tmp_path / "validation.jsonl", [sample])
+    assert [row["sample_id"] for row in validation_samples(profile)] == ["v1"]
+    assert ("refcoco", "validation") not in EVAL_SPLITS
+
+
+def test_the_table_compares_with_the_whole_and_says_what_was_not_run(tmp_path):
+    root = tmp_path / "mini-0"
+    for name, solved in {"sft": 5, "sft-and-grpo": 8}.items():
+        rows = [
+            prediction("vanilla", "refcoco", "validation", n, name, n < solved, 0)
+            for n in range(10)
+        ]
+        write_rows(root / "ablations" / "40-steps" / "answers" / f"{name}.jsonl", rows)
+    table = build_tables([root], tmp_path / "out", draws=200, only=["ablation_grpo"])[
+        "ablation_grpo"
+    ]
+    cells = {row.label: dict(zip(table.columns, row.cells, strict=True)) for row in table.rows}
+    assert list(cells) == list(VARIANTS)
+    assert (
+        cells["sft"]["accuracy"].value == pytest.approx(50)
+        and cells["sft"]["accuracy"].ci95 is not None
+    )
+    assert cells["sft"]["difference"].value == pytest.approx(-30) and cells["sft"]["n"].value == 10
+    assert cells["sft"]["GRPO steps"].value == 0 and cells["sft-and-grpo"]["GRPO steps"].value == 40
+    assert set(cells["without-kl"].values()) == {None}
+    text = (tmp_path / "out" / "ablation_grpo.md").read_text()
+    assert "| without-kl | ours | not run |" in text
+    assert Results([root]).models == []  # the run's own tables do not see these answers
+
+
+def test_without_a_finished_run_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations.Run, "root", property(lambda self: tmp_path / "nowhere-0"))
+    assert ablations.main(["--profile", "smoke"]) == 2
+    assert "make reproduce PROFILE=smoke" in capsys.readouterr().err
+    assert json.dumps(sorted(map(str, tmp_path.rglob("*")))) == "[]"
+
+
+@pytest.mark.parametrize("way", ablations.DECODINGS)
+def test_every_way_to_decode_is_one_that_the_engine_knows(way):
+    engine = SimpleNamespace(family=None, revision=None)
+    assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
+
+
+def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(
+        ablations, "run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs)
+    )
+    for name in ("require_checkpoint", "require_file", "build_tables"):
+        monkeypatch.setattr(ablations, name, lambda *args, **options: None)
+    ablations.run_all(run, 7)
+    trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
+    expected = [f"ablations-7-{name}" for name in trained] + ["ablations-7"]
+    assert asked == expected + [f"predict-vanilla-small-egm@{way}" for way in ablations.DECODINGS]
+    assert "decoding" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written
+over.
+"""
+
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+
+import pytest
+from roots import use_root
+from toy_run import write_run
+
+from egm_lib import cli
+from egm_lib.data.fetch import FetchError
+from egm_lib.pipeline import archive
+from egm_lib.profile import load_profile
+from egm_lib.reports.tables import build_tables
+from egm_lib.run import Run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Run:
+    use_root(monkeypatch, tmp_path)
+    toy = Run(replace(load_profile("mini"), name="toy"), 0)
+    write_run(toy.root.parent, tmp_path / "world")
+    for large in (
+        "checkpoints/vanilla/small-egm/model.safetensors",
+        "curation/trace.ledger.jsonl",
+        "logs/sft.txt",
+    ):
+        (toy.root / large).parent.mkdir(parents=True, exist_ok=True)
+        (toy.root / large).write_text("large")
+    (toy.root / "curation/trace.jsonl").write_text(json.dumps({"status": "filtered"}) + "\n")
+    return toy
+
+
+def tables(run: Run, out) -> dict[str, bytes]:
+    build_tables([run.root], out, draws=20)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_run_that_was_put_back_gives_the_same_tables(run, tmp_path):
+    before = tables(run, tmp_path / "before")
+    packed = archive.pack(run)
+    assert packed.read_bytes() == archive.pack(run).read_bytes()  # as git wants it
+    shutil.rmtree(run.root)
+    assert archive.restore(run) == run.root
+    after = tables(run, tmp_path / "after")
+    assert after == before and len(after) > 30
+    assert not list(run.root.rglob("*.safetensors")) and not list(run.root.rglob("*ledger*"))
+    with tarfile.open(packed) as opened:
+        assert all(member.uname == "" and member.mtime == 0 for member in opened)
+
+
+def test_curated_data_is_kept_of_the_first_seed_only(run):
+    second = Run(run.profile, 1)
+    shutil.copytree(run.root, second.root)
+    for each, kept in ((run, True), (second, False)):
+        with tarfile.open(archive.pack(each)) as opened:
+            assert any("/traces/" in name for name in opened.getnames()) is kept
+
+
+def test_nothing_is_written_over_and_a_broken_archive_leaves_nothing(run):
+    packed = archive.pack(run)
+    with pytest.raises(FileExistsError, match="move it away"):
+        archive.restore(run)
+    shutil.rmtree(run.root)
+    packed.write_bytes(packed.read_bytes()[:-40])
+    with pytest.raises(FetchError, match="broken archive"):
+        archive.restore(run)
+    assert not run.root.exists()
+
+
+def test_a_restore_that_was_stopped_leaves_nothing(run, monkeypatch):
+    archive.pack(run)
+    shutil.rmtree(run.root)
+
+    def stopped(packed, folder):
+        (folder / run.root.name).mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(archive, "unpack", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        archive.restore(run)
+    assert list(run.root.parent.iterdir()) == []
+
+
+def test_the_command_says_what_is_missing(capsys):
+    assert archive.main(["--profile", "paper-qwen3vl-2b", "--restore"]) == 2
+    assert "no archive in" in capsys.readouterr().err
+    assert archive.main(["--profile", "paper-qwen3vl-2b"]) == 2
+    assert "make reproduce PROFILE=paper-qwen3vl-2b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_restore_says_where_images_come_from(run, monkeypatch, capsys, there):
+    monkeypatch.setattr(cli, "load_profile", lambda name: replace(run.profile, seeds=(0,)))
+    archive.pack(run)
+    shutil.rmtree(run.root)
+    if there:
+        run.profile.data.path.mkdir(parents=True)
+    assert archive.main(["--profile", "toy", "--restore"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in said) is there

@@ -1,0 +1,86 @@
+"""Figures from files: what is there is drawn, what is not is said, the same files give the same
+bytes.
+"""
+
+import json
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from toy_run import write_run
+
+from egm_lib.reports.figures import FIGURES, build_figures
+from egm_lib.reports.figures.__main__ import main
+from egm_lib.reports.figures.curves import _curve
+from egm_lib.reports.figures.material import lot
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    return write_run(folder / "runs", folder / "world"), folder
+
+
+def test_every_figure_is_drawn_from_a_whole_run_and_listed(toy):
+    run, folder = toy
+    drawn = build_figures([run], folder / "figures", root=folder / "world")
+    assert [each.name for each in drawn] == list(FIGURES)
+    not_run = {each.name for each in drawn if each.not_run}
+    assert not_run <= {"fig12"}  # nothing there that EGM breaks, or both miss
+    for each in drawn:
+        for file in each.files:
+            head = (folder / "figures" / file).read_bytes()[:4]
+            assert head == {"png": b"\x89PNG", "pdf": b"%PDF"}[file.rpartition(".")[2]]
+    listed = json.loads((folder / "figures" / "figures.json").read_text())
+    assert [each["name"] for each in listed] == list(FIGURES)
+    assert all(bool(each["caption"]) != bool(each["not_run"]) for each in listed)
+
+
+def test_bands_of_training_curves():
+    """Two seeds: from one to the other. Three: the t interval of 1, 2, 3 is 2 +- 4.303 /
+    sqrt(3).
+    """
+    for seeds, expected in ((1, (1.0, 1.0)), (2, (1.0, 2.0)), (3, (2 - 2.4842, 2 + 2.4842))):
+        ax = Figure().subplots()
+        frames = [
+            pd.DataFrame({"step": range(1, 21), "loss": float(seed)})
+            for seed in range(1, seeds + 1)
+        ]
+        _curve(ax, frames, "loss", "vanilla")
+        [band] = ax.collections
+        heights = band.get_paths()[0].vertices[:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_absent_files_are_not_run_and_an_old_figure_does_not_stay(toy, tmp_path):
+    run, folder = toy
+    bare = tmp_path / "toy-3"
+    (bare / "logs").mkdir(parents=True)
+    out = tmp_path / "figures"
+    out.mkdir()
+    (out / "fig5.png").write_bytes(b"of an earlier run")
+    drawn = {each.name: each for each in build_figures([bare], out, root=folder)}
+    assert all(each.not_run and not each.files for each in drawn.values())
+    assert "latency" in drawn["fig5"].not_run and "logs" in drawn["training"].not_run
+    assert [file.name for file in out.iterdir()] == ["figures.json"]
+
+
+def test_the_same_files_give_the_same_bytes(toy, tmp_path):
+    run, folder = toy
+    for name in ("one", "two"):
+        build_figures([run], tmp_path / name, root=folder / "world", only=["fig2", "fig4"])
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_examples_are_drawn_by_a_lot_that_does_not_change():
+    assert lot(range(100), 3) == lot(range(100), 3) == sorted(lot(range(100), 3))
+    assert lot([7], 3) == [7]
+
+
+def test_unknown_names_are_refused_in_a_sentence(toy, tmp_path, capsys):
+    run, folder = toy
+    with pytest.raises(ValueError, match="no figure fig99"):
+        build_figures([run], tmp_path, root=folder, only=["fig99"])
+    assert main(["--profile", "no-such-profile"]) == 2
+    assert "no-such-profile" in capsys.readouterr().err

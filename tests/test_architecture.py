@@ -1,0 +1,78 @@
+"""The layers of the library: imports run one way, and the ideas at the top need no torch."""
+
+import ast
+from pathlib import Path
+
+import egm_lib
+
+ROOT = Path(egm_lib.__file__).parent
+# From the bottom up; a module imports its own layer and those below it (docs/architecture.md).
+LAYERS = (
+    ("boxes", "loss", "learnability", "files", "errors"),
+    ("prompts", "scoring_rules", "profile"),
+    ("parsing", "run", "data"),
+    ("reward", "curation", "cli"),
+    ("inference", "viewer"),
+    ("evaluation", "mini"),
+    ("training",),
+    ("sft", "grpo", "reports"),
+    ("pipeline", "notebook"),
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+# The miniature's teacher is a service like any other, and its transport is made in process.
+UPWARD = {("curation/services.py", "mini")}
+WITHOUT_TORCH = ("boxes", "parsing", "scoring_rules", "prompts", "reward", "learnability")
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of egm_lib that a file imports, and packages outside it, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            found.add(rest.partition(".")[0] if package == "egm_lib" else package)
+    return found
+
+
+def test_every_module_has_its_layer():
+    rooms = {path.stem for path in ROOT.glob("*.py")} | {
+        path.parent.name for path in ROOT.glob("*/*.py")
+    }
+    assert rooms - {"__init__", "__pycache__"} == set(LAYER_OF)
+
+
+def test_imports_run_one_way():
+    upward = set()
+    for path in ROOT.rglob("*.py"):
+        place = path.relative_to(ROOT)
+        room = place.parts[0].removesuffix(".py")
+        for other in imported(path) & set(LAYER_OF):
+            if room in LAYER_OF and LAYER_OF[other] > LAYER_OF[room]:
+                upward.add((place.as_posix(), other))
+    assert upward == UPWARD
+
+
+def test_no_two_rooms_import_each_other():
+    edges = {
+        (path.relative_to(ROOT).parts[0].removesuffix(".py"), other)
+        for path in ROOT.rglob("*.py")
+        for other in imported(path) & set(LAYER_OF)
+        if (path.relative_to(ROOT).as_posix(), other) not in UPWARD
+    }
+    assert not [(a, b) for a, b in edges if a < b and (b, a) in edges]
+
+
+def test_the_ideas_need_no_torch():
+    for name in WITHOUT_TORCH:
+        pending, seen = [name], set()
+        while pending:
+            room = pending.pop()
+            found = imported(ROOT / f"{room}.py")
+            assert "torch" not in found, f"{name} reaches torch through {room}"
+            seen.add(room)
+            pending += [
+                other for other in found & set(LAYER_OF) - seen if (ROOT / f"{other}.py").exists()
+            ]

@@ -1,0 +1,134 @@
+// Drives a headless Chromium for tests/test_browser.py: node drive.mjs '{"what": "gallery" | "lab", "url": ..., "out": folder}'
+// Prints what was seen as one JSON object; the judging is done in Python. Needs playwright-core (`npm install --no-save
+// playwright-core`, or PLAYWRIGHT_CORE=its folder) and a Chromium (CHROMIUM=path, default: the one in PATH).
+import { mkdtempSync } from "node:fs";
+import { createRequire } from "node:module";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+
+const { chromium } = createRequire(import.meta.url)(process.env.PLAYWRIGHT_CORE ?? "playwright-core");
+const job = JSON.parse(process.argv[2]);
+const seen = { errors: [], requests: [] };
+const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+  "--disable-component-update", "--disable-sync"];
+const context = await chromium.launchPersistentContext(mkdtempSync(join(tmpdir(), "egm-browser-")), {
+  executablePath: process.env.CHROMIUM, headless: true, args: FLAGS, viewport: { width: 1280, height: 900 }, acceptDownloads: true,
+});
+const page = await context.newPage();
+page.setDefaultTimeout(job.timeout_ms ?? 120000);
+page.on("console", (message) => { if (message.type() === "error") seen.errors.push(message.text()); });
+page.on("pageerror", (error) => seen.errors.push(String(error)));
+page.on("request", (request) => { if (!request.url().startsWith("data:")) seen.requests.push(request.url()); });
+
+const shot = (name, options = {}) => page.screenshot({ path: join(job.out, `${name}.png`), ...options });
+const text = (selector) => page.locator(selector).first().innerText();
+
+// Each box in pixels of the original image, from where the browser has really put it on the screen.
+const boxes = () => page.evaluate(() => {
+  const drawing = document.querySelector(".egm-stage .egm-image");
+  const image = drawing.querySelector("image").getBoundingClientRect();
+  const x = drawing.dataset.width / image.width, y = drawing.dataset.height / image.height;
+  return Object.fromEntries([...drawing.querySelectorAll(".egm-box")].map((group) => {
+    const at = group.querySelector("rect").getBoundingClientRect();
+    return [group.dataset.box, [(at.left - image.left) * x, (at.top - image.top) * y, (at.right - image.left) * x, (at.bottom - image.top) * y]];
+  }));
+});
+
+async function gallery() {
+  for (const [name, width, height] of [["desktop", 1280, 900], ["phone", 390, 844]]) {
+    await page.setViewportSize({ width, height });
+    await page.goto(job.url);
+    await page.waitForSelector(".egm-image");
+    const first = await text(".egm-of"), before = await text(".egm-side");
+    await page.click(".egm-step[aria-label=next]");
+    const clicked = await text(".egm-side");
+    await page.focus(".egm-viewer");
+    await page.keyboard.press("ArrowLeft");
+    const back = await text(".egm-side");
+    await page.click("#kinds button:last-child");
+    seen[name] = {
+      of: first, paged: clicked !== before, returned: back === before, kinds: await page.locator("#kinds button").count(),
+      chosen: await page.locator("#kinds button:last-child").getAttribute("aria-pressed"),
+      overflow_px: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
+    };
+    await page.click("#kinds button:first-child");
+    await shot(name);
+    await shot(`${name}-whole`, { fullPage: true });
+  }
+}
+
+// Runs the whole notebook, then looks at its viewer: walks, filters, jumps, hovers, hides, saves, searches.
+async function lab() {
+  await page.goto(job.url);
+  await page.waitForSelector(".jp-Notebook .jp-Cell");
+  const idle = () => page.waitForFunction(() => document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")); // the kernel
+  await idle();
+  await page.evaluate(() => window.jupyterapp.commands.execute("notebook:run-all-cells"));
+  await idle();
+  seen.cell_errors = await page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
+  if (seen.cell_errors.length) throw new Error(seen.cell_errors[0]);
+  await page.locator(".egm-viewer").scrollIntoViewIfNeeded();
+  await page.waitForSelector(".egm-image, .egm-empty"); // a run of two steps may have nothing that its filter shows
+  await shot("lab");
+
+  const now = async () => ({ side: await text(".egm-side"), of: await text(".egm-of"), boxes: await boxes() });
+  const counts = (count) => page.waitForFunction((start) => document.querySelector(".egm-of").innerText.startsWith(start), `of ${count}${count === job.total ? "" : " "}`);
+  const changed = async (act) => {
+    const before = await text(".egm-side");
+    await act();
+    await page.waitForFunction((old) => document.querySelector(".egm-side")?.innerText !== old, before);
+    return now();
+  };
+  const press = async (key) => { await page.focus(".egm-viewer"); await page.keyboard.press(key); };
+  const which = (show) => page.selectOption('select[aria-label="which samples"]', show);
+  seen.opened = { of: await text(".egm-of") };
+  await which("all");
+  await counts(job.total);
+  seen.last = await changed(() => press("End"));
+  seen.first = await changed(() => press("Home"));
+  seen.next = await changed(() => page.click(".egm-step[aria-label=next]"));
+  seen.key = await changed(() => press("ArrowRight"));
+  seen.focus_kept = await page.evaluate(() => document.activeElement.className === "egm-viewer");
+
+  await which(job.show);
+  await counts(job.show_count);
+  await page.fill("input.egm-place", String(job.place + 1));
+  await page.keyboard.press("Enter");
+  await page.waitForFunction((name) => document.querySelector(".egm-side").innerText.includes(name), job.sample_id);
+  seen.jumped = await now();
+  await page.hover(".egm-card[data-model=small-egm]");
+  await shot("lab-hover");
+  seen.lit = await page.evaluate(() => [...document.querySelectorAll(".egm-box.egm-on")].map((node) => node.dataset.box));
+  await press("2");
+  await page.waitForFunction(() => !document.querySelector('.egm-stage [data-box="small-egm"]'));
+  seen.hidden = Object.keys(await boxes());
+  await press("2");
+  await page.waitForFunction(() => document.querySelector('.egm-stage [data-box="small-egm"]'));
+  for (const kind of ["PNG", "SVG"]) {
+    const [download] = await Promise.all([page.waitForEvent("download"), page.click(`.egm-save button >> text="${kind}"`)]);
+    await download.saveAs(join(job.out, `export.${kind.toLowerCase()}`));
+    (seen.saved_as ??= []).push(download.suggestedFilename());
+  }
+  await which("all");
+  await counts(job.total);
+  await page.fill(".egm-search", job.search);
+  await counts(job.search_count);
+  seen.search_keeps_focus = await page.evaluate(() => document.activeElement.className === "egm-search");
+  await page.fill(".egm-search", "");
+  await counts(job.total);
+  if (!job.groups) return;
+  await page.locator(".egm-group").scrollIntoViewIfNeeded();
+  seen.tiles = await page.locator(".egm-tile").count();
+  await page.locator(".egm-tile").nth(1).hover();
+  seen.tile_text = await text(".egm-grouptext");
+  await shot("lab-group");
+}
+
+try {
+  await { gallery, lab }[job.what]();
+} catch (error) {
+  seen.failed = String(error);
+  await shot("failed").catch(() => {});
+}
+await context.close();
+console.log(JSON.stringify(seen));

@@ -1,0 +1,274 @@
+"""Viewer and gallery in a real headless Chromium (make test-browser): JupyterLab, boxes at the
+right pixels, a phone.
+
+Screenshots are left in build/browser to be looked at.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image, ImageColor
+from toy_run import write_run
+from trace_world import EGM, SMALL, draw_world, group_of, predictions_of, write_rows
+
+from egm_lib.boxes import iou
+from egm_lib.profile import load_profile
+from egm_lib.reports.figures import build_figures
+from egm_lib.reports.gallery import build_gallery
+from egm_lib.reports.tables import build_tables
+from egm_lib.run import Run
+from egm_lib.viewer.comparison import Comparison, compare, rows_of
+from egm_lib.viewer.palette import look
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = ROOT / "build" / "browser"
+
+
+def drive(job: dict) -> dict:
+    chromium = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    )
+    if not chromium or not shutil.which("node"):
+        pytest.skip("needs node and a Chromium (CHROMIUM=path)")
+    if (
+        not os.environ.get("PLAYWRIGHT_CORE")
+        and not (ROOT / "node_modules" / "playwright-core").is_dir()
+    ):
+        pytest.skip(
+            "needs playwright-core: npm install --no-save playwright-core, or PLAYWRIGHT_CORE=its "
+            "folder"
+        )
+    out = SHOTS / job["name"]
+    out.mkdir(parents=True, exist_ok=True)
+    command = [
+        "node",
+        str(ROOT / "tests" / "browser" / "drive.mjs"),
+        json.dumps(job | {"out": str(out)}),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=2400,
+        env=os.environ | {"CHROMIUM": chromium},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert "failed" not in seen, (
+        f"{seen['failed']} (console: {seen['errors']}; see {out / 'failed.png'})"
+    )
+    return seen
+
+
+def test_gallery_opens_from_disk_pages_and_fits_a_phone(tmp_path):
+    run, figures = write_run(tmp_path / "runs", tmp_path / "world"), tmp_path / "figures"
+    build_tables([run], figures, draws=50)
+    build_figures([run], figures, root=tmp_path / "world")
+    page = build_gallery([run], figures, tmp_path / "gallery.html", root=tmp_path / "world")
+    seen = drive({"what": "gallery", "name": "gallery", "url": page.as_uri()})
+    assert seen["errors"] == []
+    assert set(seen["requests"]) == {page.as_uri()}  # nothing fetched but the page
+    for width in ("desktop", "phone"):
+        assert seen[width]["paged"] and seen[width]["returned"] and seen[width]["chosen"] == "true"
+        assert seen[width]["overflow_px"] <= 0
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A JupyterLab that serves tmp_path; yields its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = [
+        f"--port={port}",
+        "--ip=127.0.0.1",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    settings = {
+        "JUPYTER_CONFIG_DIR": tmp_path / "c",
+        "JUPYTERLAB_SETTINGS_DIR": tmp_path / "s",
+        "JUPYTERLAB_WORKSPACES_DIR": tmp_path / "w",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+    }
+    env = os.environ | {name: str(value) for name, value in settings.items()}
+    news = (
+        tmp_path / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    )
+    news.parent.mkdir(parents=True)
+    # Else a question covers the corner of the page
+    news.write_text('{"fetchNews": "false"}', encoding="utf-8")
+    with open(tmp_path / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log
+        )
+        try:
+            for _ in range(600):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=5).close()
+                    break
+                except OSError:
+                    assert server.poll() is None, (tmp_path / "lab.log").read_text()
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}/lab/tree"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def test_viewer_in_jupyterlab(lab, tmp_path):
+    samples = draw_world(tmp_path / "world")
+    write_rows(tmp_path / "rows.jsonl", predictions_of(samples))
+    write_rows(tmp_path / "groups.jsonl", [group_of(sample) for sample in samples])
+    code = (
+        "from egm_lib.viewer import TraceViewer\nfrom egm_lib.files import read_jsonl\n"
+        "TraceViewer('rows.jsonl', root='world', groups=read_jsonl('groups.jsonl'))"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    nbformat.write(notebook, tmp_path / "look.ipynb")
+    seen = look_at_viewer(
+        "lab", f"{lab}/look.ipynb", compare(rows_of(tmp_path / "rows.jsonl")), groups=True
+    )
+    assert seen["tiles"] == 16 and "advantage" in seen["tile_text"]
+
+
+def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
+    """The last notebook itself, all its cells, in a copy of the project: the run that is here stays
+    as it is.
+    """
+    run = Run(load_profile("smoke"), 0)
+    if not run.predictions("small-egm", "coco_amodal_test").is_file():
+        pytest.skip("needs a run of the smoke profile: make reproduce PROFILE=smoke")
+    data = ("data/mini", "data/paper", run.profile.data.root, run.root.relative_to(ROOT))
+    for folder in ("egm_lib", "notebooks", *data):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    path = tmp_path / "notebooks" / "07_evaluation.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    parameters = next(
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
+    )
+    parameters.source = parameters.source.replace('"mini"', '"smoke"')
+    nbformat.write(notebook, path)
+    comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
+    seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
+    gained = sum(each.failed(SMALL) and each.solved(EGM) for each in comparisons)
+    # As the notebook sets the filter
+    assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"
+
+
+def look_at_viewer(
+    name: str, url: str, comparisons: list[Comparison], groups: bool = False
+) -> dict:
+    """Drives the viewer of the notebook at url and judges what was seen by the rows it shows."""
+    shows = {
+        "B solves what A misses": lambda each: each.failed(SMALL) and each.solved(EGM),
+        "A solves": lambda each: each.solved(SMALL),
+        "A misses": lambda each: each.failed(SMALL),
+    }
+    left = {show: [each for each in comparisons if suits(each)] for show, suits in shows.items()}
+    show, place = next(
+        (show, place)
+        for show, own in left.items()
+        if 1 < len(own) < len(comparisons)
+        for place, each in enumerate(own)
+        if measurable(each)
+    )
+    chosen, word = left[show][place], comparisons[-1].sample["expression"].split()[0]
+    found = sum(word in each.sample["expression"] for each in comparisons)
+    seen = drive(
+        {
+            "what": "lab",
+            "name": name,
+            "url": url,
+            "timeout_ms": 600_000,
+            "groups": groups,
+            "total": len(comparisons),
+            "show": show,
+            "show_count": len(left[show]),
+            "place": place,
+            "sample_id": chosen.sample["sample_id"],
+            "search": word,
+            "search_count": found,
+        }
+    )
+    assert seen["errors"] == []  # of the console
+    steps = {"last": comparisons[-1], "jumped": chosen} | dict(
+        zip(("first", "next", "key"), comparisons, strict=False)
+    )
+    for step, each in steps.items():
+        boxes = {model: answer.box for model, answer in each.answers.items() if answer.box}
+        # On the screen are the boxes of the rows, in their pixels
+        boxes["ground truth"] = each.sample["gt_box"]
+        shown = {box: xyxy for box, xyxy in seen[step]["boxes"].items() if box != "modal"}
+        assert shown.keys() == boxes.keys()
+        for box, xyxy in boxes.items():
+            assert shown[box] == pytest.approx(xyxy, abs=0.6), (step, box)
+        assert each.sample["expression"] in seen[step]["side"]
+    assert seen["focus_kept"] and seen["search_keeps_focus"]
+    assert seen["lit"] == [EGM] and EGM not in seen["hidden"] and SMALL in seen["hidden"]
+    assert seen["saved_as"] == [f"{chosen.sample['sample_id']}.{kind}" for kind in ("png", "svg")]
+    assert_export_has_boxes(SHOTS / name / "export.png", chosen)
+    assert "<svg" in (SHOTS / name / "export.svg").read_text(encoding="utf-8")
+    return seen
+
+
+def measurable(each: Comparison) -> bool:
+    """Both models' boxes lie well within the image and apart, so that their strokes can be
+    measured in a print.
+    """
+    boxes = [each.answers[model].box for model in (SMALL, EGM)]
+    right, bottom = each.sample["width"] - 4, each.sample["height"] - 4
+    inside = (
+        box and min(box) > 4 and box[2] < right and box[3] < bottom
+        for box in [*boxes, each.sample["gt_box"]]
+    )
+    return all(inside) and iou(*boxes) == 0
+
+
+def assert_export_has_boxes(path: Path, each: Comparison) -> None:
+    """In the PNG export, each box's colour has its middle where the row says, measured from the
+    image's corner.
+    """
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the image; the text is at its right
+    drawn = (pixels.sum(axis=2) < 3 * 255).any(axis=1)
+    # A GRPO group may stand below
+    pixels = pixels[drawn.argmax() :][: drawn[drawn.argmax() :].argmin() or None]
+
+    def extent(found: np.ndarray) -> tuple[int, int, int, int]:
+        ys, xs = np.nonzero(found)
+        return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+
+    left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
+    scale = (right - left) / each.sample["width"]
+    for model in (SMALL, EGM):
+        colour = ImageColor.getrgb(look(model).colour)
+        at, (x1, y1, x2, y2) = (
+            extent(abs(pixels - colour).sum(axis=2) < 25),
+            each.answers[model].box,
+        )
+        middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
+        assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model
