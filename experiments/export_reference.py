@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from egm_lib.inference.loading import load_model
 from egm_lib.mini.models import save
-from egm_lib.models import load_model
 
 OUT = Path("data/mini/reference")
 model = load_model(sys.argv[1], "float32").to(torch.bfloat16)

@@ -20,15 +20,19 @@ import torch
 
 from egm_lib.boxes import iou
 from egm_lib.data import open_image, resolve_image
-from egm_lib.engines import Request, TransformersEngine
+from egm_lib.files import project_root, read_jsonl
 from egm_lib.grpo import run_grpo
+from egm_lib.inference.engine import Request
+from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.mini.language import retell, way_of
 from egm_lib.mini.teacher import TeacherTransport
 from egm_lib.parsing import parse_completion
-from egm_lib.profile import Run, load_profile, project_root
+from egm_lib.profile import load_profile
 from egm_lib.prompts import FAMILIES
-from egm_lib.sft import answer_rows, make_trainer, read_traces
-from egm_lib.training import is_finished, load_start, train_to, work_folder
+from egm_lib.run import Run
+from egm_lib.sft import answer_rows, make_sft_trainer, read_traces
+from egm_lib.training.checkpoints import is_finished, train_to, work_folder
+from egm_lib.training.model_setup import load_start
 
 MINI_FULL = load_profile("mini-full")
 QWEN = FAMILIES["qwen3-vl"]
@@ -42,10 +46,6 @@ class Pilot(Run):
     @property
     def root(self) -> Path:
         return project_root() / "data/runs/pilots" / self.name
-
-
-def json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def varied_traces(shares: list[float]) -> list[dict]:
@@ -72,7 +72,7 @@ def sft(run: Pilot, name: str, start: str, shares: list[float], options, seed: i
         grid=options.answer_grid, label=options.answer_label,
     )  # fmt: skip
     model, processor = load_start(start, MINI_FULL.models.small, "float32")
-    trainer = make_trainer(
+    trainer = make_sft_trainer(
         model, processor, rows, QWEN, options, work=work_folder(out), log=run.log(f"{name}.jsonl"),
         seed=seed,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def sft(run: Pilot, name: str, start: str, shares: list[float], options, seed: i
 def answer(run: Pilot, name: str, folder: str, count: int) -> None:
     """Accuracy and ways of reasoning on validation.jsonl; answers are kept."""
     root = MINI_FULL.data.path
-    samples = json_lines(root / "validation.jsonl")[:count]
+    samples = read_jsonl(root / "validation.jsonl")[:count]
     engine = TransformersEngine(folder, "qwen3-vl", batch_size=64, seed=SEED)
     for kind, temperature in (("greedy", 0.0), ("sampled", 1.0)):
         began = time.monotonic()

@@ -19,21 +19,24 @@ from transformers import TrainerCallback
 
 from egm_lib.boxes import iou
 from egm_lib.data import open_image, resolve_image
-from egm_lib.engines import Request, TransformersEngine
+from egm_lib.files import read_jsonl
+from egm_lib.inference.engine import Request
+from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import load_profile
 from egm_lib.prompts import FAMILIES
-from egm_lib.sft import answer_rows, make_trainer
-from egm_lib.training import load_start, train_to, work_folder
+from egm_lib.sft import answer_rows, make_sft_trainer
+from egm_lib.training.checkpoints import train_to, work_folder
+from egm_lib.training.model_setup import load_start
 
 MINI_FULL = load_profile("mini-full")
 
 
 def traces(root: Path, limit: int) -> list[dict]:
     """The samples of root's train.jsonl, each with its true reasoning."""
-    truths = json_lines(root / "teacher-train.jsonl")
+    truths = read_jsonl(root / "teacher-train.jsonl")
     reasoning = {truth["sample_id"]: truth["reasoning"] for truth in truths}
-    samples = json_lines(root / "train.jsonl")
+    samples = read_jsonl(root / "train.jsonl")
     rows = [{**sample, "reasoning": reasoning[sample["sample_id"]]} for sample in samples]
     return rows[:limit]
 
@@ -112,7 +115,7 @@ def main() -> None:
         str(Path(args.start).resolve()), MINI_FULL.models.large, "float32"
     )
     out = args.out / "model"
-    trainer = make_trainer(
+    trainer = make_sft_trainer(
         model,
         processor,
         rows,
@@ -126,15 +129,11 @@ def main() -> None:
     trainer.clock.save_seconds = 180
     if args.validate:
         root = MINI_FULL.data.path
-        validation = json_lines(root / "validation.jsonl")[: args.validate]
+        validation = read_jsonl(root / "validation.jsonl")[: args.validate]
         trainer.add_callback(
             Validate(args.every, validation, root, processor, args.out / "validation.jsonl")
         )
     train_to(trainer, processor, out)
-
-
-def json_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":
