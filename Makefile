@@ -16,8 +16,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce evaluate ablations submit lab tables restore figures gallery test format \
-        bench test-vllm test-browser test-lock pretrain-mini lock clean
+.PHONY: help rehearse setup reproduce evaluate ablations submit lab tables restore figures gallery test format \
+        bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
 	@awk -F ':.*## |^##@ ' '/^##@/ {print "\n" $$2} /^[a-z%-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,8 +37,8 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues
-	@$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
+reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues; paid services want BUDGET=USD
+	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
 	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
@@ -73,6 +73,9 @@ gallery: $(ENV) ## figures/PROFILE/gallery.html, one page to look through
 	@$(RUN) -m egm_lib.reports.gallery --profile $(PROFILE)
 
 ##@ Check
+rehearse: $(ENV) ## a paper PROFILE from first to last notebook on stand-ins, e.g. PROFILE=paper-qwen3vl-8b
+	@$(RUN) -m egm_lib.pipeline.rehearsal --profile $(PROFILE)
+
 test: $(ENV) ## ruff, pytest, and one notebook
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check --quiet . || { echo "Some files are not formatted: run 'make format'."; exit 1; }
@@ -80,6 +83,9 @@ test: $(ENV) ## ruff, pytest, and one notebook
 	@mkdir -p data/runs/smoke-0
 	@$(RUN) -m papermill --prepare-only --log-level ERROR -p profile smoke notebooks/00_data_and_boxes.ipynb data/runs/smoke-0/light.ipynb
 	@$(RUN) -m pytest -q --nbval-lax data/runs/smoke-0/light.ipynb
+
+test-rehearsal: $(ENV) ## the stand-ins have the form of the real things
+	@$(RUN) -m pytest -q -m slow tests/pipeline/test_rehearsal_standins.py
 
 test-vllm: ## vLLM answers as transformers does and samples what GRPO trains: on a CPU, in a .venv-vllm of 4 GB
 	@test -f .venv-vllm/ready || { $(PYTHON) -m venv --clear .venv-vllm \
@@ -125,4 +131,4 @@ lock: ## the newest sets that pyproject.toml allows -> requirements.txt and requ
 	@mv requirements.tmp requirements-gpu.txt && rm -rf .venv-lock
 
 clean: ## remove .venv and the runs of the smoke profile; other runs stay
-	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke figures/smoke-amodal .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""The curation client under fire: misbehaving services, kills, throughput, memory. Loopback only.
+"""The curation client with misbehaving services, kills, throughput, memory. Loopback only.
 
-python benchmarks/bench_curation.py [misbehave] [kills] [throughput] [dry_run] [memory]; without
-names, all of them.
+python benchmarks/bench_curation.py [replies] [misbehave] [kills] [throughput] [dry_run] [memory];
+without names, all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import openai
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from curation_server import running  # noqa: E402
 from killed_runs import CONCURRENCY, command, kills, make_samples  # noqa: E402
+from reply_fuzz import fuzz  # noqa: E402
 
 from egm_lib.curation.client import run_task  # noqa: E402
 from egm_lib.curation.outputs import JsonlSamples
@@ -53,9 +55,17 @@ def misbehave(folder: Path, count: int = 2000) -> dict:
     }
 
 
+def replies(folder: Path, count: int = 100_000) -> dict:
+    """Mutated replies through the one reader: no exception, and every reply keeps its contract."""
+    started = time.monotonic()
+    finishes = fuzz(count, random.Random(1))
+    return {"replies": count, "finish": finishes, "wall_s": round(time.monotonic() - started, 1)}
+
+
 def throughput(folder: Path, count: int = 2000) -> dict:
-    """Our client against a bare AsyncOpenAI loop that sends the same bodies, made beforehand or on
-    the way.
+    """Our client against a bare AsyncOpenAI loop, which sends the same bodies.
+
+    The bare loop makes its bodies beforehand, or ("drawing") as it goes, as our client does.
     """
     make_samples(folder, count)
     task = TASKS["trace"]
@@ -75,7 +85,11 @@ def throughput(folder: Path, count: int = 2000) -> dict:
         )
         plan = Plan(task, samples, teacher, folder)
         requests = [plan.request(sample) for sample in samples]
-        bodies = [plan.body(request) for request in requests]
+        bodies = [plan.body(request) | plan.sampling for request in requests]
+
+        def drawn(number: int) -> dict:
+            return plan.body(requests[number]) | plan.sampling
+
         for trial in range(3):
             paths = {
                 "out": folder / f"{trial}.jsonl",
@@ -87,10 +101,7 @@ def throughput(folder: Path, count: int = 2000) -> dict:
                 lambda paths=paths: run_task(task, samples, teacher, progress=False, **paths),
             )
             measure("bare", lambda: asyncio.run(bare_loop(url, bodies.__getitem__, count)))
-            drawing = lambda number: plan.body(requests[number])  # noqa: E731
-            measure(
-                "bare, drawing", lambda drawing=drawing: asyncio.run(bare_loop(url, drawing, count))
-            )
+            measure("bare, drawing", lambda: asyncio.run(bare_loop(url, drawn, count)))
     result = {f"{name}: answers/s": round(max(values), 1) for name, values in rates.items()}
     result |= {
         f"{name}: CPU ms an answer": round(min(values), 2) for name, values in cpu_ms.items()
@@ -127,9 +138,7 @@ def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) 
 
 
 def memory(folder: Path) -> dict:
-    """Peak memory of a resume over an answered ledger at growing input, each in a process of its
-    own.
-    """
+    """Peak memory of a resume over an answered ledger at growing input, one process per size."""
     peaks = {}
     for count in (5_750, 57_500, 575_000):
         make_samples(folder, count, images=1)
@@ -141,9 +150,7 @@ def memory(folder: Path) -> dict:
 
 
 def resume(folder: Path, count: int) -> None:
-    """Write a ledger that answers all samples, then resume on it; prints peak memory and
-    seconds.
-    """
+    """Write a ledger that answers all samples, resume on it, and print peak memory and seconds."""
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
     teacher = Teacher(
@@ -187,7 +194,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--resume"]:
         resume(Path(sys.argv[2]), int(sys.argv[3]))
         sys.exit()
-    benches = {bench.__name__: bench for bench in (misbehave, kills, throughput, dry_run, memory)}
+    benches = {
+        bench.__name__: bench for bench in (replies, misbehave, kills, throughput, dry_run, memory)
+    }
     for name in sys.argv[1:] or benches:
         with tempfile.TemporaryDirectory() as folder:
             print(name, json.dumps(benches[name](Path(folder)), indent=2), flush=True)

@@ -1,8 +1,10 @@
-"""Time and memory of samples at scale: `python benchmarks/bench_data.py 57000 575000 5750000`, one
-process each.
+"""Time and memory of reading many samples.
 
-Prints markdown: wall and CPU seconds per step and the peak memory so far. Goal at 575k: first row
-under 2 s, stats under 20 s, peak under 1.5 GB, cost growing linearly.
+    python benchmarks/bench_data.py 57000 575000 5750000
+
+Each number of rows is measured in a process of its own. Prints Markdown: wall and CPU seconds of
+each step, and the peak memory so far. Goal for 575,000 rows: the first row in 2 s, stats in 20 s,
+at most 1.5 GB; cost grows linearly.
 """
 
 import json
@@ -94,5 +96,5 @@ if __name__ == "__main__":
             "| rows | step | wall, s | CPU, s | peak so far, GB |\n|---|---|---|---|---|",
             flush=True,
         )
-        for each in counts:
-            subprocess.run([sys.executable, __file__, str(each)], check=True)
+        for count in counts:
+            subprocess.run([sys.executable, __file__, str(count)], check=True)

@@ -1,7 +1,6 @@
-"""Selection of the RL samples at the paper's size (575k), a tenth and ten times of it: CPU seconds,
-and linear growth.
+"""CPU seconds of the selection of RL samples: the paper's 575,000 rows, a tenth, and ten times.
 
-    python benchmarks/bench_learnability.py
+python benchmarks/bench_learnability.py
 """
 
 import time

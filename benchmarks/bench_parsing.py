@@ -1,7 +1,6 @@
-"""Parsing: completions a second on one core, and whether any text makes the time grow faster than
-its length.
+"""Parsing on one core: completions per second, and whether any text takes more than linear time.
 
-    python benchmarks/bench_parsing.py
+python benchmarks/bench_parsing.py
 """
 
 import argparse
@@ -17,6 +16,8 @@ HOSTILE = {
     "<answer> repeated": "<answer>",
     "<think> repeated": "<think>",
     "</think> repeated": "</think>",
+    "open tags with blanks": "<   think   ",
+    "blanks after an open tag": "<" + " " * 1000,
     "open brackets": "[",
     "open brackets with a number": "[1,",
     "nested lists": "[1,[",
@@ -40,6 +41,7 @@ HOSTILE = {
     "<ref> and angles": "<ref><",
     "<box> repeated": "<box>1",
     "corner keys": "x_min=1,",
+    "corners apart": "x1=1,y1=2 'key' 'key' ",
     "corner letters": "xyxy",
     "braces": "{[1,2,3,4]",
     "bbox_2d": '"bbox_2d": [1,2,3,',

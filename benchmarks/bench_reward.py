@@ -1,8 +1,7 @@
-"""The reward of one optimisation step of the paper (batch 256 x 16 = 4,096 completions), on one
-core.
+"""The reward of one optimisation step of the paper (256 x 16 = 4,096 completions) on one core.
 
-Beside a straightforward implementation, written here: search the fence, `json.loads`, else search
-four numbers.
+It is compared with a straightforward implementation, written here: find the fence and read its
+JSON, else find four numbers.
 
     python benchmarks/bench_reward.py
 """

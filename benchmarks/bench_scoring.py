@@ -1,11 +1,9 @@
-"""Time and memory of scoring the paper's 575,208 training samples' worth of predictions, with
-intervals.
+"""Time and memory of scoring 575,208 predictions (the size of the paper's SFT data) with intervals.
 
     python benchmarks/bench_scoring.py [--rows 575208]
 
-Writes prediction files of real length (a reasoning of two sentences) to a temporary folder, then
-reads, parses, scores and bootstraps them in a process of its own, whose peak memory is what is
-reported. Goal: 60 s and 2 GB.
+Prediction files with realistic reasoning (two sentences) are written to a temporary folder. Another
+process reads, parses, scores and bootstraps them; its peak memory is reported. Goal: 60 s and 2 GB.
 """
 
 import argparse

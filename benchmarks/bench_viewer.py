@@ -1,9 +1,8 @@
-"""How long 10,000 samples of two models take to open in the trace viewer, and to filter, sort and
-walk.
+"""How long the trace viewer takes to open, filter, sort and walk 10,000 samples of two models.
 
-Prediction files of the form that the evaluation writes, each of two models answering every sample
-with a trace, are written to a temporary folder, with 64 images of 640 x 480 pixels. CPU seconds
-of one process, and the bytes that the page gets for a sample.
+Prediction files as the evaluation writes them, with a trace for every sample, and 64 images of
+640 x 480 pixels are written to a temporary folder. Reported are CPU seconds of one process, and the
+bytes that the page gets for a sample.
 
     python benchmarks/bench_viewer.py
 """

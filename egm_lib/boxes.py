@@ -22,11 +22,25 @@ class BoxFrame(Enum):
     NORM_1000 = "norm_1000"  # 0..1000 of the image's width and height (Qwen3-VL, InternVL-3)
     NORM_1 = "norm_1"  # 0..1 of the image's width and height
 
+    @classmethod
+    def _missing_(cls, value: object) -> "BoxFrame | None":
+        """BoxFrame("NORM_1000"): files hold a frame's value, and older ones its name."""
+        return cls.__members__.get(value) if isinstance(value, str) else None
+
+    @classmethod
+    def read(cls, text: "str | BoxFrame") -> "BoxFrame":
+        """The frame that a file states; ValueError, with the known ones, for any other text."""
+        try:
+            return cls(text)
+        except ValueError:
+            known = ", ".join(frame.value for frame in cls)
+            raise ValueError(f"unknown box frame {text!r}: use one of {known}") from None
+
 
 def check_box(box: Sequence[float], name: str = "box") -> Box:
     """The box as four finite floats with x1 <= x2 and y1 <= y2, as ground truth must be.
 
-    Raises ValueError, naming the value, for a wrong length, nan, inf, or swapped corners.
+    Raises ValueError, which shows the box, for a wrong length, nan, inf, or swapped corners.
     """
     x1, y1, x2, y2 = checked = _four_numbers(box, name)
     if x1 > x2 or y1 > y2:
@@ -37,7 +51,7 @@ def check_box(box: Sequence[float], name: str = "box") -> Box:
 def frame_scale(frame: BoxFrame, image_wh: tuple[int, int]) -> tuple[float, float, float]:
     """(width, height, unit) such that x_px = x * width / unit and y_px = y * height / unit.
 
-    Raises ValueError for an unknown frame or an image size that is not two positive finite numbers.
+    Raises ValueError for an unknown frame, or a size that is not two positive finite numbers.
     """
     try:
         width, height = image_wh
@@ -63,8 +77,8 @@ def convert(
     """The same box in another frame; neither rounded nor clipped.
 
     image_wh: width and height of the original image, px.
-    Raises ValueError for four numbers that are not finite, an unknown frame, or a non-positive
-    image size.
+    Raises ValueError for a box that is not four finite numbers, an unknown frame, or an image size
+    that is not positive.
     """
     x1, y1, x2, y2 = numbers = _four_numbers(box, "box")
     from_width, from_height, from_unit = frame_scale(source, image_wh)
@@ -83,8 +97,7 @@ def convert(
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes in the same frame; 0.0 where a box is degenerate (no
-    area).
+    """Intersection over union of two boxes in the same frame; 0.0 if a box has no area.
 
     Raises ValueError for a wrong length, nan or inf.
     """
@@ -124,7 +137,7 @@ def pairwise_iou(a_N4: ArrayLike, b_M4: ArrayLike) -> np.ndarray:
 def is_success(
     pred: Sequence[float] | None, gt: Sequence[float], threshold: float = SUCCESS_IOU
 ) -> bool:
-    """Eq. 1: IoU strictly above the threshold; no prediction is no success."""
+    """Eq. 1: IoU strictly above the threshold; without a prediction there is no success."""
     return pred is not None and iou(pred, gt) > threshold
 
 
@@ -135,8 +148,8 @@ def _four_numbers(box: Sequence[float], name: str) -> Box:
         x1, y1, x2, y2 = map(float, box)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be four numbers (x1, y1, x2, y2), got {box!r}") from None
-    # The sum of finite numbers may overflow, but that of others is never finite: one test settles
-    # the common case.
+    # The sum is finite only if every number is, so one test settles the common case; the sum of
+    # large finite numbers may overflow, so the rare case needs the second test.
     if not isfinite(x1 + y1 + x2 + y2) and not all(map(isfinite, (x1, y1, x2, y2))):
         raise ValueError(f"{name} must be finite, got {box!r}")
     return x1, y1, x2, y2

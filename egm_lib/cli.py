@@ -1,7 +1,7 @@
 """What every command line shares: the profile and seed options, and how a command ends.
 
-A command ends with 0 where it did its work, with 2 and one sentence on stderr where the user can
-mend something, and with 130 where it was interrupted.
+Exit status: 0 if the work is done; 2, with one sentence on stderr, if there is something for the
+user to mend; 130 if the command was interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from egm_lib.run import Run
 
 
 def run_parser(module: str, description: str, *, seed: bool = True) -> argparse.ArgumentParser:
-    """A parser of `python -m egm_lib.<module>` with --profile and, where it has one, --seed."""
+    """A parser of `python -m egm_lib.<module>` with --profile and, unless seed is False, --seed."""
     parser = argparse.ArgumentParser(prog=f"python -m egm_lib.{module}", description=description)
     parser.add_argument("--profile", default="mini", help="default: %(default)s")
     if seed:
@@ -37,7 +37,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 
 def ends(work: Callable[[], int | None]) -> int:
-    """Does a command's work; returns the exit status, 0 unless the work says another."""
+    """Does a command's work and returns its exit status: what the work returns, or 0."""
     try:
         return work() or 0
     except (EgmError, OSError, ImportError) as error:

@@ -1,8 +1,8 @@
-"""Errors that a person can mend. Every command ends on them with one sentence and exit status 2."""
+"""Errors that a person can mend. A command that meets one prints it and ends with status 2."""
 
 
 class EgmError(Exception):
-    """Something that the user can mend; the message says what is wrong, where, and how."""
+    """Something that the user can mend. The message says what is wrong, where, and what to do."""
 
 
 class InputError(EgmError, ValueError):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import logging
 import os
 import typing
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from egm_lib.errors import InputError
 
 log = logging.getLogger(__name__)
+
+MAX_WARNINGS = 5  # lines of one file that are named when they are left out
 
 
 def project_root() -> Path:
@@ -25,7 +28,7 @@ def project_root() -> Path:
 
 @contextmanager
 def atomic_open(path: Path, mode: str = "w") -> Iterator[typing.IO]:
-    """A file that replaces `path` when the block ends well, and else leaves no trace."""
+    """A file that replaces `path` if the block succeeds, and leaves no trace if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile's: its files cannot be read by others.
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -45,45 +48,92 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
-def read_json(path: Path, advice: str = "delete it and run its stage again") -> typing.Any:
-    """The JSON in a file; None where there is no file.
+def read_json(
+    path: Path,
+    advice: str = "delete it and run its stage again",
+    *,
+    shape: type = object,
+    object_hook: Callable[[dict], typing.Any] | None = None,
+) -> typing.Any:
+    """The JSON in a file; None if there is no file.
 
-    Raises InputError naming the file and the reason, with `advice`, where it cannot be read.
+    shape: dict or list, if the caller needs an object or a list.
+    object_hook: as in `json.loads`.
+    Raises InputError with the file, the reason and `advice` if the file cannot be read as that.
     """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(_decoded(path.read_bytes()), object_hook=object_hook)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); {advice}") from error
+    if not isinstance(value, shape):
+        raise InputError(f"{path} holds {_kind(value)}, not {_KINDS[shape]}; {advice}")
+    return value
 
 
-def iter_jsonl(path: Path) -> Iterator[dict]:
+def iter_jsonl(
+    path: Path, *, report: Callable[[int, str], None] | None = None
+) -> Iterator[dict[str, typing.Any]]:
     """The objects of a JSON-lines file, in order.
 
-    A line ends with a newline alone: other separators of Unicode may stand inside a value. A line
-    that is no JSON object is left out with a warning that names file and line; a torn last line,
-    which a killed process leaves, is left out in silence.
+    Only a newline ends a line: other separators of Unicode may stand inside a value. Blank lines
+    are skipped, and so is a byte order mark.
+    report: called with the number of a line that is no JSON object, and the reason; it may raise.
+    None: the line is left out with a warning. The torn last line that a killed process leaves is
+    then left out without one.
     """
+    left_out = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = line.removeprefix(codecs.BOM_UTF8)  # files are also concatenated
             if not text.strip():
                 continue
             try:
-                row = json.loads(text.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise ValueError(f"an object is needed, not {type(row).__name__}")
+                row = json.loads(_decoded(text))
+                reason = "" if isinstance(row, dict) else f"not an object but {_kind(row)}"
             except (ValueError, RecursionError) as error:
-                if line.endswith(b"\n"):
-                    log.warning("%s, line %d is left out: %s", path, number, error)
-                continue
-            yield row
+                reason = f"not JSON ({error})"
+            if not reason:
+                yield row
+            elif report:
+                report(number, reason)
+            elif line.endswith(b"\n"):
+                left_out += 1
+                if left_out <= MAX_WARNINGS:
+                    log.warning("%s, line %d is left out: %s", path, number, reason)
+    if left_out > MAX_WARNINGS:
+        log.warning("%s: %d lines are left out in all", path, left_out)
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict[str, typing.Any]]:
     """`iter_jsonl` as a list."""
     return list(iter_jsonl(path))
+
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def _kind(value: object) -> str:
+    return _KINDS[type(value)]
+
+
+def _decoded(content: bytes) -> str:
+    """The text of JSON, without white space and byte order mark in front."""
+    try:
+        return content.decode("utf-8").lstrip(" \t\r\n").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"not UTF-8 text: byte {error.start} is {content[error.start]:#x}"
+        ) from None
 
 
 def json_line(row: Mapping) -> str:

@@ -11,20 +11,23 @@ Deviations from TRL, with rollouts by transformers on one process:
 2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and
    entropy terms are lost, and their tokens do not count in the token-level mean.
 3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL
-   carries it along masked. With vLLM, its weight for tokens that the sampler finds more or less
-   likely than the trainer is off: Eq. 3 has none. The first step of every sitting compares the
-   trainer's log-probs with the sampler's and stops where they disagree.
+   carries it along masked.
+
+With vLLM, TRL's weight for tokens that the sampler finds more or less likely than the trainer is
+off: Eq. 3 has none. In the first step of every run, a resumed one too, and again after every
+`grpo.check_steps`, the trainer's log-probs are compared with the sampler's; training stops where
+they disagree. vLLM samples such a step without top-p and top-k.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from datasets import Dataset, Image
 from trl import GRPOConfig
 
@@ -33,9 +36,10 @@ from egm_lib.inference.loading import image_token_ids
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
+from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import FAMILIES, Family
-from egm_lib.reward import egm_reward
+from egm_lib.reward import grounding_reward
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import (
     is_finished,
@@ -52,11 +56,13 @@ from egm_lib.training.grpo_trainer import answer_texts
 from egm_lib.training.grpo_trl import PlainGRPO
 from egm_lib.training.model_setup import (
     TrainingError,
+    can_share_prefix,
     chat_text,
     common_options,
     freeze_tower,
     load_start,
     lora_config,
+    use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
 
@@ -70,10 +76,9 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
     if rows % per_step:
         raise TrainingError(
             f"prompts_per_step x num_generations = {rows} does not divide into batches of "
-            f"{per_step} "
-            f"({num_processes} processes): change grpo.per_device_train_batch_size."
+            f"{per_step} ({num_processes} processes): change grpo.per_device_train_batch_size."
         )
-    return common_options(work, seed, options.dtype) | {
+    return common_options(work, seed, options.compute_dtype or options.dtype) | {
         "num_train_epochs": options.num_train_epochs,
         "max_steps": options.max_steps or -1,
         "per_device_train_batch_size": options.per_device_train_batch_size,
@@ -98,22 +103,54 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
+        "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
     }
 
 
-def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
-    """TRL's prompt rows of samples; `image` is a file, and what the reward needs stands beside
-    it.
+def rollout_context(options: GRPO) -> int:
+    """Tokens of prompt and completion that vLLM has room for.
+
+    Raises TrainingError where none is left for a prompt.
     """
-    for sample_ in samples:
+    length = options.max_model_len or MAX_MODEL_LEN
+    if length <= options.max_completion_length:
+        raise TrainingError(
+            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
+            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
+        )
+    return length
+
+
+def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
+    """TRL's configuration of the stage, for as many processes as were launched.
+
+    It comes before the model: DeepSpeed then divides the weights among the processes while they
+    are loaded. Raises TrainingError where a step would not have the profile's size.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    use_one_gpu(config)
+    rows = options.prompts_per_step * options.num_generations
+    if config.generation_batch_size != rows:
+        raise TrainingError(
+            f"a step would sample {config.generation_batch_size} completions instead of "
+            f"prompts_per_step x num_generations = {rows}: WORLD_SIZE is {processes}, and TRL sees "
+            f"{config.world_size} processes. Start the stage with `accelerate launch`."
+        )
+    return config
+
+
+def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
+    """TRL's prompt rows of samples: `image` is a file, and what the reward needs stands beside."""
+    for sample in samples:
         yield {
             "prompt": [
-                {"role": "user", "content": family.prompt(sample_["expression"], sample_["task"])}
+                {"role": "user", "content": family.prompt(sample["expression"], sample["task"])}
             ],
-            "image": str(resolve_image(sample_, root)),
-            "gt_box": list(sample_["gt_box"]),
-            "image_wh": [sample_["width"], sample_["height"]],
-            "sample": {field: sample_[field] for field in SAMPLE_FIELDS},
+            "image": str(resolve_image(sample, root)),
+            "gt_box": list(sample["gt_box"]),
+            "image_wh": [sample["width"], sample["height"]],
+            "sample": {field: sample[field] for field in SAMPLE_FIELDS},
         }
 
 
@@ -126,12 +163,24 @@ def begun_answer(processor, family: Family) -> str:
 
 
 def make_reward(processor, family: Family, weight: float) -> Callable[..., list[float]]:
-    """TRL's reward function; puts back what the chat template has begun before parsing."""
+    """TRL's reward function; puts back what the chat template has begun before parsing.
+
+    Logs the mean IoU and the share of completions with IoU > 0.5 (Eq. 1), whatever the weight is.
+    """
     opener = begun_answer(processor, family)
 
-    def reward(completions, gt_box, image_wh, **kwargs) -> list[float]:
+    def reward(completions, gt_box, image_wh, *, log_metric=None, **kwargs) -> list[float]:
         texts = [opener + text for text in answer_texts(completions)]
-        return egm_reward(texts, gt_box, image_wh, frame=family.frame, weight=weight)
+        boxes = [
+            parse_completion(text, frame=family.frame, image_wh=tuple(wh)).box
+            for text, wh in zip(texts, image_wh, strict=True)
+        ]
+        pairs = list(zip(boxes, gt_box, strict=True))
+        if log_metric is not None:
+            overlaps = [grounding_reward(box, gt, weight=0.0) for box, gt in pairs]  # Eq. 8's IoU
+            log_metric("acc_at_50", sum(map(accepts, overlaps)) / len(overlaps))
+            log_metric("mean_iou", sum(overlaps) / len(overlaps))
+        return [grounding_reward(box, gt, weight) for box, gt in pairs]
 
     return reward
 
@@ -149,23 +198,25 @@ def make_grpo_trainer(
     seed: int,
     shared_prefix: bool | None = None,
     reward: Callable | None = None,
+    config: GRPOConfig | None = None,
 ):
-    """The trainer of the stage. rows: of `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups).
+    """The trainer of the stage.
 
-    shared_prefix None: where it is possible. reward: another than Eq. 8.
+    rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.training.groups).
+    shared_prefix None: where it is possible. reward: another than Eq. 8. config: of `grpo_config`,
+    where it was needed before the model.
     """
+    # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
+    # counts positions from both (TRL #5785)
+    processor.tokenizer.padding_side = "left"
     dataset = Dataset.from_list(list(rows))
     if not len(dataset):
         raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
-    processes = max(
-        1, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    )
-    config = GRPOConfig(**grpo_options(options, work, seed, processes))
+    config = config or grpo_config(options, work, seed)
     # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of
-    # Qwen3-VL-Thinking.
+    # Qwen3-VL-Thinking
     config.vllm_max_model_length = min(
-        MAX_MODEL_LEN, model.config.get_text_config().max_position_embeddings
+        rollout_context(options), model.config.get_text_config().max_position_embeddings
     )
     if config.use_vllm:  # with transformers TRL sees to it itself
         config.generation_kwargs = {
@@ -179,23 +230,20 @@ def make_grpo_trainer(
             f"{repeats} times in one"
         )
         dataset = Dataset.from_list(list(dataset) * repeats)
-    clock, keeper = (
-        Clock(log, options.max_minutes),
-        GroupKeeper(groups, begun_answer(processor, family)),
-    )
     arguments = {
         "model": model,
         "args": config,
         "processing_class": processor,
-        "clock": clock,
-        "keeper": keeper,
+        "clock": Clock(log, options.max_minutes, 60 * options.save_minutes),
+        "keeper": GroupKeeper(groups, begun_answer(processor, family)),
+        "peft_config": lora_config(options.lora),
+        "rollout_dtype": options.rollout_dtype,
+        "check_steps": options.check_steps,
+        "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
     }
-    arguments |= {"peft_config": lora_config(options.lora), "rollout_dtype": options.rollout_dtype}
-    arguments |= {"reward_weight": options.reward_weight}
-    arguments |= {"reward_funcs": reward or make_reward(processor, family, options.reward_weight)}
-    possible = family.name == "qwen3-vl" and options.freeze_vision and options.freeze_merger
-    possible = possible and options.rollout == "transformers" and config.world_size == 1
-    if possible if shared_prefix is None else shared_prefix:
+    if shared_prefix is None:
+        shared_prefix = can_share_prefix(family, options, config)
+    if shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
@@ -204,8 +252,9 @@ def make_grpo_trainer(
 
 
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
-    """Trains a run's EGM model from its SFT model; returns its folder. A finished one is left as it
-    is.
+    """Trains a run's EGM model from its SFT model; returns its folder.
+
+    A finished model is left as it is.
     """
     profile, out = run.profile, run.checkpoint(task, output or MODEL)
     if is_finished(out):
@@ -213,11 +262,14 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
     family, options = FAMILIES[profile.models.small.family], profile.grpo
     check_rollout(options)
     check_device(options.dtype, "grpo")
+    check_device(options.compute_dtype or options.dtype, "grpo", "compute_dtype")
     start = str(
         require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`")
     )
     check_memory(profile, "grpo", start)
     samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
+    work = work_folder(out)
+    config = grpo_config(options, work, run.seed)
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
     model, processor = load_start(
         start, profile.models.small, options.dtype if options.lora else "float32"
@@ -229,10 +281,11 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
             question_rows(samples, family, profile.data.path),
             family,
             options,
-            work=work_folder(out),
+            work=work,
             log=run.log(f"grpo-{task}.jsonl"),
             groups=run.groups(task),
             seed=run.seed,
+            config=config,
         )
     except OSError as error:  # a server that does not answer is one; TRL has waited for it
         if options.rollout != "vllm-server":
@@ -244,29 +297,33 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
 
 
 def server_command(model: str, options: GRPO) -> str:
-    """What starts a vLLM server that TRL can sample from and bring new weights to (grpo.rollout:
-    vllm-server).
+    """What starts a vLLM server for `grpo.rollout: vllm-server`.
+
+    TRL samples from it and sends it new weights.
     """
-    own = f"--dtype {options.rollout_dtype} --max-model-len {MAX_MODEL_LEN}"
-    return f"trl vllm-serve --model {model} {own} --limit-mm-per-prompt '{json.dumps(VLLM_LIMITS)}'"
+    limits = json.dumps(VLLM_LIMITS)
+    return (
+        f"trl vllm-serve --model {model} --dtype {options.rollout_dtype} "
+        f"--max-model-len {rollout_context(options)} --limit-mm-per-prompt '{limits}'"
+    )
 
 
 def grpo_dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
     """What would be trained, under TRL's own option names; loads no model."""
     run = Run(profile, seed)
     out = run.checkpoint(task, output or MODEL)
-    own = {
+    stage = {
         "stage": "grpo",
         "task": task,
         "model": str(run.checkpoint(task, "small-sft")),
         "output": str(out),
-    }
-    own |= {"samples": str(run.samples(f"rl_{task}")), "max_minutes": profile.grpo.max_minutes}
-    own |= {
+        "samples": str(run.samples(f"rl_{task}")),
+        "max_minutes": profile.grpo.max_minutes,
         "prompts_per_step": profile.grpo.prompts_per_step,
         "reward_weight": profile.grpo.reward_weight,
     }
-    return own | grpo_options(profile.grpo, work_folder(out), seed, profile.launch.num_processes)
+    work, processes = work_folder(out), profile.launch.num_processes
+    return stage | grpo_options(profile.grpo, work, seed, processes)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

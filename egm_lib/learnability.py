@@ -1,5 +1,5 @@
-"""Which samples to train on with RL (Sec. 4.2): what the learner misses and a stronger reference
-can do.
+"""Which samples to train on with RL (Sec. 4.2): what a stronger reference solves and the learner
+misses.
 """
 
 import warnings
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pandas.util import hash_array
 
-# The released code's share of the easy half by the learner's IoU; [low, high), what is left of the
-# total to the last.
+# (low, high, share): how the released code divides the easy half by the learner's IoU, low <= IoU <
+# high. The last bucket gets what is left.
 IOU_BUCKETS = (
     (0.5, 0.6, 0.15),
     (0.6, 0.7, 0.20),
@@ -32,14 +32,14 @@ def select_learnable(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of the hard and of the easy half, both ascending.
 
-    Hard: learnability = S_reference - S_learner > 0. Easy: as many of what the learner gets right,
-    drawn by `easy`: "uniform" (the paper), or "iou-buckets" (the released code, there with seed
-    42), which needs learner_iou_N and leaves a bucket short where it has too few.
-    sample_ids: draws by sample, so that the choice does not depend on the order of the rows; None:
-    draws by row. Warns where the learner gets fewer right than there are hard samples, and takes
-    them all.
-    Raises ValueError where lengths differ, an id occurs twice, a success is not 0 or 1, or `easy`
-    is unknown.
+    Hard: learnability = S_reference - S_learner > 0.
+    Easy: as many of the samples that the learner solves, drawn by the rule `easy`. "uniform" is the
+    paper's. "iou-buckets" is that of the released code (there with seed 42); it needs
+    learner_iou_N, and takes fewer from a bucket that does not have enough.
+    sample_ids: the draw depends on these, not on the order of rows; None: it depends on the order.
+    Warns if the learner solves fewer samples than there are hard ones, and takes them all.
+    Raises ValueError if lengths differ, an id occurs twice, a success is not 0 or 1, or `easy` is
+    unknown.
     """
     learner_N = _successes(learner_success_N, "learner_success_N")
     reference_N = _successes(reference_success_N, "reference_success_N")
@@ -61,8 +61,8 @@ def select_learnable(
     right = np.flatnonzero(learner_N)
     if len(right) < len(hard):
         warnings.warn(
-            f"only {len(right):,} easy samples for {len(hard):,} hard ones: the learner gets no "
-            "more right; taking all",
+            f"only {len(right):,} easy samples for {len(hard):,} hard ones: the learner solves no "
+            "more; taking all",
             stacklevel=2,
         )
     if easy == "uniform":
@@ -96,7 +96,7 @@ def _priorities(ids_N: np.ndarray, seed: int) -> np.ndarray:
             raise ValueError(
                 f"{len(repeated):,} sample ids occur more than once, such as {str(repeated[0])!r}"
             )
-    # splitmix64 over hash and seed: hash_array takes a seed for strings only
+    # splitmix64 over hash and seed, because hash_array takes a seed for strings only
     mixed_N = hash_N + np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
     mixed_N = (mixed_N ^ (mixed_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed_N = (mixed_N ^ (mixed_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -104,7 +104,7 @@ def _priorities(ids_N: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _lowest(rows: np.ndarray, priority_N: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows of lowest priority number, ascending; all of them where there are fewer."""
+    """The `count` rows with the lowest priority numbers, ascending; all rows if there are fewer."""
     if count >= len(rows):
         return rows
     return np.sort(rows[np.argpartition(priority_N[rows], count)[:count]])

@@ -1,25 +1,25 @@
 """The training objective (Eq. 3-7) as pure functions on tensors.
 
-Log-probs and entropies come from TRL's chunked LM head (`trl.kernels`), which never holds tokens x
-vocabulary logits.
+Log-probs and entropies come from TRL's chunked LM head (`trl.kernels`), which never holds logits of
+shape tokens x vocabulary.
 """
 
 import torch
 from torch import Tensor
 
 RATIO_LEVELS = ("token", "sequence")
-# exp() of a larger log-ratio overflows, and inf * 0 in its gradient is nan; exp(20) is far beyond
-# any useful ratio.
+# exp() of a larger log-ratio may overflow, and its gradient then is inf * 0 = nan. exp(20) is far
+# beyond any useful ratio.
 MAX_LOG_RATIO = 20.0
 
 
 def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-4) -> Tensor:
-    """Rewards standardised within each prompt's group (Eq. 7), with the sample standard deviation,
-    as TRL does.
+    """Rewards standardised within each prompt's group (Eq. 7).
 
+    The deviation is that of a sample (n - 1), as in TRL.
     rewards_B: one reward per completion, groups contiguous, B = prompts * group_size.
     Returns advantages_B; a group whose rewards are all equal gets zeros.
-    Raises ValueError when B is not a multiple of group_size, or a reward is not finite.
+    Raises ValueError if B is not a multiple of group_size, or a reward is not finite.
     """
     if group_size < 1 or rewards_B.ndim != 1 or rewards_B.numel() % group_size:
         raise ValueError(
@@ -33,8 +33,7 @@ def group_advantages(rewards_B: Tensor, group_size: int, eps: float = 1e-4) -> T
         return torch.zeros_like(rewards_B)
     centred_P_G = rewards_P_G - rewards_P_G.mean(dim=1, keepdim=True)
     advantages_P_G = centred_P_G / (rewards_P_G.std(dim=1, keepdim=True) + eps)
-    # The mean of equal floats need not be that float: without this, rounding noise would be divided
-    # by eps.
+    # The mean of equal floats may differ from them by rounding; eps would not keep that small.
     all_equal_P_1 = rewards_P_G.amax(dim=1, keepdim=True) == rewards_P_G.amin(dim=1, keepdim=True)
     return advantages_P_G.masked_fill(all_equal_P_1, 0.0).view(-1)
 
@@ -53,23 +52,27 @@ def grpo_loss(
     ratio_level: str = "token",
     num_tokens: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The negated objective of Eq. 3-6: token-level mean of the clipped surrogate - k3 KL +
-    entropy.
+    """The negated objective of Eq. 3-6: the mean over tokens of clipped surrogate - KL + entropy.
 
-    logps_B_T: log-probs of the sampled tokens; old: of the policy that sampled them; ref: of the
-    KL's reference.
-    mask_B_T: 1.0 on completion tokens; whatever stands elsewhere, nan included, has no effect.
-    ratio_level: "token" (GRPO, the paper), or "sequence" (GSPO, the released scripts): the
-    geometric mean of the ratios of a completion, for all of its tokens.
-    num_tokens: completion tokens of the whole batch, where this is a part of it (gradient
-    accumulation): the losses of the parts then add up to the loss of the whole, and so do their
-    gradients. None: the tokens of this mask.
-    Returns the loss (0-d; zero where no token counts) and metrics, which describe this part alone.
+    The KL term is the k3 estimate.
+    logps_B_T: log-probs of the sampled tokens; old_: of the policy that sampled them; ref_: of the
+    reference of the KL term.
+    mask_B_T: 1.0 on completion tokens; other positions have no effect, even if they hold nan.
+    ratio_level: "token" (GRPO, the paper), or "sequence" (GSPO, the released scripts): all tokens
+    of a completion get the geometric mean of their ratios.
+    num_tokens: completion tokens of the whole batch, if this is only a part of it (gradient
+    accumulation). The losses of the parts, and their gradients, then add up to those of the whole.
+    None: the tokens of this mask.
+    Returns the loss (0-d; zero if no token counts) and metrics, which describe this part alone.
     Raises ValueError for a weight without its tensor, shapes that do not fit, and an unknown
     ratio_level.
     """
-    same_shape = {"old_logps_B_T": old_logps_B_T, "mask_B_T": mask_B_T}
-    same_shape |= {"ref_logps_B_T": ref_logps_B_T, "entropy_B_T": entropy_B_T}
+    same_shape = {
+        "old_logps_B_T": old_logps_B_T,
+        "mask_B_T": mask_B_T,
+        "ref_logps_B_T": ref_logps_B_T,
+        "entropy_B_T": entropy_B_T,
+    }
     _check_arguments(logps_B_T, advantages_B, ratio_level, same_shape)
     if kl_weight and ref_logps_B_T is None:
         raise ValueError(f"kl_weight is {kl_weight}, but ref_logps_B_T is missing")
@@ -105,11 +108,9 @@ def grpo_loss(
         entropy_B_T = entropy_B_T.masked_fill(padding_B_T, 0.0)
         objective_B_T = objective_B_T + entropy_weight * entropy_B_T
         metrics["entropy"] = (entropy_B_T * mask_B_T).sum() / count
-    total = (
-        count
-        if num_tokens is None
-        else torch.as_tensor(num_tokens, device=count.device).clamp(min=1.0)
-    )
+    total = count
+    if num_tokens is not None:
+        total = torch.as_tensor(num_tokens, device=count.device).clamp(min=1.0)
     loss = -(objective_B_T * mask_B_T).sum() / total
 
     low_B_T = ((ratio_B_T < 1.0 - clip_ratio) & (advantages_B_1 < 0)).to(mask_B_T.dtype)
@@ -125,10 +126,8 @@ def grpo_loss(
         "advantage/abs_mean": advantages_B_1.abs().sum() / completions,
         "advantage/frac_zero": (advantages_B_1 == 0).sum() / completions,
     }
-    # One sync
-    values = torch.stack(
-        [value.detach().to(logps_B_T.dtype) for value in metrics.values()]
-    ).tolist()
+    detached = [value.detach().to(logps_B_T.dtype) for value in metrics.values()]
+    values = torch.stack(detached).tolist()  # one transfer from the GPU instead of ten
     return loss, dict(zip(metrics, values, strict=True))
 
 

@@ -18,7 +18,7 @@ from egm_lib.reports.findings import findings
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.viewer.drawing import draw_image
-from egm_lib.viewer.palette import look, new_figure, styled
+from egm_lib.viewer.palette import new_figure, style_of, styled
 
 
 def scored(run: Run, model: str, task: str = "vanilla") -> pd.DataFrame:
@@ -69,7 +69,7 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
         for axis, sample in zip(
             figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True
         ):
-            answers = [(sample["box"], look(sample["model"]))] if "box" in sample else []
+            answers = [(sample["box"], style_of(sample["model"]))] if "box" in sample else []
             draw_image(axis, sample, answers, root)
             axis.set_title(textwrap.fill(sample["expression"], 34), fontsize=8, fontweight="normal")
         show(figure)

@@ -1,8 +1,8 @@
 """A model's completion -> its reasoning and its boxes. One parser for reward, metric and viewer.
 
-Never raises on any text, and takes time linear in its length: every quantifier in the patterns
-below is possessive, so nothing is ever backtracked over, and an attempt that fails has read past a
-bounded number of possible starts.
+It never raises on any text and takes time linear in its length: every quantifier in the patterns
+below is possessive, so the matcher never backtracks, and a failed attempt has read past a bounded
+number of possible starts.
 """
 
 import re
@@ -11,16 +11,17 @@ from math import isfinite
 from typing import NamedTuple
 
 from egm_lib.boxes import SUCCESS_IOU, Box, BoxFrame, frame_scale
+from egm_lib.prompts import ANSWER_TAG, REASONING_TAG
 from egm_lib.scoring_rules import PEER_RULES
 
 RULES = ("egm", *PEER_RULES)
-MAX_GROUPS = 2000  # nobody answers with more boxes: what follows is a loop, and is not read
+MAX_GROUPS = 2000  # no answer has more boxes: what follows comes from a loop and is not read
 
 
 class Parsed(NamedTuple):
     """A completion taken apart."""
 
-    reasoning: str | None  # None where there is none
+    reasoning: str | None  # None if there is none
     boxes: list[Box]  # every box of the answer, xyxy px of the original image
     box: Box | None  # the one that counts
     status: str  # "ok" | "no_box" | "unclosed_reasoning" | "malformed"
@@ -32,15 +33,16 @@ def parse_completion(
 ) -> Parsed:
     """Reasoning and boxes of a completion; never raises on any str.
 
-    frame: what the numbers mean; declared by the caller, never guessed. image_wh: original image,
-    px.
-    rule: "egm" reads the text after the reasoning (of its last <answer>, where there is one) and
-    counts its first box; a peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the
-    box the way that evaluator does. A chat template that has already written "<think>" leaves it
-    out of the completion: prepend it, or a completion cut off within its reasoning cannot be told
-    from an answer.
+    frame: what the numbers mean; declared by the caller, never guessed.
+    image_wh: size of the original image, px.
+    rule: "egm" reads what follows the reasoning, or the last <answer> in it, and counts the first
+    box. A peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the box as that
+    evaluator does.
     status: "ok"; "unclosed_reasoning": no answer was begun; "malformed": numbers in brackets, or
-    the key or tag of a box, but none that can be read; else "no_box".
+    the key or tag of a box, but no box that can be read; else "no_box".
+
+    If the chat template has already written "<think>", the completion does not contain it. Put it
+    in front: otherwise a completion that was cut off within its reasoning looks like an answer.
     Raises ValueError for an unknown rule or frame, or an image size that is not positive.
     """
     scale = frame_scale(frame, image_wh)
@@ -52,11 +54,7 @@ def parse_completion(
         return Parsed(reasoning, [box] if box else [], box, "ok" if box else "no_box")
     if answer_start is None:
         return Parsed(reasoning, [], None, "unclosed_reasoning")
-    answer = text[answer_start:]
-    if "<answer>" in answer:
-        answer = answer[answer.rindex("<answer>") + len("<answer>") :]
-    if "</answer>" in answer:
-        answer = answer[: answer.index("</answer>")]
+    answer = _last_answer(text[answer_start:])
     if not answer.isascii():
         answer = answer.translate(_FULL_WIDTH)
     boxes, swapped, attempts = _find_boxes(answer, scale)
@@ -76,25 +74,38 @@ def accepts(iou: float, rule: str = "egm") -> bool:
 
 
 def split_reasoning(text: str) -> tuple[str | None, int | None]:
-    """The reasoning, and where the answer starts; (reasoning, None) where the reasoning was never
-    closed.
+    """(reasoning, start of the answer in the text); the start is None if the reasoning never ends.
 
-    The last </think> ends the reasoning (with or without an opening <think>), so nothing before it
-    can count.
+    The last closing tag ends the reasoning, with or without an opening tag, so that nothing before
+    it can count. `REASONING_TAG` says which tags there are.
     """
-    close, opened = text.rfind("</think>"), text.rfind("<think>")
-    if opened > close:
-        return text[opened + len("<think>") :].strip() or None, None
-    if close < 0:
+    first = opened = closed = None
+    for tag in REASONING_TAG.finditer(text):
+        if tag["close"]:
+            closed = tag
+        else:
+            first, opened = first or tag, tag
+    if opened and (closed is None or closed.start() < opened.start()):
+        return text[opened.end() :].strip() or None, None
+    if closed is None:
         return None, 0
-    start = text.find("<think>", 0, close)
-    return text[start + len("<think>") if start >= 0 else 0 : close].strip() or None, close + len(
-        "</think>"
-    )
+    start = first.end() if first else 0
+    return text[start : closed.start()].strip() or None, closed.end()
 
 
-# Full-width forms (what Chinese input methods write), the minus sign and the ideographic comma and
-# space, as ASCII.
+def _last_answer(text: str) -> str:
+    """What stands in the last <answer>; the whole text if there is none."""
+    start, end = 0, len(text)
+    for tag in ANSWER_TAG.finditer(text):
+        if not tag["close"]:
+            start, end = tag.end(), len(text)
+        else:
+            end = min(end, tag.start())
+    return text[start:end]
+
+
+# Full-width forms, which Chinese input methods write, the minus sign, and the ideographic comma and
+# space, as ASCII
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x2212: "-",
     0x3001: ",",
@@ -103,23 +114,35 @@ _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
 
 _BOX_MARKERS = ("bbox", "<box", "box_start")
 _NUMBERS = r"\s*+[-+.0-9][-+.0-9eE,\s]*+"
-_GROUPS = re.compile(
-    rf"""
-    \[({_NUMBERS})([\]\[])  # [1, 2, 3, 4]; ended by "[": a list inside a list
-    | <box>({_NUMBERS})</box>                                    # <box>1, 2, 3, 4</box>
-    | (<[-+.0-9][-+.0-9eE]*+>(?:\s*+<[-+.0-9][-+.0-9eE]*+>)*+)   # <1><2><3><4>
-    | (\({_NUMBERS}\)(?:\s*+,?\s*+\({_NUMBERS}\))*+)             # (1, 2), (3, 4) or (1, 2, 3, 4)
-    | "(?<!box")(?<!box_2d")\s*+:\s*+"(?:[^"\\]++|\\.)*+"  # a JSON string is no answer ...
+# What is quoted is no answer: a JSON string, unless it is the value of a box, and a label
+_QUOTED = r"""
+    "(?<!box")(?<!box_2d")\s*+:\s*+"(?:[^"\\]++|\\.)*+"
     | '(?<!box')(?<!box_2d')\s*+:\s*+'(?:[^'\\]++|\\.)*+'
     | '(?<!box')(?<!box_2d')\s*+:\s*+"(?:[^"\\]++|\\.)*+"
-    | <ref>(?:[^<]++|<(?!/?ref>))*+</ref>                          # ... nor is a label
+    | <ref>(?:[^<]++|<(?!/?ref>))*+</ref>
+"""
+_QUOTED_TEXT = re.compile(_QUOTED, re.VERBOSE | re.DOTALL)
+_GROUPS = re.compile(
+    rf"""
+    # [1, 2, 3, 4]; a second "[" instead of "]" ends a list inside a list
+    \[({_NUMBERS})([\]\[])
+    # <box>1, 2, 3, 4</box>
+    | <box>({_NUMBERS})</box>
+    # <1><2><3><4>
+    | (<[-+.0-9][-+.0-9eE]*+>(?:\s*+<[-+.0-9][-+.0-9eE]*+>)*+)
+    # (1, 2), (3, 4) or (1, 2, 3, 4)
+    | (\({_NUMBERS}\)(?:\s*+,?\s*+\({_NUMBERS}\))*+)
+    | {_QUOTED}
     """,
     re.VERBOSE | re.DOTALL,
 )
 # x_min, xmin or x1, and so on, each followed by its number
 _CORNER = re.compile(
-    r"""([xyXY])(?<!\w[xyXY])(_?[mM][iI][nN]|_?[mM][aA][xX]|[12])["']?+\s*+[:=]\s*+([-+.0-9][-+.0-9eE]*+)"""
+    r"""([xyXY])(?<!\w[xyXY])(_?[mM][iI][nN]|_?[mM][aA][xX]|[12])["']?+\s*+[:=]\s*+"""
+    r"([-+.0-9][-+.0-9eE]*+)"
 )
+# What may stand between two corners of one box: punctuation, and keys of enclosing objects
+_BETWEEN_CORNERS = re.compile(r"""(?:[\s,;{}()\[\]]++|["']\w++["']\s*+:|["'`*]|and\b|px\b)*+""")
 _CORNERS = ("x1", "y1", "x2", "y2")
 _CORNER_NUMBER = {"min": "1", "max": "2"}
 
@@ -160,16 +183,22 @@ def _split_numbers(text: str) -> list[str]:
 
 
 def _corner_lists(answer: str) -> list[list[str]]:
-    """Boxes written with a key for each corner, in any order."""
+    """Boxes written with a key for each corner, in any order.
+
+    The four stand side by side: a sentence that mentions corners here and there names no box.
+    """
     lists: list[list[str]] = []
     corners: dict[str, str] = {}
+    end = 0
+    answer = _QUOTED_TEXT.sub(" ", answer)
     for match in islice(_CORNER.finditer(answer), 4 * MAX_GROUPS):
-        axis, end, number = match.groups()
-        end = end.lower().lstrip("_")
-        corner = axis.lower() + _CORNER_NUMBER.get(end, end)
-        if corner in corners:  # another box has begun before this one was complete
+        axis, side, number = match.groups()
+        side = side.lower().lstrip("_")
+        corner = axis.lower() + _CORNER_NUMBER.get(side, side)
+        together = _BETWEEN_CORNERS.fullmatch(answer, end, match.start())
+        if corner in corners or not together:  # another box begins before this one is complete
             corners = {}
-        corners[corner] = number
+        corners[corner], end = number, match.end()
         if len(corners) == 4:
             lists.append([corners[name] for name in _CORNERS])
             corners = {}
@@ -179,8 +208,9 @@ def _corner_lists(answer: str) -> list[list[str]]:
 def _to_pixels(
     candidates: list[list[str]], scale: tuple[float, float, float]
 ) -> tuple[list[Box], int]:
-    """The candidates that are four finite numbers, as xyxy px with sorted corners, and how many had
-    to be sorted.
+    """(boxes, swapped): the candidates that are four finite numbers, as xyxy px.
+
+    Swapped corners are sorted; `swapped` is how many boxes had them.
     """
     width, height, unit = scale
     boxes: list[Box] = []

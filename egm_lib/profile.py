@@ -1,18 +1,21 @@
 """A profile is a file a person can read: everything that differs between a laptop and a GPU node.
 
-`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`; `extends: other` starts from another
-file, and its `variants` are reached as `<name>-<variant>` (`paper-qwen3vl-8b-released`).
-`Run(profile, seed)` names the files of one run.
+`load_profile(name)` reads `egm_lib/profiles/<name>.yaml`. With `extends: other` it starts from the
+values of another profile. Its `variants` are profiles too, called `<name>-<variant>`, such as
+`paper-qwen3vl-8b-released`. A profile does not inherit the variants of the one that it extends; it
+may take some of them over by name (`variants: [released]`).
 `python -m egm_lib.profile NAME` prints a profile as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import sys
 import types
@@ -27,16 +30,17 @@ import yaml
 
 from egm_lib.errors import EgmError
 from egm_lib.files import project_root
-from egm_lib.prompts import FamilyName, Task
+from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, FamilyName, PromptName, Task
 
 DType = Literal["float32", "bfloat16", "float16"]
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
+PROFILES_VARIABLE = "EGM_PROFILES"  # folders of profiles of your own, beside the shipped ones
 
 
 class ProfileError(EgmError, ValueError):
-    """A profile that does not exist or says what we do not understand; the message says where and
-    how to mend it.
+    """A profile that does not exist or cannot be understood. The message says where, and what to
+    change.
     """
 
 
@@ -45,7 +49,7 @@ MINI = "mini"  # base_url of the miniature world's teacher, in process
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the samples are. A limit of null means all; limits count samples per split."""
+    """Where the samples are. Limits count samples per split; null means all."""
 
     source: Literal["mini", "refcoco"]
     root: str  # relative to the project
@@ -62,18 +66,19 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A checkpoint: a folder of the project or a model hub id, and the prompt format it speaks."""
+    """A checkpoint: a folder of the project or an id on the model hub, and its prompt format."""
 
     path: str
     family: FamilyName
     dtype: DType
     revision: str | None = None  # of a hub id
+    # Larger images are shrunk to at most so many as they are read; smaller ones stay as they are.
     max_pixels: int | None = None
 
     @property
     def location(self) -> str:
-        """What `from_pretrained` wants: an absolute folder where the path lies in the project, else
-        the hub id.
+        """What `from_pretrained` needs: an absolute folder for a path in the project, else the hub
+        id.
         """
         local = project_root() / self.path
         return str(local) if local.exists() or self.path.startswith(("data/", "/")) else self.path
@@ -146,6 +151,7 @@ class SFT:
     dtype: DType
     answer_grid: int = 1  # answers are rounded to its multiples; 1: every value of 0..1000
     answer_label: bool = True  # whether an answer repeats the expression as its label
+    prompt: PromptName = DEFAULT_PROMPT  # Fig. 7; the authors' SFT data have the same
     max_length: int | None = None
     max_pixels: int | None = None  # larger images are shrunk in SFT alone; null: as the checkpoint
     # Processes that decode images beside the training, where each image is read with its row
@@ -159,7 +165,7 @@ class SFT:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Learnability selection, Sec. 4.2: what the reference solves and the learner misses, plus easy
+    """Learnability selection, Sec. 4.2: what the reference solves and the learner misses, and easy
     samples.
     """
 
@@ -192,15 +198,28 @@ class GRPO:
     top_p: float
     top_k: int | None  # null: no limit
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
+    # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
+    check_steps: int = 50
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
+    # True: a colocated vLLM gives its memory to the update, and takes new weights after each
+    vllm_sleep: bool = False
+    # Tokens of prompt and completion that vLLM sets memory aside for; null: its engine's limit here
+    max_model_len: int | None = None
     freeze_vision: bool
     # With both frozen, what an image looks like is computed once (egm_lib.inference.vision_cache)
     freeze_merger: bool = False
-    dtype: DType
+    dtype: DType  # of the weights that the optimizer holds
+    # Of forward and backward, under autocast; null: dtype. It must agree with the accelerate
+    # configuration's mixed_precision
+    compute_dtype: DType | None = None
     rollout_dtype: DType
     max_steps: int | None = None
     max_minutes: float | None = None
+    # Fig. 7; the authors' RL data: "authors-eval"
+    prompt: PromptName = DEFAULT_PROMPT
+    # Ours: a checkpoint of an 8B with its optimizer is 123 GB, minutes of writing
+    save_minutes: float = 30.0
     lora: Lora | None = None
 
 
@@ -223,17 +242,30 @@ class Generation:
     tensor_parallel: int = 1  # engine "vllm": GPUs that one copy of the model is cut over
     base_url: str | None = None  # engine "openai"
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds that service's key
+    # Engine "openai": the served model's chat template opens the reasoning, and the server has no
+    # reasoning parser (Qwen3-VL Thinking without `--reasoning-parser`). Without this key a box that
+    # the model merely considered would count.
+    opens_reasoning: bool = False
+    # Engine "openai": as of a Teacher. null: max_tokens; a service that refuses it is asked with
+    # the other.
+    token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     rule: str  # a named rule of egm_lib.parsing
     bootstrap_samples: int
+    # Fig. 7; the authors' evaluation: "authors-eval". Asked of models of every family
+    prompt: PromptName = DEFAULT_PROMPT
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How long work starts: plain Python, or `accelerate launch` with one of egm_lib/configs."""
+    """How long work starts: plain Python, or `accelerate launch`.
+
+    accelerate_config: a file of egm_lib/pipeline/configs, by name.
+    """
 
     accelerate_config: str | None = None
     num_processes: int = 1
@@ -284,47 +316,134 @@ def is_local(base_url: str) -> bool:
     return base_url == MINI or host == "localhost" or host.startswith("127.") or host == "::1"
 
 
+def _folders() -> list[Path]:
+    others = os.environ.get(PROFILES_VARIABLE, "").split(os.pathsep)
+    return [PROFILES_DIR, *map(Path, filter(None, others))]
+
+
+def _file(name: str) -> Path | None:
+    """The file of a profile, a shipped one before one of the user's; None where there is none."""
+    paths = [folder / f"{name}.yaml" for folder in _folders()]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _file_names() -> list[str]:
+    return sorted({path.stem for folder in _folders() for path in folder.glob("*.yaml")})
+
+
 def profile_names() -> list[str]:
-    """Every name that `load_profile` knows: the files, and their variants."""
-    files = sorted(path.stem for path in PROFILES_DIR.glob("*.yaml"))
-    return files + [f"{name}-{variant}" for name in files for variant in _raw(name)[1]]
+    """The names of all profiles: the files, then their variants.
+
+    A file that cannot be read is named too: `load_profile` says what is wrong with it.
+    """
+    files = _file_names()
+    names = list(files)
+    for name in files:
+        with contextlib.suppress(ProfileError):
+            names += [f"{name}-{variant}" for variant in _raw(name)[1]]
+    return names
 
 
 @cache
 def load_profile(name: str) -> Profile:
-    """Reads a profile by name. Raises ProfileError on an unknown name, key, or value, naming the
-    nearest valid one.
+    """Reads a profile by name.
+
+    Raises ProfileError for an unknown name, key or value; it names the nearest valid one.
     """
     values, _ = _raw(name)
-    return _build(Profile, values | {"name": name}, name)
+    profile = _build(Profile, values | {"name": name}, name)
+    for key in ("seeds", "tasks"):
+        if not getattr(profile, key):
+            raise ProfileError(f"{name}.{key}: expected at least one, got an empty list.")
+    _check_prompts(profile)
+    return profile
 
 
-def _raw(name: str) -> tuple[dict, dict]:
-    """A profile's values with what it extends merged in, and its variants."""
-    path = PROFILES_DIR / f"{name}.yaml"
-    if not path.is_file():
-        base, _, variant = name.rpartition("-")
-        if base:
-            try:
-                values, variants = _raw(base)
-            except ProfileError:
-                variants = {}
-            if variant in variants:
-                return _merge(values, variants[variant] or {}), variants
-        known = [path.stem for path in PROFILES_DIR.glob("*.yaml")]
-        raise ProfileError(
-            f"There is no profile {name!r}.{_nearest(name, known)} Known: "
-            f"{', '.join(sorted(known))}."
-        )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{path} is not valid YAML: {error}") from error
-    variants = values.pop("variants", {})
+def _check_prompts(profile: Profile) -> None:
+    """Every model that a stage asks must have the stage's prompt, for every task of the profile."""
+    models = profile.models
+    asked = {
+        "sft": [models.small],
+        "grpo": [models.small, models.reference],
+        "evaluation": [models.small, models.large, *([models.egm] if models.egm else [])],
+    }
+    for stage, asked_models in asked.items():
+        prompt = getattr(profile, stage).prompt
+        for family in (FAMILIES[model.family] for model in asked_models):
+            missing = [task for task in profile.tasks if task not in family.prompts.get(prompt, ())]
+            if missing:
+                raise ProfileError(
+                    f"{profile.name}.{stage}.prompt: {family.name} has no prompt {prompt!r} for "
+                    f"the task {missing[0]!r}. It has {', '.join(family.prompts)}."
+                )
+
+
+def _raw(name: str, extended_by: tuple[str, ...] = ()) -> tuple[dict, dict[str, dict]]:
+    """A profile's values with what it extends merged in, and its variants.
+
+    extended_by: the profiles on the way to this one, to find one that extends itself.
+    """
+    path = _file(name)
+    if path is None:
+        return _raw_variant(name, extended_by), {}
+    if name in extended_by:
+        way = " -> ".join((*extended_by, name))
+        raise ProfileError(f"{path} extends itself: {way}. Change one `extends`.")
+    values = _read_yaml(path)
+    base, base_variants = {}, {}
     if "extends" in values:
-        base, inherited = _raw(values.pop("extends"))
-        values, variants = _merge(base, values), inherited | variants
-    return values, variants
+        extended = values.pop("extends")
+        if not isinstance(extended, str):
+            raise ProfileError(f"{name}.extends: expected a profile's name, got {extended!r}.")
+        base, base_variants = _raw(extended, (*extended_by, name))
+    variants = _variants(values.pop("variants", {}), base_variants, name)
+    return _merge(base, values), variants
+
+
+def _raw_variant(name: str, extended_by: tuple[str, ...]) -> dict:
+    """The values of `<profile>-<variant>`."""
+    base, _, variant = name.rpartition("-")
+    if _file(base) is not None:
+        values, variants = _raw(base, extended_by)
+        if variant in variants:
+            return _merge(values, variants[variant])
+    known = _file_names()
+    extending = f" ({extended_by[-1]} extends it)" if extended_by else ""
+    raise ProfileError(
+        f"There is no profile {name!r}{extending}.{_nearest(name, known)} Known: "
+        f"{', '.join(known)}."
+    )
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"{type(values).__name__}"
+        raise ProfileError(f"{path} is no profile: expected keys and values, found {found}.")
+    return values
+
+
+def _variants(stated: Any, of_base: dict[str, dict], name: str) -> dict[str, dict]:
+    """The variants of a profile by name; a list takes over those of the profile that it extends."""
+    if isinstance(stated, list):
+        for variant in stated:
+            if not isinstance(variant, str) or variant not in of_base:
+                known = ", ".join(of_base) or "none"
+                raise ProfileError(
+                    f"{name}.variants: the profile that it extends has no variant {variant!r}. "
+                    f"Known: {known}."
+                )
+        return {variant: of_base[variant] for variant in stated}
+    if not isinstance(stated, dict) or not all(
+        isinstance(changes, dict) for changes in stated.values()
+    ):
+        raise ProfileError(f"{name}.variants: expected a section for each variant, got {stated!r}.")
+    return stated
 
 
 def _merge(base: dict, changes: dict) -> dict:
@@ -341,8 +460,9 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (from YAML) as the annotated type `kind`. A ProfileError names the place, such as
-    `mini.grpo.beta`.
+    """`value` (from YAML) as the annotated type `kind`.
+
+    where: the place that a ProfileError names, such as `mini.grpo.beta`.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -385,6 +505,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             else ""
         )
         raise ProfileError(f"{where}: expected {kind.__name__}, got {value!r}.{hint}")
+    if kind is float and not math.isfinite(value):
+        raise ProfileError(f"{where}: expected a finite number, got {value!r}.")
     return value
 
 
@@ -399,7 +521,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(profile_names()))
         else:
             print(json.dumps(load_profile(name).as_dict(), indent=2))
-    except ProfileError as error:  # as `egm_lib.cli` does, which stands above this module
+    except ProfileError as error:  # as `egm_lib.cli` does, which is a layer above this module
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -1,12 +1,12 @@
-"""Every prompt and answer template, once: what a model family is asked, and how it writes its
-answer.
+"""Every prompt and answer template: what a model family is asked, and how it writes its answer.
 
-The grounding prompts are the families' interface (paper, Fig. 7 and Table 8) and must stay as they
-are, to the letter.
+The prompts are the families' interface (paper, Fig. 7 and Table 8) and must stay as they are, to
+the letter.
 """
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,17 +15,29 @@ from egm_lib.boxes import BoxFrame, convert
 Task = Literal["vanilla", "amodal"]
 FamilyName = Literal["qwen3-vl", "internvl-3"]
 TASKS: tuple[Task, ...] = get_args(Task)
-# An answer that quoted one of these could not be taken apart again.
-PROTOCOL_TAGS = (
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
+# authors-sft: the prompt of the paper and of the authors' SFT data. authors-eval: that of their RL
+# data and evaluation, which for Qwen3-VL lacks the final full stop. qwen-refcoco: the one that
+# Qwen's team gives for RefCOCO (QwenLM/Qwen3-VL, issue 1721).
+PromptName = Literal["authors-sft", "authors-eval", "qwen-refcoco"]
+PROMPT_NAMES: tuple[PromptName, ...] = get_args(PromptName)
+DEFAULT_PROMPT: PromptName = "authors-sft"
+
+
+def _tag(*names: str) -> re.Pattern[str]:
+    """Opening or closing tags of these names, in any letter case and with blanks inside."""
+    return re.compile(
+        rf"<\s*+(?P<close>/?+)\s*+(?:{'|'.join(names)})\s*+>", re.ASCII | re.IGNORECASE
+    )
+
+
+# Models write these tags in several ways: <think>, <Think>, <thinking>, </think >
+REASONING_TAG = _tag("think", "thinking", "thought", "reasoning")
+ANSWER_TAG = _tag("answer")
+# The tags of the families' own answers, as they write them
+PROTOCOL_TAGS = tuple(
+    f"<{slash}{name}>" for name in ("think", "answer", "ref", "box") for slash in ("", "/")
 )
+_QUOTED_TAG = _tag("think", "thinking", "thought", "reasoning", "answer", "ref", "box")
 
 
 @dataclass(frozen=True)
@@ -34,19 +46,30 @@ class Family:
 
     name: FamilyName
     frame: BoxFrame
-    prompts: dict[str, str]  # by task
-    # What the chat template has already written when the model starts; "" where nothing
+    prompts: Mapping[str, Mapping[str, str]]  # by name of the prompt and by task
+    # What the chat template has already written when the model starts; "" for nothing
     reasoning_opener: str
     no_reasoning_prefix: str  # assistant text that switches the reasoning off
     write_answer: Callable[[list[int], str | None, str | None], str]
 
-    def prompt(self, expression: str, task: str) -> str:
-        """The user's text for a referring expression. task: "vanilla" or "amodal"."""
-        if task not in self.prompts:
-            raise ValueError(f"unknown task {task!r}: use one of {', '.join(self.prompts)}")
+    def prompt(self, expression: str, task: str, name: str = DEFAULT_PROMPT) -> str:
+        """The user's text for a referring expression.
+
+        task: "vanilla" or "amodal". name: one of PROMPT_NAMES.
+        Raises ValueError for an unknown task, a prompt that this family does not have, and a blank
+        expression.
+        """
+        if name not in self.prompts:
+            raise ValueError(
+                f"{self.name} has no prompt {name!r}: use one of {', '.join(self.prompts)}"
+            )
+        by_task = self.prompts[name]
+        if task not in by_task:
+            known = f"use one of {', '.join(by_task)}"
+            raise ValueError(f"unknown task {task!r} for the prompt {name!r}: {known}")
         if not expression.strip():
             raise ValueError("the referring expression is empty")
-        return self.prompts[task].replace("{expression}", expression)
+        return by_task[task].replace("{expression}", expression)
 
     def messages(self, prompt: str) -> list[dict]:
         """The prompt as a chat with one image, as `apply_chat_template` takes it."""
@@ -61,18 +84,19 @@ class Family:
         *,
         grid: int = 1,
     ) -> str:
-        """The assistant's text for a box, as this family writes it: 0-1000 integers, neither
-        clipped nor checked.
+        """The assistant's text for a box, as this family writes it.
 
-        reasoning None: the answer alone, starting with `no_reasoning_prefix`. label None: the
-        answer names no object.
-        grid: coordinates are rounded to its multiples (the miniature's vocabulary has the multiples
-        of 20 only).
-        Raises ValueError where label or reasoning quotes a protocol tag, or the reasoning is blank.
+        The box is written as integers of 0-1000, neither clipped nor checked.
+        reasoning None: the answer alone, starting with `no_reasoning_prefix`.
+        label None: the answer names no object.
+        grid: coordinates are rounded to its multiples, because the miniature's vocabulary only has
+        the multiples of 20.
+        Raises ValueError if label or reasoning quotes a tag that would make the answer unreadable,
+        and if the reasoning is blank.
         """
         for text in (label or "", reasoning or ""):
-            if tag := next((tag for tag in PROTOCOL_TAGS if tag in text), None):
-                raise ValueError(f"{tag} inside an answer would make it unreadable: {text!r}")
+            if tag := _QUOTED_TAG.search(text):
+                raise ValueError(f"{tag[0]} inside an answer would make it unreadable: {text!r}")
         if reasoning is not None and not reasoning.strip():
             raise ValueError("the reasoning is blank: pass None for an answer without reasoning")
         box = convert(box_px, BoxFrame.PIXEL, self.frame, image_wh)
@@ -95,14 +119,30 @@ def _internvl_answer(box: list[int], label: str | None, reasoning: str | None) -
     return f"{thought}<answer>{named}<box>{box}</box></answer>"
 
 
+def _by_task(text: str, amodal: str = "") -> dict[str, str]:
+    """A prompt with {amodal} for both tasks; without it, for vanilla alone."""
+    vanilla = text.replace("{amodal}", "")
+    return {"vanilla": vanilla} | ({"amodal": text.replace("{amodal}", amodal)} if amodal else {})
+
+
+_QWEN = "Locate {expression}{amodal}, output its bbox coordinates using JSON format"
+_INTERNVL = _by_task(
+    "Please provide the {amodal}bounding box coordinate of the region this sentence describes: "
+    "<ref>{expression}</ref>",
+    amodal="amodal ",
+)
+
 FAMILIES: dict[str, Family] = {
     "qwen3-vl": Family(
         name="qwen3-vl",
         frame=BoxFrame.NORM_1000,
         prompts={
-            "vanilla": "Locate {expression}, output its bbox coordinates using JSON format.",
-            "amodal": "Locate {expression} amodally, output its bbox coordinates using JSON "
-            "format.",
+            "authors-sft": _by_task(_QWEN + ".", amodal=" amodally"),
+            "authors-eval": _by_task(_QWEN, amodal=" amodally"),
+            "qwen-refcoco": _by_task(
+                'Locate every object that matches the description "{expression}" in the image. '
+                "Report bbox coordinates in JSON format."
+            ),
         },
         reasoning_opener="<think>\n",
         no_reasoning_prefix="</think>\n\n",
@@ -111,12 +151,7 @@ FAMILIES: dict[str, Family] = {
     "internvl-3": Family(
         name="internvl-3",
         frame=BoxFrame.NORM_1000,
-        prompts={
-            "vanilla": "Please provide the bounding box coordinate of the region this sentence "
-            "describes: <ref>{expression}</ref>",
-            "amodal": "Please provide the amodal bounding box coordinate of the region this "
-            "sentence describes: <ref>{expression}</ref>",
-        },
+        prompts={"authors-sft": _INTERNVL, "authors-eval": _INTERNVL},
         reasoning_opener="",
         no_reasoning_prefix="<answer>",
         write_answer=_internvl_answer,

@@ -11,9 +11,7 @@ from egm_lib.profile import Profile, load_profile
 
 @dataclass(frozen=True)
 class Run:
-    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the names of the files
-    in it.
-    """
+    """One profile and one seed: the folder `data/runs/<profile>-<seed>/` and the files in it."""
 
     profile: Profile
     seed: int
@@ -61,7 +59,7 @@ class Run:
 
 
 def open_run(profile: str, seed: int) -> Run:
-    """The first line of every notebook: the run of a profile's name and a seed, its folder made."""
+    """The run of a profile (by name) and a seed; makes its folder. Notebooks start with it."""
     run = Run(load_profile(profile), seed)
     run.root.mkdir(parents=True, exist_ok=True)
     return run

@@ -1,8 +1,7 @@
-"""How other evaluators find, scale and accept a box, so that the same answers can be scored the way
-each of them would.
+"""How other evaluators find, scale and accept a box, so that answers can be scored as they do.
 
-Each rule was written from a reading of that evaluator's code, re-expressed to run in linear time,
-and keeps its quirks. Most bring their own scale: that is part of how they score, and a common
+Each rule was written from a reading of that evaluator's code and keeps its quirks; here it runs in
+linear time. Most rules have a scale of their own: that is part of how they score, and a common
 reason why two scores of the same answers differ. Where a peer makes up a zero box, a rule gives
 None, which scores the same.
 """
@@ -32,16 +31,15 @@ _VLMEVALKIT_LIST = _four_list(_FLOAT, separator=r"(?:\s*+,\s*+|\s++)")
 _VLM_R1_LIST = re.compile(rf"\[{_INTEGER},\s*+{_INTEGER},\s*+{_INTEGER},\s*+{_INTEGER}\]")
 _INTERNVL_LIST = re.compile(r"\[++([^,\n]*+),([^,\n]*+),([^,\n]*+),([^\]\n]*+)\]")
 _BRACKETS = re.compile(r"\[([^\[\]]++)\]")
-_OPEN_ANSWER, _CLOSE_ANSWER = (
-    re.compile("<answer>", re.IGNORECASE),
-    re.compile("</answer>", re.IGNORECASE),
-)
+_OPEN_ANSWER = re.compile("<answer>", re.IGNORECASE)
+_CLOSE_ANSWER = re.compile("</answer>", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class PeerRule:
-    """find(text, frame, image_wh) gives the box in px or None; inclusive: a success is IoU >= 0.5,
-    else > 0.5.
+    """How one evaluator scores.
+
+    find(text, frame, image_wh): the box in px, or None. inclusive: whether IoU = 0.5 is a success.
     """
 
     find: Callable[[str, BoxFrame, tuple[int, int]], Box | None]
@@ -49,8 +47,9 @@ class PeerRule:
 
 
 def _egm_released_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """First "bbox_2d", else first list of four, else the last four numbers; 0-1000, clipped,
-    rounded to whole px.
+    """First "bbox_2d", else first list of four, else the last four numbers.
+
+    0-1000, clipped, rounded to whole px.
     """
     match = _EGM_KEYED.search(text) or _EGM_LIST.search(text)
     numbers = list(match.groups()) if match else _ANY_FLOAT.findall(text)[-4:]
@@ -61,8 +60,9 @@ def _egm_released_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) ->
 
 
 def _egm_released_reward(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """Last bracket of the first <answer>, else of the text, else the last four numbers; sorted,
-    0-1000, whole px.
+    """Last bracket of the first <answer>, else of the text, else the last four numbers.
+
+    0-1000, sorted, rounded to whole px.
     """
     opened = _OPEN_ANSWER.search(text)
     closed = _CLOSE_ANSWER.search(text, opened.end()) if opened else None
@@ -82,7 +82,7 @@ def _egm_last_bracket(text: str) -> Box | None:
 
 
 def _internvl(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """First [a, b, c, d] of a line; 0-1000 where the four add up to 4 or more, else 0-1."""
+    """First [a, b, c, d] of a line; 0-1000 if the four add up to 4 or more, else 0-1."""
     for line in text.split("\n"):
         start = line.find("[")
         if start >= 0 and (match := _INTERNVL_LIST.match(line, start)):
@@ -116,8 +116,9 @@ def _lmms_eval(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | N
 
 
 def _vlmevalkit(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """First bracketed four, else the first four numbers; scale guessed from the largest; clipped,
-    then sorted.
+    """First list of four, else the first four numbers.
+
+    The scale is guessed from the largest number; the box is clipped, then sorted.
     """
     match = _VLMEVALKIT_LIST.search(text)
     box = _floats(match.groups() if match else [match[0] for match in _first(_ANY_FLOAT, text, 4)])
@@ -136,10 +137,9 @@ def _vlmevalkit(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | 
 
 
 def _vlm_r1(text: str, frame: BoxFrame, image_wh: tuple[int, int]) -> Box | None:
-    """Last integer list inside braces inside the first <answer>; in the declared frame.
+    """Last list of integers in braces in the first <answer>; in the declared frame.
 
-    VLM-R1's IoU counts overlaps of up to one pixel as none, which cannot decide a success; that
-    quirk is left out.
+    VLM-R1 counts overlaps of up to one pixel as none. That cannot decide a success and is left out.
     """
     start = text.find("<answer>")
     end = text.find("</answer>", start) if start >= 0 else -1
@@ -190,9 +190,7 @@ def _scaled(box: Box, unit: float, image_wh: tuple[float, float]) -> Box | None:
 
 
 def _whole_pixels(box: Box, image_wh: tuple[int, int]) -> Box:
-    """The released `scale_bbox`: 0-1000 to whole pixels inside the image, at least one pixel wide
-    and high.
-    """
+    """The released `scale_bbox`: 0-1000 to whole px in the image, at least one wide and high."""
     (x1, x2), (y1, y2) = (
         [round(min(max(value * size / 1000, 0), size - 1)) for value in values]
         for values, size in zip((box[::2], box[1::2]), image_wh, strict=True)

@@ -219,12 +219,13 @@ def control_options(
     """The SFT options of a control, which gets the compute of what it is compared with.
 
     It takes as many steps as give the tokens in the logs of those stages; the sum is printed.
-    Where the profile limits SFT by minutes alone, it takes their minutes.
+    Where the profile limits SFT by minutes alone, or a log states no tokens, it takes their
+    minutes.
     rows: of `answer_rows`. processor: as the training uses it.
     """
     options = run.profile.sft
     logs = [run.log(f"{stage}-{task}.jsonl") for stage in COMPARED[control]]
-    if options.max_minutes and not options.max_steps:
+    if (options.max_minutes and not options.max_steps) or None in map(logged_tokens, logs):
         minutes = sum(map(logged_minutes, logs))
         return replace(options, max_minutes=minutes, num_train_epochs=10_000.0)
     budgets = dict(zip(COMPARED[control], map(logged_tokens, logs), strict=True))

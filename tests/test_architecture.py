@@ -25,7 +25,7 @@ WITHOUT_TORCH = ("boxes", "parsing", "scoring_rules", "prompts", "reward", "lear
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms of egm_lib that a file imports, and packages outside it, wherever the import stands."""
+    """Folders and modules of egm_lib, and packages outside it, that a file imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -38,24 +38,24 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_layer():
-    rooms = {path.stem for path in ROOT.glob("*.py")} | {
+    parts = {path.stem for path in ROOT.glob("*.py")} | {
         path.parent.name for path in ROOT.glob("*/*.py")
     }
-    assert rooms - {"__init__", "__pycache__"} == set(LAYER_OF)
+    assert parts - {"__init__", "__pycache__"} == set(LAYER_OF)
 
 
 def test_imports_run_one_way():
     upward = set()
     for path in ROOT.rglob("*.py"):
-        place = path.relative_to(ROOT)
-        room = place.parts[0].removesuffix(".py")
+        file = path.relative_to(ROOT)
+        part = file.parts[0].removesuffix(".py")
         for other in imported(path) & set(LAYER_OF):
-            if room in LAYER_OF and LAYER_OF[other] > LAYER_OF[room]:
-                upward.add((place.as_posix(), other))
+            if part in LAYER_OF and LAYER_OF[other] > LAYER_OF[part]:
+                upward.add((file.as_posix(), other))
     assert upward == UPWARD
 
 
-def test_no_two_rooms_import_each_other():
+def test_no_two_parts_import_each_other():
     edges = {
         (path.relative_to(ROOT).parts[0].removesuffix(".py"), other)
         for path in ROOT.rglob("*.py")
@@ -69,10 +69,10 @@ def test_the_ideas_need_no_torch():
     for name in WITHOUT_TORCH:
         pending, seen = [name], set()
         while pending:
-            room = pending.pop()
-            found = imported(ROOT / f"{room}.py")
-            assert "torch" not in found, f"{name} reaches torch through {room}"
-            seen.add(room)
+            part = pending.pop()
+            found = imported(ROOT / f"{part}.py")
+            assert "torch" not in found, f"{name} reaches torch through {part}"
+            seen.add(part)
             pending += [
                 other for other in found & set(LAYER_OF) - seen if (ROOT / f"{other}.py").exists()
             ]

@@ -67,9 +67,7 @@ def read_eval(root: str | Path, dataset: str, split: str, limit: int | None = No
 def read_train(
     root: str | Path, task: Task, stage: str = "train", limit: int | None = None
 ) -> Dataset:
-    """The samples a stage ("train" for SFT, "selection" for GRPO) of a task draws from, or the
-    first `limit`.
-    """
+    """The samples of a task for a stage ("train": SFT, "selection": GRPO), or the first `limit`."""
     return _head(
         read_samples(Path(root) / f"{stage}{'_amodal' if task == 'amodal' else ''}.jsonl"), limit
     )

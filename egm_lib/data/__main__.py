@@ -1,5 +1,7 @@
-"""python -m egm_lib.data fetch | prepare | check | stats: get real data, make a data root of it,
-look at it.
+"""Real data: python -m egm_lib.data fetch | prepare | check | stats.
+
+fetch downloads what may be downloaded, prepare makes a data root of it, check compares images with
+what samples state, and stats prints Table 3.
 """
 
 import argparse
@@ -18,26 +20,28 @@ SHOWN_FAULTS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 fine, 1 something is wrong with the data, 2 wrong usage, 130
-    interrupted.
-    """
-    parser = argparse.ArgumentParser(prog="python -m egm_lib.data", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    get = verbs.add_parser(
-        "fetch", help="download and unpack (all by default); says what a person has to do"
+    """Returns the exit status: 0 success, 1 something is wrong with the data, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m egm_lib.data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    get.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SOURCES))
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    get = verbs.add_parser("fetch", help="download and unpack; print what a person has to do")
+    get.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(SOURCES)}"
+    )
     make = verbs.add_parser(
-        "prepare", help="write train, selection and evaluation files; prints the counts"
+        "prepare", help="write train, selection and evaluation files; print the counts"
     )
     make.add_argument(
         "--task", choices=("vanilla", "amodal"), action="append", help="default: both"
     )
-    make.add_argument("--no-flips", action="store_true", help="without mirrored twins")
+    make.add_argument("--no-flips", action="store_true", help="add no mirrored twins")
     make.add_argument(
         "--keep-leaks", action="store_true", help="keep training images of evaluation splits"
     )
-    verbs.add_parser("check", help="does every image exist, with the stated size?")
+    verbs.add_parser("check", help="is every image there, with the stated size?")
     verbs.add_parser("stats", help="Table 3: ours beside the paper's")
     for verb in verbs.choices.values():
         verb.add_argument(
@@ -50,43 +54,49 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("Interrupted. The same command continues from here.", file=sys.stderr)
         return 130
 
 
 def _fetch(given: argparse.Namespace) -> int:
     if unknown := set(given.names) - set(SOURCES):
-        raise InputError(f"nothing is called {min(unknown)!r}; there are {', '.join(SOURCES)}")
-    failed = []
+        raise InputError(f"there is no source {min(unknown)!r}; there are {', '.join(SOURCES)}")
+    failures = {}
     for name in given.names or SOURCES:
         print(f"{name}: licence: {SOURCES[name].licence}")
         try:
             fetch(SOURCES[name], given.root)
-        except FetchError as error:
-            failed.append(str(error))
-    for sentence in failed:
-        print(sentence, file=sys.stderr)
-    return 1 if failed else 0
+        except (FetchError, OSError) as error:  # the other sources are fetched all the same
+            failures[name] = error
+    for name, error in failures.items():
+        optional = " (not needed: amodal training data can do without)" * SOURCES[name].optional
+        print(f"{error}{optional}", file=sys.stderr)
+    return int(any(not SOURCES[name].optional for name in failures))
 
 
 def _prepare(given: argparse.Namespace) -> int:
+    failures = []
     for task in given.task or ("vanilla", "amodal"):
         if (before := report_path(given.root, task)).exists():
-            print(f"{task}: prepared before; delete {before} to do it again")
-        report = prepare(
-            given.root, tasks=[task], flips=not given.no_flips, keep_leaks=given.keep_leaks
-        )[task]
+            print(f"{task}: already prepared; delete {before} to prepare it again")
+        try:
+            reports = prepare(
+                given.root, tasks=[task], flips=not given.no_flips, keep_leaks=given.keep_leaks
+            )
+        except FileNotFoundError as error:  # the other task may have its files
+            failures.append(f"{task} is not prepared: {error}")
+            continue
+        report = reports[task]
         print(json.dumps(report, indent=1))
-        verdict = (
-            "as in the paper"
-            if report["images"] == report["paper_images"]
-            else "not the paper's number"
-        )
+        same = report["images"] == report["paper_images"]
+        verdict = "as in the paper" if same else "not the paper's number"
         print(
             f"{task}: {report['images']:,} training images, paper {report['paper_images']:,}: "
             f"{verdict}"
         )
-    return 0
+    for sentence in failures:
+        print(sentence, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -103,14 +113,11 @@ def _check(given: argparse.Namespace) -> int:
 
 
 def _stats(given: argparse.Namespace) -> int:
-    print(
-        table3(
-            {
-                str(path.relative_to(given.root)): describe(read_samples(path))
-                for path in _files(given.root)
-            }
-        )
-    )
+    described = {
+        str(path.relative_to(given.root)): describe(read_samples(path))
+        for path in _files(given.root)
+    }
+    print(table3(described))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""COCO-Amodal and TAO-Amodal: objects with the box they would have if nothing hid them.
+"""COCO-Amodal and TAO-Amodal: objects with the box that they would have if nothing hid them.
 
-Expressions are the annotators' object names here; those of Sec. 4.1 (Fig. 9) are written by the
-curation.
+The expressions are the annotators' object names. Notebook 03 replaces them by the referring
+expressions of Sec. 4.1 (Fig. 9).
 """
 
 from collections import Counter
@@ -19,6 +19,7 @@ from egm_lib.data.records import (
     read_json,
     report_left_out,
     rows_to_dataset,
+    with_area,
     xywh_to_xyxy,
 )
 
@@ -32,15 +33,15 @@ def load_coco_amodal(
     stuff: bool = True,
     counts: Counter | None = None,
 ) -> Dataset:
-    """One sample per annotated region of COCO-Amodal (Zhu et al. 2017): gt_box amodal, modal_box of
-    what is visible.
+    """One sample per annotated region of COCO-Amodal (Zhu et al. 2017).
 
-    min_occlusion: least `occlude_rate` (share of the region that is hidden, 0..1); stuff: keep sky,
-    grass and the like.
-    image_root: put before every image's name. counts: if given, receives how many regions were
-    left out and why. modal_box is null where nothing of the region is visible. The amodal box may
-    leave the image (`fit_to_image`).
-    Raises FileNotFoundError, or SampleError naming file, region and reason.
+    gt_box is the amodal box, which may leave the image (`fit_to_image`). modal_box is that of the
+    visible part, null if nothing is visible.
+    min_occlusion: least `occlude_rate`, the hidden share of the region, 0..1.
+    stuff: whether to keep sky, grass and the like.
+    image_root: put before every image's name.
+    counts: if given, receives how many regions were left out and why.
+    Raises FileNotFoundError, or SampleError with file, region and reason.
     """
     source, left_out = str(annotation_json), Counter()
     rows = _coco_rows(read_json(source), source, split, image_root, min_occlusion, stuff, left_out)
@@ -58,11 +59,12 @@ def load_tao_amodal(
     uncertain: bool = True,
     counts: Counter | None = None,
 ) -> Dataset:
-    """One sample per annotated box of TAO-Amodal (Hsieh et al. 2023): gt_box amodal, modal_box of
-    what is visible.
+    """One sample per annotated box of TAO-Amodal (Hsieh et al. 2023).
 
-    min_occlusion: least 1 - `visibility`, 0..1; uncertain: keep boxes that the annotators were not
-    sure of. The rest is as in `load_coco_amodal`; many of these boxes leave the image.
+    gt_box is the amodal box, which often leaves the image; modal_box that of the visible part.
+    min_occlusion: least 1 - `visibility`, 0..1.
+    uncertain: whether to keep boxes that the annotators were not sure of.
+    Otherwise as `load_coco_amodal`.
     """
     source, left_out = str(annotation_json), Counter()
     rows = _tao_rows(
@@ -87,14 +89,19 @@ def _coco_rows(
         where = f"{source}, annotation {annotation.get('id')}"
         image = _image_of(annotation, images, where)
         image_wh = image["width"], image["height"]
-        names = Counter(region.get("name") for region in annotation.get("regions", ()))
-        for number, region in enumerate(annotation.get("regions", ())):
+        regions = annotation.get("regions") or ()
+        names = Counter(
+            region["name"]
+            for region in regions
+            if isinstance(region, dict) and isinstance(region.get("name"), str)
+        )
+        for number, region in enumerate(regions):
             at = f"{where}, region {number}"
             try:
                 if region.get("isStuff") and not stuff:
                     counts["stuff"] += 1
                     continue
-                if region.get("occlude_rate", 0) < min_occlusion:
+                if (region.get("occlude_rate") or 0) < min_occlusion:
                     counts["occluded too little"] += 1
                     continue
                 gt_box = mask_box(region["segmentation"], image_wh, at)
@@ -107,7 +114,9 @@ def _coco_rows(
                 if gt_box is None or not region["name"].strip():
                     counts["no area" if gt_box is None else "no name"] += 1
                     continue
-            except (KeyError, TypeError, AttributeError) as error:
+            except SampleError:
+                raise
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise SampleError(f"{at}: not a region of COCO-Amodal ({error!r})") from error
             region_id = f"{annotation.get('id', annotation['image_id'])}_{number}"
             yield dict(
@@ -138,8 +147,11 @@ def _tao_rows(
     counts: Counter,
 ) -> Iterator[dict[str, Any]]:
     images, annotations = _index(document, source)
-    names = {category["id"]: category["name"] for category in document.get("categories", ())}
-    kinds = Counter((each.get("image_id"), each.get("category_id")) for each in annotations)
+    try:
+        names = {category["id"]: category["name"] for category in document.get("categories") or ()}
+        kinds = Counter((item.get("image_id"), item.get("category_id")) for item in annotations)
+    except (KeyError, TypeError) as error:
+        raise SampleError(f"{source}: not the categories of TAO-Amodal ({error!r})") from error
     for annotation in annotations:
         at = f"{source}, annotation {annotation.get('id')}"
         image = _image_of(annotation, images, at)
@@ -147,14 +159,16 @@ def _tao_rows(
             if annotation.get("amodal_is_uncertain") and not uncertain:
                 counts["uncertain"] += 1
                 continue
-            if 1 - annotation.get("visibility", 1) < min_occlusion:
+            visibility = annotation.get("visibility")
+            visibility = 1 if visibility is None else visibility
+            if 1 - visibility < min_occlusion:
                 counts["occluded too little"] += 1
                 continue
-            gt_box = _with_area(xywh_to_xyxy(annotation["amodal_bbox"]))
+            gt_box = with_area(xywh_to_xyxy(annotation["amodal_bbox"]))
             if gt_box is None:
                 counts["no area"] += 1
                 continue
-            hidden = annotation.get("visibility", 1) == 0 or not annotation.get("bbox")
+            hidden = visibility == 0 or not annotation.get("bbox")
             yield dict(
                 sample_id=f"tao_amodal-{split}-{annotation['id']}",
                 dataset="tao_amodal",
@@ -165,7 +179,7 @@ def _tao_rows(
                 height=image["height"],
                 expression=names[annotation["category_id"]].replace("_", " ").strip(),
                 gt_box=gt_box,
-                modal_box=None if hidden else _with_area(xywh_to_xyxy(annotation["bbox"])),
+                modal_box=None if hidden else with_area(xywh_to_xyxy(annotation["bbox"])),
                 image_id=f"tao-{image['id']}",
                 ann_id=str(annotation["id"]),
                 flipped=False,
@@ -180,7 +194,7 @@ def _index(document: Any, source: str) -> tuple[dict, list]:
         images = {image["id"]: image for image in document["images"]}
         annotations = document["annotations"]
         if not all(isinstance(annotation, dict) for annotation in annotations):
-            raise TypeError("an annotation is no object")
+            raise TypeError("an annotation is not an object")
     except (KeyError, TypeError) as error:
         raise SampleError(
             f"{source}: not an annotation file with images and annotations ({error!r})"
@@ -189,10 +203,11 @@ def _index(document: Any, source: str) -> tuple[dict, list]:
 
 
 def _image_of(annotation: dict, images: dict, where: str) -> dict:
-    image = images.get(annotation.get("image_id"))
+    image_id = annotation.get("image_id")
+    image = images.get(image_id) if isinstance(image_id, int | str) else None
     if image is None or not {"file_name", "width", "height"} <= set(image):
         raise SampleError(
-            f"{where}: image {annotation.get('image_id')} is not among the file's images, or has "
+            f"{where}: image {image_id} is not among the file's images, or has "
             "no "
             "file_name, width and height"
         )
@@ -200,11 +215,11 @@ def _image_of(annotation: dict, images: dict, where: str) -> dict:
 
 
 def mask_box(mask: Any, image_wh: tuple[int, int], where: str) -> list[float] | None:
-    """xyxy px of a COCO mask: a polygon, a list of polygons, or RLE (compressed or not). None where
-    it has no area.
+    """xyxy px of a COCO mask: a polygon, a list of polygons, or RLE (compressed or not).
 
-    A polygon's box is that of its corners: unlike a raster it may leave the image.
-    Raises SampleError, saying where, for anything else.
+    None if it has no area. The box of a polygon is that of its corners: unlike a raster, it may
+    leave the image.
+    where: the place that a SampleError names, if the mask is anything else.
     """
     if isinstance(mask, dict):
         return _rle_box(mask, image_wh, where)
@@ -213,7 +228,7 @@ def mask_box(mask: Any, image_wh: tuple[int, int], where: str) -> list[float] | 
     ys = [float(y) for polygon in polygons for y in polygon[1::2]]
     if len(xs) != len(ys):
         raise SampleError(f"{where}: a polygon with an odd number of coordinates")
-    return _with_area([min(xs), min(ys), max(xs), max(ys)]) if len(xs) > 2 else None
+    return with_area([min(xs), min(ys), max(xs), max(ys)]) if len(xs) > 2 else None
 
 
 def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | None:
@@ -233,31 +248,26 @@ def _rle_box(rle: dict, image_wh: tuple[int, int], where: str) -> list[float] | 
         rle = coco_mask.frPyObjects(rle, height, width)
     else:
         code = counts.encode() if isinstance(counts, str) else b""
-        # pycocotools reads on beyond the end of a string whose last character promises another one
+        # pycocotools reads past the end of a string whose last character announces another one
         if not code or not all(48 <= byte < 112 for byte in code) or (code[-1] - 48) & 32:
             raise SampleError(f"{where}: counts of a mask are not a COCO run-length code")
         rle = {"size": [height, width], "counts": code}
-    return _with_area(xywh_to_xyxy(coco_mask.toBbox(rle)))
-
-
-def _with_area(box: list[float]) -> list[float] | None:
-    return box if box[2] > box[0] and box[3] > box[1] else None
+    return with_area(xywh_to_xyxy(coco_mask.toBbox(rle)))
 
 
 def _inside(box: Sequence[float] | None, image_wh: tuple[int, int]) -> list[float] | None:
-    """The part of a box that lies in the image; None where there is none."""
+    """The part of a box that lies in the image; None if there is none."""
     if box is None:
         return None
     (x1, y1, x2, y2), (width, height) = box, image_wh
-    return _with_area([max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))])
+    return with_area([max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))])
 
 
 def fit_to_image(samples: Dataset, counts: Counter | None = None) -> Dataset:
-    """The samples with every box cut to its image, as an answer in 0..1000 can state it; those
-    outside are dropped.
+    """The samples with every box cut to its image; samples wholly outside are dropped.
 
-    This is where the project decides what an amodal box outside the image means: data roots are
-    written through it, so that target, reward and metric see the same box.
+    An answer in 0..1000 cannot state a box that leaves the image. Data roots are written through
+    this function, so that target, reward and metric see the same box.
     counts: if given, receives "cut at the border", "of these, IoU with the whole box < 0.5" and
     "wholly outside".
     """

@@ -30,7 +30,7 @@ MAX_EXPANSION = 200
 
 
 class FetchError(EgmError, RuntimeError):
-    """A download or an archive that did not work out; the message says what to do."""
+    """A download or an archive that failed. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Source:
     urls: tuple[str, ...] = ()  # tried in this order
     file: str = ""  # where the download is kept
     unpack_to: str | None = None
-    checksum: tuple[str, str] | None = None  # (algorithm, hex digest), where one is published
-    hub: str | None = None  # dataset repository of the Hugging Face hub, with the files wanted
-    hub_patterns: tuple[str, ...] = ()
-    manual: str | None = None  # what a person has to do, where we may not
+    checksum: tuple[str, str] | None = None  # (algorithm, hex digest), if one is published
+    hub: str | None = None  # data set of the Hugging Face hub
+    hub_patterns: tuple[str, ...] = ()  # its files that are wanted
+    manual: str | None = None  # what a person has to do, if we may not download it
+    optional: bool = False  # whether training data can be prepared without it
 
 
 _REFER = "https://bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -107,8 +108,10 @@ SOURCES = {
             Source(
                 f"tao_amodal_{split}",
                 "MIT (annotations)",
-                (f"{_HUB}/chengyenhsieh/TAO-Amodal/resolve/main/amodal_annotations/{split}.json",),
-                f"tao_amodal/{split}.json",
+                hub="chengyenhsieh/TAO-Amodal",
+                hub_patterns=(f"amodal_annotations/{split}.json",),
+                file="tao_amodal",
+                optional=True,
             )
             for split in ("train", "validation")
         ),
@@ -135,12 +138,12 @@ SOURCES = {
 
 
 def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
-    """Fetch one source into a data root; what is there already is not fetched again, what is half
-    there is continued.
+    """Fetches one source into a data root.
 
-    wait_s: pause after the first fruitless try, then twice, three times as long.
-    Returns where it lies, or None where a person has to act (the instruction is printed). Raises
-    FetchError.
+    What is there already is not fetched again, and a partial download is continued.
+    wait_s: pause after the first failed try; then two, three times as long.
+    Returns where the source lies, or None if a person has to act (the instruction is printed).
+    Raises FetchError.
     """
     root = Path(root)
     if source.manual:
@@ -177,8 +180,10 @@ def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
 
 
 def _from_hub(source: Source, root: Path) -> Path:
-    from huggingface_hub import snapshot_download  # only here: its import takes a second
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """Downloads through the hub's client, which uses the token of `hf auth login` or HF_TOKEN."""
+    import httpx2  # only here: the imports take a second
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     target = root / source.file
     try:
@@ -188,11 +193,23 @@ def _from_hub(source: Source, root: Path) -> Path:
             allow_patterns=list(source.hub_patterns),
             local_dir=target,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except RepositoryNotFoundError as error:  # which the hub also says of one that you may not see
         raise FetchError(
-            f"{source.name}: the hub did not give {source.hub} ({error}). By hand: `hf download "
+            f"{source.name}: the hub does not give you {source.hub}. If {_HUB}/{source.hub} asks "
+            "for it, accept the terms there; then log in with `hf auth login` and start again"
+        ) from error
+    except (OSError, httpx2.HTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise FetchError(
+            f"{source.name}: the hub did not give {source.hub} ({reason}). By hand: `hf download "
             f"{source.hub} --repo-type dataset --local-dir {target}`"
         ) from error
+    for pattern in source.hub_patterns:
+        if not any(target.glob(pattern)):
+            raise FetchError(
+                f"{source.name}: {_HUB}/{source.hub} has no file {pattern} any more; look there "
+                f"where it is now, and put it at {target / pattern}"
+            )
     return target
 
 
@@ -205,12 +222,11 @@ def download(
     timeout_s: float = 60.0,
     wait_s: float = 2.0,
 ) -> None:
-    """Get url as target, whole and verified or not at all; what a broken connection left is
-    continued from.
+    """Downloads url to target, whole and verified or not at all; continues a broken download.
 
     checksum: (algorithm, hex digest). attempts: tries without progress before giving up.
-    Raises FetchError: unreachable, fewer or more bytes than promised, wrong checksum, no room on
-    the disk.
+    Raises FetchError if the server cannot be reached, sends fewer or more bytes than promised, if
+    the checksum is wrong, or the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
@@ -251,7 +267,7 @@ class _Incomplete(Exception):
 
 
 def _continue(url: str, part: Path, timeout_s: float) -> None:
-    """Append to part what is missing; returns when the server's whole length is there."""
+    """Appends to `part` what is missing; returns when it has the length that the server states."""
     have = part.stat().st_size if part.exists() else 0
     version = _version_file(part).read_text() if have and _version_file(part).exists() else ""
     headers = {"User-Agent": "egm_lib", "Accept-Encoding": "identity"}
@@ -327,12 +343,11 @@ class _Member:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar (plain, gz, xz) below folder. It can be continued: files of the right
-    size are kept.
+    """Unpacks a zip or tar (plain, gz, xz) below folder; files of the right size are kept.
 
-    Every member is looked at before the first is written. Raises FetchError for an absolute path,
-    "..", a link or device, a size beyond the disk or beyond MAX_EXPANSION times the archive, or a
-    broken archive.
+    Every member is checked before the first is written.
+    Raises FetchError for an absolute path, "..", a link or device, a size beyond the disk or beyond
+    MAX_EXPANSION times the archive, and for a broken archive.
     """
     try:
         if zipfile.is_zipfile(archive):
@@ -342,7 +357,7 @@ def unpack(archive: Path, folder: Path) -> None:
             with tarfile.open(archive) as opened:
                 members = list(_tar_members(opened))
                 while opened.fileobj.read(CHUNK_BYTES):
-                    pass  # to the end, which tarfile does not look at: gzip's checksum stands there
+                    pass  # to the end, which tarfile does not read: gzip's checksum is there
                 _unpack_members(members, archive, folder)
     except (
         zipfile.BadZipFile,
@@ -352,7 +367,7 @@ def unpack(archive: Path, folder: Path) -> None:
         EOFError,
         zlib.error,
     ) as error:
-        # Tarfile adds a line for every format it tried
+        # tarfile adds a line for every format that it tried
         reason = str(error).partition("\n")[0].rstrip(":")
         raise FetchError(
             f"{archive}: a broken archive ({reason}); delete it and fetch it again"

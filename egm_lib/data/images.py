@@ -10,19 +10,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from egm_lib.errors import EgmError
 from egm_lib.files import atomic_open
 
-# 64 megapixels: no image of COCO or TAO comes near, a decompression bomb does
+# Far more than any image of COCO or TAO has, and less than a decompression bomb
 MAX_PIXELS = 64_000_000
 
 
 class ImageError(EgmError, ValueError):
-    """A file that cannot be shown; the message says which and why."""
+    """An image file that cannot be used. The message says which, and why."""
 
 
 def resolve_image(sample: Mapping, root: str | Path) -> Path:
-    """Where the image of a sample lies; root: the data root its `image` is relative to. Does not
-    look at the disk.
+    """The path of a sample's image; does not check whether it exists.
 
-    Raises ValueError for a relative path that climbs out of the root.
+    root: the data root that `image` is relative to.
+    Raises ValueError for a relative path that leaves the root.
     """
     image = Path(sample["image"])
     if image.is_absolute():
@@ -38,8 +38,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image as RGB, upright (EXIF orientation applied), fully read.
 
     Grey, 16-bit grey, palette, CMYK and transparent images become RGB.
-    Raises FileNotFoundError, or ImageError for a file that is no image, is broken or has over
-    max_pixels.
+    Raises FileNotFoundError, or ImageError for a file that is not an image, is broken, or has more
+    than max_pixels.
     """
     try:
         with warnings.catch_warnings():
@@ -61,14 +61,15 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip at 255 instead of scaling
+    if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255 instead of scaling
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image.convert("RGB")
 
 
 def mirrored_name(image: str) -> str:
-    """Path of the mirrored twin of an image, in a sibling folder: `train2014/a.jpg` <->
-    `train2014_flip/a.jpg`.
+    """Path of the mirrored image, in a sibling folder.
+
+    `train2014/a.jpg` becomes `train2014_flip/a.jpg`, and the other way round.
     """
     path = PurePosixPath(image)
     folder = path.parent.name
@@ -77,14 +78,9 @@ def mirrored_name(image: str) -> str:
 
 
 def write_mirrored(source: Path, target: Path) -> None:
-    """Write the mirror image of `source` to `target` (same format by suffix), whole or not at
-    all.
-    """
+    """Writes the mirrored image, as JPEG or PNG by the suffix of `target`; whole or not at all."""
     mirrored = ImageOps.mirror(open_image(source))
     lossy = target.suffix.lower() in (".jpg", ".jpeg")
+    options = {"format": "JPEG", "quality": 95, "subsampling": 0} if lossy else {"format": "PNG"}
     with atomic_open(target, "wb") as file:
-        mirrored.save(
-            file,
-            format="JPEG" if lossy else "PNG",
-            **({"quality": 95, "subsampling": 0} if lossy else {}),
-        )
+        mirrored.save(file, **options)

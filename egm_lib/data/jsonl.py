@@ -1,5 +1,6 @@
-"""Referring expressions as evaluators pass them on: jsonl, and the authors' VeRL parquet."""
+"""Referring expressions in the forms of other evaluators: jsonl, and the authors' VeRL parquet."""
 
+import codecs
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,17 +17,17 @@ from egm_lib.boxes import BoxFrame, convert
 from egm_lib.data.records import (
     SampleError,
     Task,
-    blame_type,
     join_image,
     json_lines,
     read_json,
     report_left_out,
     rows_to_dataset,
     table_to_dataset,
+    typed_table,
 )
 
-# What we read of a line; other fields are left alone. The second name of a field is that of
-# RefCOCOs-like test sets.
+# The fields that we read of a line; others are ignored. `normal_caption` and `solution` are what
+# test sets like RefCOCOs call `sent` and `bbox`.
 _BOX = pa.list_(pa.float64())
 _SCHEMA = pa.schema(
     {
@@ -58,10 +59,10 @@ def load_jsonl(
     """Samples of a jsonl file (or a JSON list) with fields image, sent, bbox (xyxy px), width,
     height.
 
-    image_root: put before every image's name. Rows that say that no object fits ("empty_case")
-    are left out and counted in `counts`. image_id is the COCO number in the image's name, else
-    the name.
-    Raises FileNotFoundError, or SampleError naming file, row and reason.
+    image_root: put before every image's name.
+    counts: receives the number of rows that are left out because no object fits ("empty_case").
+    image_id is the COCO number in the image's name, else the name.
+    Raises FileNotFoundError, or SampleError with file, row and reason.
     """
     path = Path(path)
     table = _read_rows(path)
@@ -94,8 +95,9 @@ def load_jsonl(
 
 
 def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The COCO number in an image's file name (12 digits before the suffix), without leading
-    zeros; else its path.
+    """The COCO number in an image's file name, without leading zeros; else the path.
+
+    The number has 12 digits and stands before the suffix.
     """
     found = pc.struct_field(
         pc.extract_regex(images, r"(?:^|[/_])(?P<number>\d{12})\.\w+$"), "number"
@@ -112,10 +114,11 @@ def _read_rows(path: Path) -> pa.Table:
         raise FileNotFoundError(
             f"no file {path}; `python -m egm_lib.data fetch` gets it or says how to"
         )
-    with open(path, "rb") as file:
-        first = file.read(1)
-    if first in (b"", b"["):
-        rows = read_json(path) if first else []
+    first = _first_byte(path)
+    if not first:
+        return _SCHEMA.empty_table()
+    if first == b"[":
+        rows = read_json(path, shape=list)
     else:
         try:
             options = pa.json.ParseOptions(
@@ -129,27 +132,29 @@ def _read_rows(path: Path) -> pa.Table:
     tables = [_SCHEMA.empty_table()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise SampleError(
-                f"{path}, row {number}: not an object with fields but {type(row).__name__}"
-            )
-        try:
-            tables.append(pa.Table.from_pylist([row], schema=_SCHEMA))
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
-            blame_type([row], _SCHEMA, str(path), number)
-            raise
+            raise SampleError(f"{path}, row {number}: not an object but {type(row).__name__}")
+        tables.append(typed_table([row], _SCHEMA, str(path), number))
     return pa.concat_tables(tables).combine_chunks()
+
+
+def _first_byte(path: Path) -> bytes:
+    """The first byte that is neither white space nor a byte order mark; b"" if there is none."""
+    with open(path, "rb") as file:
+        for line in file:
+            if text := line.removeprefix(codecs.BOM_UTF8).strip():
+                return text[:1]
+    return b""
 
 
 def load_rl_parquet(
     path: str | Path, *, dataset: str, split: str, image_root: str | Path | None = None
 ) -> Dataset:
-    """The authors' RL set (`processed_rl_data/*.parquet` of JamesZGQ/EGM_Datasets), boxes back in
-    pixels.
+    """The authors' RL set, with boxes in pixels (processed_rl_data/*.parquet of EGM_Datasets).
 
     VeRL's columns: images [path], prompt [{role, content}], reward_model {ground_truth: xyxy in
-    0..1000}, extra_info {width, height}. Their paths are absolute on the authors' machine: the part
-    from coco/ or coco_flip/ on is kept and put below image_root. Raises FileNotFoundError, or
-    SampleError naming file, row and reason.
+    0..1000}, extra_info {width, height}. The paths are absolute on the authors' machine: the part
+    from coco/ or coco_flip/ on is kept and put below image_root.
+    Raises FileNotFoundError, or SampleError with file, row and reason.
     """
     path = Path(path)
     if not path.is_file():
@@ -159,7 +164,9 @@ def load_rl_parquet(
     try:
         parquet = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise SampleError(f"{path}: not parquet ({error}); delete it and fetch it again") from error
+        raise SampleError(
+            f"{path} is not parquet ({error}); delete it and fetch it again"
+        ) from error
     return rows_to_dataset(_rl_rows(parquet, path, dataset, split, image_root), str(path))
 
 

@@ -1,5 +1,6 @@
-"""Images both trained on and tested on: RefCOCO, RefCOCO+ and RefCOCOg split the same images
-differently.
+"""Images both trained on and tested on.
+
+RefCOCO, RefCOCO+ and RefCOCOg split the same images differently.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ PAPER_TRAIN_IMAGES = 24_407  # Sec. 4.1 and Table 3, vanilla
 
 @dataclass(frozen=True)
 class Leakage:
-    """What one training set shares with the evaluation splits."""
+    """What a training set shares with the evaluation splits."""
 
     dataset: str
     samples: int  # before
@@ -27,9 +28,9 @@ class Leakage:
 def remove_leakage(
     train: Sequence[Dataset], evaluation: Sequence[Dataset]
 ) -> tuple[list[Dataset], list[Leakage]]:
-    """The training sets without the images of any evaluation split, and per set what was removed.
+    """The training sets without images of any evaluation split, and what was removed from each.
 
-    Images are compared by image_id (COCO's number), so mirrored twins leave with their originals.
+    Images are compared by image_id (COCO's number), so mirrored twins go with their originals.
     """
     tested = pa.chunked_array(
         [chunk for samples in evaluation for chunk in _column(samples, "image_id").chunks],

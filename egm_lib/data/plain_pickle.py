@@ -1,6 +1,4 @@
-"""Unpickling what strangers pickled: plain containers, strings and numbers, and nothing that can
-act.
-"""
+"""Pickles from strangers: plain containers, strings and numbers are read, and nothing else."""
 
 import io
 import pickle
@@ -12,9 +10,9 @@ from egm_lib.errors import EgmError
 
 MAX_BYTES = 512 * 2**20  # the largest refs(*).p has about 40 MB
 
-# Opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo that
-# shares their parts. Left out, and so refused: everything that imports (GLOBAL, STACK_GLOBAL,
-# INST), calls (REDUCE, OBJ, NEWOBJ, BUILD), or looks something up outside the file (PERSID, EXT*).
+# The opcodes that build None, bools, numbers, strings, lists, tuples, dicts and sets, and the memo
+# that shares their parts. All others are refused: those that import (GLOBAL, STACK_GLOBAL, INST),
+# call (REDUCE, OBJ, NEWOBJ, BUILD), or look something up outside the file (PERSID, EXT*).
 _ADMITTED = (
     pickle.PROTO,
     pickle.FRAME,
@@ -74,22 +72,21 @@ _OPCODE_NAMES = {opcode.code.encode("latin-1")[0]: opcode.name for opcode in pic
 
 
 class UnsafePickleError(EgmError, ValueError):
-    """A pickle that is broken or wants more than plain data; the message says which file and what
-    it wanted.
-    """
+    """A pickle that is broken or asks for more than plain data. The message says what."""
 
 
-# The Python one: its opcodes are a table, its memo cannot be blown up
+# The Python unpickler, because its opcodes are a table and its memo is a dict, which cannot be made
+# to take all memory
 class _PlainUnpickler(pickle._Unpickler):
     dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _ADMITTED}
 
 
 def load_plain_pickle(path: str | Path) -> Any:
-    """The object in a pickle that holds plain containers, strings and numbers only (Python 2
-    strings read as UTF-8).
+    """The object in a pickle of plain containers, strings and numbers.
 
-    Raises FileNotFoundError, or UnsafePickleError for anything else than that, without having acted
-    on it.
+    Strings of Python 2 are read as UTF-8.
+    Raises FileNotFoundError, or UnsafePickleError for a pickle that asks for anything else; nothing
+    of it is carried out.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,9 +1,8 @@
-"""From the published files to a data root that every stage reads: the choices of Sec. 4.1, made
-once and counted.
-"""
+"""From the published files to a data root that every stage reads: choices of Sec. 4.1."""
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -25,11 +24,15 @@ from egm_lib.data.records import (
 )
 from egm_lib.data.refcoco import load_refcoco
 from egm_lib.errors import InputError
-from egm_lib.files import atomic_open
+from egm_lib.files import atomic_open, read_json
+
+log = logging.getLogger(__name__)
 
 TRAIN_DATASETS = ("refcoco", "refcoco+", "refcocog")
 COCO_IMAGES = "images/train2014"
 TAO_IMAGES = "images/tao"
+# Where the hub's client puts it, and where a person may
+TAO_TRAIN = ("tao_amodal/amodal_annotations/train.json", "tao_amodal/train.json")
 PAPER_TRAIN_SAMPLES = {"vanilla": 575_208, "amodal": 23_698}  # Sec. 4.1 and Table 3
 PAPER_AMODAL_TRAIN_IMAGES = 15_798
 # Ours: the paper does not say how much must be hidden for a region to be an amodal sample
@@ -43,13 +46,14 @@ def prepare(
     flips: bool = True,
     keep_leaks: bool = False,
 ) -> dict:
-    """Write train, selection and evaluation files of the tasks from what `fetch` left in root;
-    returns the counts.
+    """Writes the train, selection and evaluation files of the tasks; returns the counts by task.
 
-    Already prepared tasks are left as they are (delete their `report_path` to do one again).
-    flips: add mirrored twins of vanilla samples, and make their images. keep_leaks: do not remove
-    images of the evaluation splits. Raises FileNotFoundError where files are missing, ValueError
-    where a task was prepared with other choices, and the readers' errors.
+    root: where `fetch` put the published files, and where the new ones go.
+    flips: whether to add mirrored twins of vanilla samples, with their images.
+    keep_leaks: whether to keep training images that occur in an evaluation split.
+    A task that is already prepared is left as it is: delete its `report_path` to prepare it again.
+    Raises FileNotFoundError if files are missing, ValueError if a task was prepared with other
+    choices, and the errors of the readers.
     """
     root, reports = Path(root), {}
     for task in tasks:
@@ -62,7 +66,7 @@ def prepare(
             )
             with atomic_open(path) as file:
                 json.dump(report, file, indent=1)
-        reports[task] = report = json.loads(path.read_text(encoding="utf-8"))
+        reports[task] = report = read_json(path, "delete it to prepare the task again", shape=dict)
         chosen = {"flipped": flips, "leaks_kept": keep_leaks}
         if other := [
             f"{name} = {report[name]}"
@@ -77,9 +81,7 @@ def prepare(
 
 
 def report_path(root: Path, task: Task) -> Path:
-    """Where `prepare` leaves the counts of a task, last of all: while it is there, the task is
-    prepared.
-    """
+    """Where `prepare` writes the counts of a task, last of all: this file marks it as prepared."""
     return root / f"prepare-{task}.json"
 
 
@@ -139,15 +141,25 @@ def _amodal(root: Path, keep_leaks: bool) -> dict:
         return samples.select(seen)
 
     evaluation = {(dataset, split): visible(load_coco(split)) for dataset, split in AMODAL_SPLITS}
-    tao = load_tao_amodal(
-        root / "tao_amodal" / "train.json",
-        split="train",
-        image_root=TAO_IMAGES,
-        min_occlusion=MIN_OCCLUSION,
-        uncertain=False,
-        counts=left_out,
-    )
-    train = [visible(load_coco("train")), visible(fit_to_image(tao, cuts))]
+    train = [visible(load_coco("train"))]
+    tao_path = next((root / name for name in TAO_TRAIN if (root / name).is_file()), None)
+    if tao_path is None:
+        log.warning(
+            "%s is missing: the amodal training data are COCO-Amodal alone. To add TAO-Amodal, "
+            "fetch tao_amodal_train, delete %s and prepare again.",
+            root / TAO_TRAIN[0],
+            report_path(root, "amodal"),
+        )
+    else:
+        tao = load_tao_amodal(
+            tao_path,
+            split="train",
+            image_root=TAO_IMAGES,
+            min_occlusion=MIN_OCCLUSION,
+            uncertain=False,
+            counts=left_out,
+        )
+        train.append(visible(fit_to_image(tao, cuts)))
     kept, leaks = remove_leakage(train, list(evaluation.values()))
     kept = train if keep_leaks else kept
     _write(root, "amodal", evaluation, concatenate_datasets(kept))
@@ -162,18 +174,19 @@ def _amodal(root: Path, keep_leaks: bool) -> dict:
         boxes_outside=dict(cuts),
         left_out=dict(+left_out),
         min_occlusion=MIN_OCCLUSION,
+        tao_amodal=tao_path is not None,
     )
 
 
 def _in_coco_folder(sample: dict) -> dict:
-    """images/COCO_val2014_... -> images/val2014/COCO_val2014_..., where COCO's archives put it."""
+    """images/COCO_val2014_... -> images/val2014/COCO_val2014_..., its place in COCO's archives."""
     image = Path(sample["image"])
     folder = image.name.split("_")[1] if image.name.startswith("COCO_") else ""
     return sample | {"image": str(image.parent / folder / image.name)}
 
 
 def mirror_images(parts: Sequence[Dataset], root: Path) -> None:
-    """Make the mirrored twin of every image of a flipped sample that has none yet."""
+    """Writes the mirrored image of every flipped sample, unless it is there already."""
     names = sorted(
         {
             name

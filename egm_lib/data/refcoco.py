@@ -15,6 +15,7 @@ from egm_lib.data.records import (
     read_json,
     report_left_out,
     rows_to_dataset,
+    with_area,
     xywh_to_xyxy,
 )
 from egm_lib.errors import InputError
@@ -41,12 +42,13 @@ def load_refcoco(
 ) -> Dataset:
     """One sample per sentence of a split, in the file's order.
 
-    root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json; split_by: "unc",
-    "umd" or "google".
-    image_root: put before every image's name. counts: if given, receives how many sentences were
-    left out and why.
-    Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError,
-    SampleError.
+    root: folder with <dataset>/refs(<split_by>).p and <dataset>/instances.json.
+    split_by: "unc", "umd" or "google".
+    image_root: put before every image's name.
+    counts: if given, receives how many sentences were left out and why: blank ones, and those of a
+    box without area.
+    Raises ValueError for an unknown dataset or split, FileNotFoundError, UnsafePickleError, and
+    SampleError for a file that is not in this format.
     """
     split_by = split_by or DEFAULT_SPLIT_BY.get(dataset, "")
     splits = SPLITS.get((dataset, split_by))
@@ -84,14 +86,18 @@ def _rows(
         try:
             if ref["split"] != split:
                 continue
-            # A ref's file_name carries the annotation's number (..._16.jpg): the image's name is
-            # in instances.json.
+            # The file_name of a ref ends in the number of its annotation (..._16.jpg), so the
+            # image's name is taken from instances.json.
             image, annotation = images[ref["image_id"]], annotations[ref["ann_id"]]
             if annotation["image_id"] != ref["image_id"]:
                 raise SampleError(
                     f"{source}, row {number}: annotation {ref['ann_id']} is of image "
                     f"{annotation['image_id']}, not of {ref['image_id']}"
                 )
+            gt_box = with_area(xywh_to_xyxy(annotation["bbox"]))
+            if gt_box is None:
+                counts["no area"] += len(ref["sentences"])
+                continue
             common = dict(
                 dataset=dataset,
                 split=split,
@@ -99,7 +105,7 @@ def _rows(
                 image=join_image(image_root, image["file_name"]),
                 width=image["width"],
                 height=image["height"],
-                gt_box=xywh_to_xyxy(annotation["bbox"]),
+                gt_box=gt_box,
                 image_id=str(image["id"]),
                 ann_id=str(annotation["id"]),
                 ref_id=str(ref["ref_id"]),
@@ -118,9 +124,11 @@ def _rows(
                 "nor an "
                 "id in instances.json"
             ) from error
-        except (TypeError, AttributeError) as error:
+        except SampleError:
+            raise
+        except (TypeError, AttributeError, ValueError) as error:
             raise SampleError(
-                f"{source}, row {number}: not a reference as refer writes it ({error})"
+                f"{source}, row {number}: not a reference in the format of refer ({error})"
             ) from error
 
 
@@ -130,7 +138,7 @@ def _read_instances(path: Path) -> tuple[dict, dict, Counter]:
     try:
         images = {image["id"]: image for image in document["images"]}
         annotations = {annotation["id"]: annotation for annotation in document["annotations"]}
-        kinds = Counter((each["image_id"], each["category_id"]) for each in annotations.values())
+        kinds = Counter((item["image_id"], item["category_id"]) for item in annotations.values())
     except (KeyError, TypeError) as error:
         raise SampleError(f"{path}: not COCO's instances ({error!r})") from error
     return images, annotations, kinds
@@ -142,7 +150,7 @@ def _without_segmentation(item: dict) -> dict:
 
 
 def _cached(read, path: Path):
-    """read(path), remembered for the last few files: the splits of a data set share theirs."""
+    """read(path), remembered for the last two files: the splits of a data set share their files."""
     if not path.is_file():
         return read(path)  # raises
     return _read_version(read, path, path.stat().st_mtime_ns)

@@ -1,6 +1,4 @@
-"""What a data root holds: Table 3's numbers, and whether every image is there and as large as
-stated.
-"""
+"""What a data root holds: the numbers of Table 3, and images that are missing or not as stated."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from egm_lib.data.images import resolve_image
 
 ORIENTATION_TAG, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# Table 3 as far as the text gives it; the other columns are lost.
+# Table 3, as far as the texts available to us give it
 PAPER_STATS = {
     "vanilla": {"samples": 575_208, "images": 24_407},
     "amodal": {"samples": 23_698, "images": 15_798},
@@ -24,8 +22,9 @@ PAPER_STATS = {
 
 
 def describe(samples: Dataset) -> dict[str, float]:
-    """Table 3's row of some samples: samples, images, distinct boxes per image file, mean width and
-    height (px).
+    """The row of Table 3 for some samples.
+
+    Samples, images, distinct boxes per image file, and mean width and height in px.
     """
     columns = ["image_id", "image", "gt_box", "width", "height"]
     table = samples.with_format("arrow").select_columns(columns)[:]
@@ -45,9 +44,7 @@ def describe(samples: Dataset) -> dict[str, float]:
 
 
 def table3(described: Mapping[str, Mapping[str, float]]) -> str:
-    """Table 3 in markdown: ours, row by row, then the paper's; "not run" and "lost" where there is
-    no number.
-    """
+    """Table 3 in Markdown: our rows, then the paper's; "lost" marks what no text gives us."""
     names = ("samples", "images", "boxes_per_image", "width_px", "height_px")
     lines = [
         "| set | samples | images | boxes per image | width, px | height, px |",
@@ -66,9 +63,7 @@ def table3(described: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def image_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
-    """A sentence for every image of the samples that is missing, unreadable or of another size
-    than stated.
-    """
+    """A sentence for every image that is missing, unreadable, or not of the stated size."""
     columns = ["image", "width", "height", "sample_id"]
     table = samples.with_format("arrow").select_columns(columns)[:]
     images = table.group_by(["image", "width", "height"]).aggregate([("sample_id", "min")])
@@ -99,7 +94,7 @@ def image_faults(samples: Dataset, root: str | Path) -> Iterator[str]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as it is seen, from its header where the format allows it."""
+    """(width, height) of the upright image, from the header of its file if the format allows it."""
     with Image.open(path) as image:
         width, height = image.size
         return (

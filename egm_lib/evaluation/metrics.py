@@ -1,4 +1,4 @@
-"""One row of metrics a group: accuracy, mean IoU, faults of answers, tokens."""
+"""Metrics of groups of rows: accuracy, mean IoU, faulty answers, tokens."""
 
 from collections.abc import Sequence
 
@@ -18,10 +18,10 @@ IOU_THRESHOLDS = np.arange(50, 100, 5) / 100  # COCO's 0.50:0.05:0.95
 def metrics(
     scored: pd.DataFrame, by: str | Sequence[str] = (), *, draws: int = 1000, rng_seed: int = 0
 ) -> pd.DataFrame:
-    """One row a group (all rows are one group where `by` is empty), shares in 0..1.
+    """One row a group, with shares in 0..1; without `by` all rows are one group.
 
-    n, acc_at_50 with acc_low and acc_high, mean_iou with iou_low and iou_high, acc_50_95 (mean
-    accuracy over the IoU thresholds 0.50:0.05:0.95), the shares no_box, several_boxes,
+    Columns: n, acc_at_50 with acc_low and acc_high, mean_iou with iou_low and iou_high, acc_50_95
+    (mean accuracy over the IoU thresholds 0.50:0.05:0.95), the shares no_box, several_boxes,
     unclosed_reasoning, malformed, error and truncated, and the mean tokens of an answer.
     """
     by = [by] if isinstance(by, str) else list(by)
@@ -59,8 +59,8 @@ def metrics(
                     for name in ("no_box", "unclosed_reasoning", "malformed", "error")
                 },
                 "truncated": (group["finish_reason"] == "length").mean(),
-                "reasoning_tokens": pd.to_numeric(group["reasoning_tokens"]).mean(),
-                "answer_tokens": pd.to_numeric(group["answer_tokens"]).mean(),
+                "reasoning_tokens": group["reasoning_tokens"].mean(),
+                "answer_tokens": group["answer_tokens"].mean(),
             }
         )
     return pd.DataFrame(rows)

@@ -1,6 +1,7 @@
-"""What the runs of one profile left on disk, read once: the input of tables and figures."""
+"""The files of the runs of one profile, read once: the input of tables and figures."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache, cached_property
@@ -10,7 +11,12 @@ import numpy as np
 import pandas as pd
 
 from egm_lib.errors import InputError
-from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
+from egm_lib.evaluation.scoring import (
+    SCORING_COLUMNS,
+    TOKEN_COLUMNS,
+    load_predictions,
+    score,
+)
 from egm_lib.files import project_root, read_json, read_jsonl
 
 MODELS = (
@@ -22,7 +28,43 @@ MODELS = (
     "small-sft-control",
     "large-base",
 )
+LATENCY_COLUMNS = (
+    "sample_id",
+    "model",
+    "concurrency",
+    "device",
+    "latency_ms",
+    "first_token_ms",
+    *TOKEN_COLUMNS,
+)
 PAPER_DIR = project_root() / "data" / "paper"
+
+
+log = logging.getLogger(__name__)
+
+
+def read_object(path: Path) -> dict | None:
+    """A JSON object from a file; None where there is no file.
+
+    Raises InputError, naming the file, for anything else.
+    """
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise InputError(
+            f"{path} holds a JSON {type(value).__name__} where an object is needed; "
+            "delete it and run its stage again"
+        )
+    return value
+
+
+def _complete(path: Path, needed: Sequence[str]) -> list[dict]:
+    """The rows of a file that have the needed fields; the others are left out with a warning."""
+    rows = read_jsonl(path)
+    complete = [row for row in rows if all(row.get(name) is not None for name in needed)]
+    if len(complete) < len(rows):
+        message = "%s: %d rows without %s are left out"
+        log.warning(message, path, len(rows) - len(complete), ", ".join(needed))
+    return complete
 
 
 @cache
@@ -32,9 +74,7 @@ def paper(name: str) -> dict:
 
 
 def paper_models(profile: str) -> tuple[dict[str, str], bool]:
-    """The paper's model beside each of a profile's, and whether they are the same (else: a
-    miniature's).
-    """
+    """The paper's counterpart of each model of a profile, and whether they are the same models."""
     matching = [row for row in paper("models")["rows"] if profile.startswith(row["profiles"])]
     best = max(matching, key=lambda row: len(row["profiles"]))
     return best["models"], best["same"]
@@ -43,8 +83,8 @@ def paper_models(profile: str) -> tuple[dict[str, str], bool]:
 class Results:
     """The runs of one profile, one a seed; predictions are scored by `rule` when first asked for.
 
-    run_roots: folders data/runs/<profile>-<seed>; a file that a run lacks is simply not there
-    (None, or no rows).
+    run_roots: folders data/runs/<profile>-<seed>. A file that a run lacks counts as empty. A row
+    that lacks a field is left out with a warning.
     Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
     profiles.
     """
@@ -73,33 +113,35 @@ class Results:
         return [
             manifest
             for root in self.roots
-            if (manifest := read_json(root / "manifest.json")) is not None
+            if (manifest := read_object(root / "manifest.json")) is not None
         ]
 
     def stated(self, key: str):
-        """What the manifests say under a key: one value where they agree, a list where not, None
-        where none says.
-        """
+        """What the manifests say under a key: a value, a list where they differ, or None."""
         values = [manifest[key] for manifest in self.manifests if key in manifest]
-        return (
-            values[0]
-            if all(value == values[0] for value in values) and values
-            else (values or None)
-        )
+        if not values:
+            return None
+        return values[0] if all(value == values[0] for value in values) else values
 
     @cached_property
     def predictions(self) -> pd.DataFrame:
-        """Every prediction row of every seed, unscored; the seed is the run's."""
+        """Every prediction row of every seed, unscored; the seed is the run's.
+
+        A row that does not say which model answered which sample is left out with a warning.
+        """
         parts = []
         for root, seed in zip(self.roots, self.seeds, strict=True):
             files = sorted((root / "predictions").glob("*/*.jsonl"))
             if files:
                 parts.append(load_predictions(files, SCORING_COLUMNS).assign(seed=seed))
-        return (
-            pd.concat(parts, ignore_index=True)
-            if parts
-            else pd.DataFrame(columns=list(SCORING_COLUMNS))
-        )
+        if not parts:
+            return pd.DataFrame(columns=list(SCORING_COLUMNS))
+        rows = pd.concat(parts, ignore_index=True)
+        complete = rows.dropna(subset=["sample_id", "model", "dataset", "split", "task"])
+        if len(complete) < len(rows):
+            missing = len(rows) - len(complete)
+            log.warning("%s: %d prediction rows are incomplete and left out", self.profile, missing)
+        return complete.reset_index(drop=True)
 
     @cached_property
     def scored(self) -> pd.DataFrame:
@@ -111,19 +153,20 @@ class Results:
 
     @cached_property
     def models(self) -> list[str]:
-        """Names with predictions: the run's own in the order of the story, then any other by name;
-        no variants.
-        """
+        """Models with predictions: MODELS in their order, then others by name; no variants."""
         found = {model for model in set(self.predictions["model"]) if "@" not in model}
         return [name for name in MODELS if name in found] + sorted(found - set(MODELS))
 
     @cached_property
     def variants(self) -> list[str]:
-        """Names of models decoded otherwise, such as small-egm@budget-16, by way and number."""
+        """Models decoded in another way, such as small-egm@budget-16, by way and number."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
-        return sorted(
-            found, key=lambda model: (model.rpartition("-")[0], int(model.rpartition("-")[2]))
-        )
+
+        def key(model: str) -> tuple[str, int]:
+            way, _, number = model.rpartition("-")
+            return way, int(number) if number.isdigit() else 0
+
+        return sorted(found, key=key)
 
     @cached_property
     def _by_model_and_task(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -136,9 +179,7 @@ class Results:
 
     @cached_property
     def ablations(self) -> pd.DataFrame:
-        """Scored answers of the ablations' variants; model is the variant, steps its
-        GRPO steps.
-        """
+        """Scored answers of the ablations; model is the variant, steps its GRPO steps."""
         parts = []
         for root, seed in zip(self.roots, self.seeds, strict=True):
             for answers in sorted((root / "ablations").glob("*-steps/answers")):
@@ -146,12 +187,8 @@ class Results:
                 parts.append(
                     rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps")))
                 )
-        rows = (
-            pd.concat(parts, ignore_index=True)
-            if parts
-            else self.predictions.iloc[:0].assign(steps=0)
-        )
-        return score(rows, self.rule)
+        none = self.predictions.iloc[:0].assign(steps=0)
+        return score(pd.concat(parts, ignore_index=True) if parts else none, self.rule)
 
     @cached_property
     def latency(self) -> pd.DataFrame:
@@ -160,15 +197,17 @@ class Results:
             row
             for root in self.roots
             for file in sorted((root / "latency").glob("*.jsonl"))
-            for row in read_jsonl(file)
+            for row in _complete(file, ("sample_id", "model", "concurrency", "device"))
         ]
-        return pd.DataFrame(rows)
+        frame = pd.DataFrame([{name: row.get(name) for name in LATENCY_COLUMNS} for row in rows])
+        frame = frame.reindex(columns=LATENCY_COLUMNS)
+        numbers = ["latency_ms", "first_token_ms", *TOKEN_COLUMNS]
+        frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+        return frame
 
     @cached_property
     def failures(self) -> pd.DataFrame:
-        """Judgements of failures: model, seed, sample_id, judge, cause, image_id (from the
-        predictions).
-        """
+        """Judgements of failures: model, seed, sample_id, judge, cause, and the image_id."""
         rows = [
             {
                 "model": file.stem,
@@ -177,14 +216,12 @@ class Results:
             }
             for root, seed in zip(self.roots, self.seeds, strict=True)
             for file in sorted((root / "failures").glob("*.jsonl"))
-            for row in read_jsonl(file)
+            for row in _complete(file, ("sample_id", "judge", "cause"))
         ]
         frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
-        places = self.predictions[["sample_id", "image_id", "dataset", "split"]].drop_duplicates(
-            "sample_id"
-        )
-        frame = frame.merge(places, on="sample_id", how="left")
-        # A cluster of its own where unknown
+        known = self.predictions[["sample_id", "image_id", "dataset", "split"]]
+        frame = frame.merge(known.drop_duplicates("sample_id"), on="sample_id", how="left")
+        # Where the image is unknown, the sample is a cluster of its own.
         return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
 
     @cached_property
@@ -192,9 +229,7 @@ class Results:
         return list(dict.fromkeys(self.failures["judge"]))
 
     def majority_causes(self, model: str) -> pd.DataFrame:
-        """One row a judged failure: the cause that more than half of its judges name, or "no
-        majority".
-        """
+        """One row a judged failure: the cause that most judges name, or "no majority"."""
         rows = self.failures[self.failures["model"] == model]
         return pd.DataFrame(
             [

@@ -1,5 +1,6 @@
 """Prediction files -> rows with IoU and success, by any rule of the parser."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from egm_lib.boxes import BoxFrame, iou
+from egm_lib.boxes import BoxFrame, check_box, iou
 from egm_lib.files import iter_jsonl
-from egm_lib.parsing import parse_completion
-from egm_lib.scoring_rules import PEER_RULES
+from egm_lib.parsing import accepts, parse_completion
+
+log = logging.getLogger(__name__)
 
 SCORING_COLUMNS = (
     "sample_id",
@@ -34,18 +36,17 @@ SCORING_COLUMNS = (
     "answer_tokens",
 )
 
-
+TOKEN_COLUMNS = ("reasoning_tokens", "answer_tokens")
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
 def load_predictions(
     paths: Path | Iterable[Path], columns: Sequence[str] | None = None
 ) -> pd.DataFrame:
-    """Prediction rows as a frame; a folder stands for every *.jsonl below it, in the order of
-    names.
+    """Prediction rows as a frame; a folder stands for every *.jsonl below it, ordered by name.
 
-    columns: keep these alone (SCORING_COLUMNS is all that `score` and the tables need, and a third
-    of the memory).
+    columns: keep only these. SCORING_COLUMNS is all that `score` and the tables need, and takes a
+    third of the memory.
     """
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     files = [
@@ -67,29 +68,55 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     """Each answer read by `rule` and compared with its ground truth (Eq. 1).
 
     Adds iou (0 without a box), success, num_boxes, and status as this rule sees it; a row of status
-    "error" stays one. Rules of other evaluators that accept IoU = 0.5 do so here too.
+    "error" stays one. A row that no model could be blamed for, because its ground truth, image size
+    or frame cannot be read, is left out with a warning.
     """
-    inclusive = rule != "egm" and PEER_RULES[rule].inclusive
     columns = [
         predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")
     ]
     frames = predictions["frame"].tolist() if "frame" in predictions else [None] * len(predictions)
-    ious, counts, statuses = [], [], []
-    for raw_answer, gt_box, width, height, status, frame in zip(*columns, frames, strict=True):
-        if status == "error" or not isinstance(raw_answer, str):
-            ious.append(0.0), counts.append(0), statuses.append("error")
-            continue
-        box_frame = BoxFrame[frame] if isinstance(frame, str) else BoxFrame.NORM_1000
-        parsed = parse_completion(raw_answer, frame=box_frame, image_wh=(width, height), rule=rule)
-        ious.append(0.0 if parsed.box is None else iou(parsed.box, gt_box))
-        counts.append(len(parsed.boxes))
-        statuses.append(parsed.status)
-    iou_N = np.array(ious, dtype=float)
-    success_N = iou_N >= 0.5 if inclusive else iou_N > 0.5
-    return predictions.assign(iou=iou_N, success=success_N, num_boxes=counts, status=statuses)
+    ious, counts, statuses, unreadable = [], [], [], {}
+    for index, (raw_answer, gt_box, *image_wh, status, frame) in enumerate(
+        zip(*columns, frames, strict=True)
+    ):
+        value, count = 0.0, 0
+        try:
+            gt_box = check_box(gt_box, "gt_box")
+            if status == "error" or not isinstance(raw_answer, str):
+                status = "error"
+            else:
+                box_frame = BoxFrame(frame) if isinstance(frame, str) else BoxFrame.NORM_1000
+                parsed = parse_completion(raw_answer, frame=box_frame, image_wh=image_wh, rule=rule)
+                value = 0.0 if parsed.box is None else iou(parsed.box, gt_box)
+                count, status = len(parsed.boxes), parsed.status
+        except ValueError as error:
+            unreadable[index] = str(error)
+        ious.append(value)
+        counts.append(count)
+        statuses.append(status)
+    scored = predictions.assign(
+        iou=np.array(ious, dtype=float),
+        success=np.array([accepts(value, rule) for value in ious], dtype=bool),
+        num_boxes=counts,
+        status=statuses,
+    )
+    for name in set(TOKEN_COLUMNS) & set(scored):
+        scored[name] = pd.to_numeric(scored[name], errors="coerce")
+    if unreadable:
+        index, message = next(iter(unreadable.items()))
+        sample = predictions["sample_id"].iloc[index]
+        log.warning(
+            "%d prediction rows cannot be scored and are left out; the first is of sample %s: %s",
+            len(unreadable),
+            sample,
+            message,
+        )
+        scored = scored.drop(index=scored.index[list(unreadable)]).reset_index(drop=True)
+    return scored
 
 
 def codes(values: Iterable) -> tuple[np.ndarray, int]:
+    """A whole number for each value, equal for equal values, and how many there are."""
     codes, uniques = pd.factorize(pd.Series(list(values), dtype=object), use_na_sentinel=False)
     return codes, len(uniques)
 
@@ -100,9 +127,7 @@ def split_keys(scored: pd.DataFrame) -> pd.Series:
 
 
 def with_strata(scored: pd.DataFrame) -> pd.DataFrame:
-    """Adds the strata of the breakdowns: size (share of the image's side) and length (words of
-    the expression).
-    """
+    """Adds size (of the object, relative to the image) and length (words of the expression)."""
     boxes_N_4 = np.array(scored["gt_box"].tolist(), dtype=float).reshape(-1, 4)
     area_N = (boxes_N_4[:, 2] - boxes_N_4[:, 0]) * (boxes_N_4[:, 3] - boxes_N_4[:, 1])
     side_N = np.sqrt(

@@ -19,7 +19,7 @@ from egm_lib.evaluation.scoring import codes, split_keys
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its 95 % interval (None where it cannot be had), and the number of rows behind it."""
+    """A mean, its 95 % interval (None where there are too few draws), and the number of rows."""
 
     mean: float
     ci95: tuple[float, float] | None
@@ -30,9 +30,9 @@ class Estimate:
 class Difference:
     """Model a minus model b on the samples that both answered.
 
-    p_value: two-sided, from the clustered standard error (images, seeds).
-    only_a, only_b: discordant samples of McNemar's test; mcnemar_p: None where several seeds repeat
-    a sample.
+    p_value: two-sided, from the standard error clustered on images and seeds.
+    only_a, only_b: how many samples only one of the two solves.
+    mcnemar_p: McNemar's test on these; None where several seeds repeat a sample.
     """
 
     mean: float
@@ -124,9 +124,7 @@ def _mean_of_groups(values_N: np.ndarray, groups_N: Sequence | None) -> float:
 
 
 def image_clusters(scored: pd.DataFrame) -> pd.Series:
-    """The cluster of each row; RefCOCO, RefCOCO+ and RefCOCOg share COCO's images and their
-    ids.
-    """
+    """The cluster of each row. RefCOCO, RefCOCO+ and RefCOCOg share COCO's images and ids."""
     return scored["image_id"].astype(str)
 
 
@@ -142,8 +140,9 @@ def estimate(
     draws: int = 2000,
     rng_seed: int = 0,
 ) -> Estimate | None:
-    """Mean of a column with its clustered interval; over_splits: the plain mean of the splits'
-    means. None if empty.
+    """Mean of a column with its clustered interval; None without rows.
+
+    over_splits: the plain mean of the splits' means.
     """
     rows = scored[scored[column].notna()]
     if rows.empty:
@@ -164,9 +163,7 @@ def estimate(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided McNemar test on the discordant pairs: P of a split at least as uneven under a
-    fair coin.
-    """
+    """Exact two-sided McNemar test: P that a fair coin splits the pairs as unevenly."""
     total = only_a + only_b
     return 1.0 if total == 0 else float(stats.binomtest(only_a, total, 0.5).pvalue)
 
@@ -210,8 +207,9 @@ def paired_difference(
     draws: int = 2000,
     rng_seed: int = 0,
 ) -> Difference | None:
-    """Model a minus model b, paired on samples, interval clustered on images. None without a
-    common sample.
+    """Model a minus model b, paired on samples, with an interval clustered on images.
+
+    None without a common sample. over_splits: the plain mean of the splits' differences.
     """
     both = pair(a, b, column)
     if both.empty:

@@ -1,7 +1,6 @@
-"""Do models of unlike size see alike? Similarity of their vision features (linear CKA), and boxes
-read off them.
+"""Do models of different size see the same? Similarity of vision features, and a box probe.
 
-An image's merged features are what its language model gets: one vector a cell of a coarse grid.
+The features are the merged ones that the language model gets: one vector per cell of a coarse grid.
 """
 
 from __future__ import annotations
@@ -24,17 +23,16 @@ IMAGES = 16  # that go through the tower together
 
 
 def linear_cka(x_N_D: np.ndarray, y_N_E: np.ndarray) -> float:
-    """Linear centred kernel alignment (Kornblith et al. 2019, Sec. 3): 0 (unrelated) .. 1 (equal
-    but for a rotation).
+    """Linear centred kernel alignment (Kornblith et al. 2019, Sec. 3).
 
-    Rows are the same cells seen by two models. Raises ValueError for unlike numbers of rows, or
-    features that are the same for all rows. Few rows make unrelated features look alike: N should
-    be many times D and E.
+    0: unrelated; 1: equal up to a rotation and a scale. Rows are the same cells seen by two models.
+    N should be many times D and E: with few rows even unrelated features look similar.
+    Raises ValueError for different numbers of rows, or features that are equal in all rows.
     """
     x_N_D, y_N_E = np.asarray(x_N_D, dtype=np.float64), np.asarray(y_N_E, dtype=np.float64)
     if len(x_N_D) != len(y_N_E):
         raise ValueError(
-            f"{len(x_N_D)} rows beside {len(y_N_E)}: the features must be of the same cells"
+            f"{len(x_N_D)} rows and {len(y_N_E)} rows: the features must be of the same cells"
         )
     x_N_D, y_N_E = x_N_D - x_N_D.mean(axis=0), y_N_E - y_N_E.mean(axis=0)
     sizes = [np.linalg.norm(z.T @ z) for z in (x_N_D, y_N_E)]
@@ -46,11 +44,10 @@ def linear_cka(x_N_D: np.ndarray, y_N_E: np.ndarray) -> float:
 def box_probe(
     features_N_D: np.ndarray, boxes_N_4: np.ndarray, held_out_N: np.ndarray
 ) -> np.ndarray:
-    """IoU, for each held-out row, of its box (any one frame) with what ridge regression reads off
-    its features.
+    """IoU of each held-out row's box with the box that ridge regression predicts from its features.
 
-    Fitted on the other rows; a row's image should be wholly on one side. A degenerate predicted
-    box has IoU 0.
+    The regression is fitted on the other rows; all rows of an image should be on one side. Boxes
+    may be in any frame, the same for all. A degenerate predicted box has IoU 0.
     """
     features_N_D, boxes_N_4 = (
         np.asarray(features_N_D, dtype=np.float64),
@@ -64,7 +61,7 @@ def box_probe(
     centred_K_D = fit_K_D - mean_D
     gram_D_D = centred_K_D.T @ centred_K_D
     variance = np.trace(gram_D_D) / len(gram_D_D)
-    # All features alike: nothing is read off them
+    # Where all features are equal, the ridge alone keeps the matrix invertible.
     gram_D_D += (RIDGE * variance or 1.0) * np.eye(len(gram_D_D))
     weights_D_4 = np.linalg.solve(gram_D_D, centred_K_D.T @ (fit_K_4 - mean_4))
     predicted_M_4 = (features_N_D[held_out_N] - mean_D) @ weights_D_4 + mean_4
@@ -77,10 +74,9 @@ def box_probe(
 def cell_features(
     model, processor, images: Sequence[Image.Image], boxes: Sequence[Box]
 ) -> np.ndarray:
-    """Of each image the merged features of the cell in which its box (px) has its centre; N x D,
-    float64.
+    """For each image, the merged features of the cell that holds the centre of its box (px).
 
-    model, processor: of the Qwen3-VL family.
+    model, processor: of the Qwen3-VL family. Returns N x D, float64.
     """
     visual, rows = model.model.visual, []
     for start in range(0, len(images), IMAGES):
@@ -93,24 +89,21 @@ def cell_features(
             (int(h) // visual.spatial_merge_size, int(w) // visual.spatial_merge_size)
             for _, h, w in grids
         ]
-        for image, box, (height, width), seen_T_D in zip(
+        for image, box, (height, width), features_T_D in zip(
             part, part_boxes, cells, merged.split([h * w for h, w in cells]), strict=True
         ):
             x1, y1, x2, y2 = convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
-            row, column = (
-                min(int((y1 + y2) / 2 * height), height - 1),
-                min(int((x1 + x2) / 2 * width), width - 1),
-            )
-            rows.append(seen_T_D[row * width + column].double().cpu().numpy())
+            row = min(int((y1 + y2) / 2 * height), height - 1)
+            column = min(int((x1 + x2) / 2 * width), width - 1)
+            rows.append(features_T_D[row * width + column].double().cpu().numpy())
     return np.stack(rows)
 
 
 def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.DataFrame:
-    """Each model's CKA with the first one and the mean IoU of its probe, on the first training
-    samples of a run.
+    """Each model's CKA with the first model, and the mean IoU of its probe.
 
-    The probe is held out on every second image. Loads the models, so it is for those that fit
-    this machine.
+    Measured on the first `limit` training samples of a run; the probe is tested on every second
+    image. The models are loaded, so they must fit this machine.
     """
     root = run.profile.data.path
     samples = list(read_train(root, "vanilla", limit=limit))
@@ -127,13 +120,15 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
         checkpoint = model_of(run, name, "vanilla")
         model = load_model(checkpoint.location, checkpoint.dtype)
         processor = load_processor(checkpoint.location, checkpoint.family)
-        seen_N_D = cell_features(model, processor, images, [sample["gt_box"] for sample in samples])
-        first_N_D = seen_N_D if first_N_D is None else first_N_D
-        probed = box_probe(seen_N_D, boxes_N_4, held_out_N)
+        features_N_D = cell_features(
+            model, processor, images, [sample["gt_box"] for sample in samples]
+        )
+        first_N_D = features_N_D if first_N_D is None else first_N_D
+        probed = box_probe(features_N_D, boxes_N_4, held_out_N)
         rows.append(
             {
                 "model": name,
-                f"CKA with {models[0]}": linear_cka(first_N_D, seen_N_D),
+                f"CKA with {models[0]}": linear_cka(first_N_D, features_N_D),
                 "cells": len(samples),
                 "probe, mean IoU": probed.mean(),
                 "held out": len(probed),

@@ -45,6 +45,9 @@ class _Variant:
     def batch_size(self, number: int) -> None:
         self.engine.batch_size = number
 
+    def close(self) -> None:
+        self.engine.close()
+
     def describe(self) -> dict:
         return {
             **self.engine.describe(),
@@ -65,13 +68,14 @@ class ReasoningBudget(_Variant):
         for i, rest in zip(going, self.engine.answer(longer, sampling), strict=True):
             first = answers[i]
             if rest.error is None:
-                counts = first.reasoning_tokens, first.answer_tokens
-                done = (sum(counts), 0) if _is_reasoning(first.raw_answer) else counts
+                done = first.reasoning_tokens, first.answer_tokens
+                if _is_reasoning(first.raw_answer):
+                    done = _total(*done), 0
                 rest = replace(
                     rest,
                     prompt_tokens=first.prompt_tokens,
-                    reasoning_tokens=done[0] + rest.reasoning_tokens,
-                    answer_tokens=done[1] + rest.answer_tokens,
+                    reasoning_tokens=_total(done[0], rest.reasoning_tokens),
+                    answer_tokens=_total(done[1], rest.answer_tokens),
                 )
             answers[i] = rest
         yield from answers
@@ -104,19 +108,24 @@ class Majority(_Variant):
         self.engine.seed = seed
         for request, answers in zip(requests, zip(*rounds, strict=True), strict=True):
             frame, image_wh = self.family.frame, request.image.size
+            given = [answer for answer in answers if answer.error is None]
+            if not given:
+                yield answers[0]
+                continue
             boxes = [
-                parse_completion(each.raw_answer, frame=frame, image_wh=image_wh).box
-                for each in answers
+                parse_completion(answer.raw_answer, frame=frame, image_wh=image_wh).box
+                for answer in given
             ]
-            chosen = answers[most_agreed(boxes)]
-            given = [each for each in answers if each.error is None]
-            if chosen.error is None:
-                chosen = replace(
-                    chosen,
-                    reasoning_tokens=sum(each.reasoning_tokens for each in given),
-                    answer_tokens=sum(each.answer_tokens for each in given),
-                )
-            yield chosen
+            yield replace(
+                given[most_agreed(boxes)],
+                reasoning_tokens=_total(*(answer.reasoning_tokens for answer in given)),
+                answer_tokens=_total(*(answer.answer_tokens for answer in given)),
+            )
+
+
+def _total(*counts: int | None) -> int | None:
+    """The sum; None where one of the counts is not known."""
+    return None if None in counts else sum(counts)
 
 
 def most_agreed(boxes: Sequence[Box | None]) -> int:

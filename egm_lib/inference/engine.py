@@ -6,6 +6,7 @@ Each engine takes requests (image, prompt) and yields answers in the order of th
 answer; an engine that cannot bind it says so.
 """
 
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -51,8 +52,10 @@ class Answer:
     error: str | None = None
 
     @classmethod
-    def failed(cls, error: Exception) -> "Answer":
-        return cls("", None, None, None, "error", error=f"{type(error).__name__}: {error}")
+    def failed(cls, error: Exception | str) -> "Answer":
+        """No answer, and why: an exception, or a sentence."""
+        why = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        return cls("", None, None, None, "error", error=why)
 
 
 class Engine(Protocol):
@@ -71,6 +74,9 @@ class Engine(Protocol):
 
     def describe(self) -> dict: ...
 
+    def close(self) -> None:
+        """Gives memory and connections back; the engine cannot answer any more."""
+
 
 def chat_texts(
     processor, family: Family, requests: Sequence[Request], reasoning: bool
@@ -86,3 +92,21 @@ def chat_texts(
         begun = request.begun + ("" if reasoning else family.no_reasoning_prefix)
         pairs.append((chat + begun, opener + begun))
     return pairs
+
+
+def count_reasoning_tokens(tokenizer, ids: Sequence[int]) -> int:
+    """Tokens up to and with the last </think>; 0 where the answer does not close a reasoning.
+
+    The tag is one token for Qwen3-VL and several for InternVL-3, whose last one may hold more.
+    """
+
+    def num_closed(length: int) -> int:
+        text = tokenizer.decode(
+            ids[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text.count(THINK_END)
+
+    closed = num_closed(len(ids))
+    if not closed:
+        return 0
+    return bisect.bisect_left(range(len(ids) + 1), closed, key=num_closed)

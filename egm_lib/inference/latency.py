@@ -12,9 +12,7 @@ from egm_lib.data import open_image, resolve_image
 from egm_lib.files import write_jsonl
 from egm_lib.inference.engine import Answer, Engine, Request
 from egm_lib.inference.openai_engine import OpenAIEngine
-from egm_lib.profile import (
-    Sampling,
-)
+from egm_lib.profile import Sampling
 
 CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 

@@ -106,14 +106,22 @@ def load_processor(
     """The processor (chat template, tokenizer, images) of a checkpoint; the same one with and
     without torchvision.
 
-    max_pixels: Qwen3-VL's images are shrunk to at most so many; None: as the checkpoint says.
+    max_pixels: Qwen3-VL's images are shrunk to at most so many; None: as the checkpoint says. The
+    checkpoint's least size stays where it is below that; else it is one token, so that no image is
+    enlarged to the limit.
     revision: of the hub's.
+    Raises InputError for max_pixels with InternVL-3, which cuts images into tiles of one size.
     """
     processor = _processor(path, family, {} if revision is None else {"revision": revision})
     if max_pixels is not None:
-        size = processor.image_processor.size
-        smallest = min(size["shortest_edge"], max_pixels)
-        processor.image_processor.size = type(size)(shortest_edge=smallest, longest_edge=max_pixels)
+        if family != "qwen3-vl":
+            raise InputError(f"max_pixels is for Qwen3-VL, not for {family}: set it to null")
+        images = processor.image_processor
+        least = images.size["shortest_edge"]
+        if least >= max_pixels:
+            least = (images.patch_size * images.merge_size) ** 2
+        most = min(max_pixels, images.size["longest_edge"])
+        images.size = type(images.size)(shortest_edge=least, longest_edge=most)
     return processor
 
 

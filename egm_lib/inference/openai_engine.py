@@ -2,29 +2,49 @@
 
 import base64
 import io
+import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
+import httpx2
+import openai
 from PIL import Image
 
+from egm_lib.curation.replies import ChatReply, read_reply, read_stream
+from egm_lib.curation.services import AcceptedOptions
 from egm_lib.errors import InputError
-from egm_lib.inference.answer_form import ANSWER_PATTERNS, ANSWER_SCHEMA, check_bound
+from egm_lib.inference.answer_form import (
+    ANSWER_PATTERNS,
+    ANSWER_SCHEMA,
+    ConstraintIgnored,
+    check_bound,
+)
 from egm_lib.inference.engine import THINK_END, Answer, Request
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
+
+# Parameters of the client's own; others are sent in its extra_body
+_CLIENT_OPTIONS = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
 
 
 class OpenAIEngine:
     """vLLM serve, GPT, Gemini, ...: `batch_size` requests at the same time.
 
-    extra_sampling: send top_k and repetition_penalty too (vLLM takes them; OpenAI's own service
-    refuses them).
-    stream: take answers token by token, for the time to the first one; costs the client some work
-    for every token.
-    opens_reasoning: the server's chat template begins the answer with the reasoning opener
-    (Qwen3-VL Thinking).
+    A reply that is no answer marks its own row as an error. An option that the service calls
+    unknown or unsupported is left out from then on, with one message.
+
+    extra_sampling: send top_k and repetition_penalty too. vLLM takes them; OpenAI's own service
+    refuses them.
+    opens_reasoning: the server's chat template writes the reasoning opener, and no reasoning parser
+    gives it back (Qwen3-VL Thinking).
+    token_limit: the service's name for the limit on tokens, "max_tokens" or
+    "max_completion_tokens".
+    extra_body: more fields of every request.
+    max_pixels: larger images are shrunk to at most so many before they are sent.
+    stream: take answers token by token, to measure the time to the first one. It costs the client
+    some work for every token.
     key: of the service; a local one needs none.
     """
 
@@ -37,6 +57,9 @@ class OpenAIEngine:
         *,
         extra_sampling: bool = True,
         opens_reasoning: bool = False,
+        token_limit: str | None = None,
+        extra_body: Mapping | None = None,
+        max_pixels: int | None = None,
         revision: str | None = None,
         timeout_s: float = 600.0,
         max_retries: int = 5,
@@ -45,25 +68,33 @@ class OpenAIEngine:
         key: str = "none",
         client=None,
     ):
-        from openai import OpenAI
-
         self.family, self.model, self.batch_size = FAMILIES[family], model, batch_size
-        self.extra_sampling, self.revision, self.base_url = extra_sampling, revision, base_url
+        self.revision, self.base_url, self.max_pixels = revision, base_url, max_pixels
         self.seed, self.stream = seed, stream
         self.opener = self.family.reasoning_opener if opens_reasoning else ""
-        self.client = client or OpenAI(
+        self.extra_body = dict(extra_body or {})
+        limit = token_limit or "max_tokens"
+        names = ["temperature", "top_p", limit, "seed", *self.extra_body]
+        if extra_sampling:
+            names += ["repetition_penalty", "top_k"]
+        # Values change with each round of a vote: what is learned is which option is sent as what
+        self.accepted = AcceptedOptions({name: name for name in names})
+        self._learning = threading.Lock()
+        self.client = client or openai.OpenAI(
             base_url=base_url, timeout=timeout_s, max_retries=max_retries, api_key=key
         )
 
     def describe(self) -> dict:
-        import openai
-
         return {
             "engine": "openai",
             "device": self.base_url,
             "served": self.model,
             "openai": openai.__version__,
         }
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self.client.close()
 
     def answer(
         self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
@@ -72,115 +103,118 @@ class OpenAIEngine:
             yield from pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
 
     def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
-        from httpx import HTTPError
-        from openai import OpenAIError
-
         if request.begun:
             raise InputError(
                 "a chat endpoint cannot go on from a begun answer; use the engine transformers or "
                 "vllm"
             )
         start = time.perf_counter()
-        extra = {}
-        if self.extra_sampling:
-            extra = {
-                "repetition_penalty": sampling.repetition_penalty,
-                "top_k": sampling.top_k or -1,
-            }
-        pattern = ANSWER_PATTERNS[self.family.name]
-        options = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
-        if not reasoning:
-            if self.family.name == "qwen3-vl":
-                schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
-                options["response_format"] = {"type": "json_schema", "json_schema": schema}
-            else:
-                # VLLM; `guided_regex` would be silently ignored
-                extra["structured_outputs"] = {"regex": pattern}
+        image = shrink(request.image, self.max_pixels)
         content = [
-            {"type": "image_url", "image_url": {"url": png_data_url(request.image)}},
+            {"type": "image_url", "image_url": {"url": png_data_url(image)}},
             {"type": "text", "text": request.prompt},
         ]
         try:
-            reply = (ChatReply.streamed if self.stream else ChatReply.whole)(
-                self.client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": content}],
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
-                    seed=self.seed,
-                    extra_body=extra or None,
-                    **options,
-                )
-            )
-        # The client wraps its transport's errors, but not those of a stream
-        except (OpenAIError, HTTPError) as error:
+            reply = self._reply([{"role": "user", "content": content}], sampling, reasoning)
+        # Not every version of the client wraps its transport's errors within a stream. ValueError
+        # and RecursionError: it was sent something that calls itself JSON and is not.
+        except (openai.OpenAIError, httpx2.HTTPError, ValueError, RecursionError) as error:
             return Answer.failed(error)
+        if reply.error is not None:
+            return Answer.failed(reply.error)
         latency_ms = (time.perf_counter() - start) * 1000
         first_token_ms = (
             None if reply.first_token_at is None else (reply.first_token_at - start) * 1000
         )
-        finish = "length" if reply.finish_reason == "length" else "stop"
-        if not reasoning:
-            check_bound(reply.text, pattern, finished=finish == "stop")
-            raw_answer = self.family.no_reasoning_prefix + reply.text
-        elif reply.thought:  # a server with a reasoning parser hands the two parts over separately
-            raw_answer = f"<think>\n{reply.thought}\n{THINK_END}\n\n{reply.text}"
-        else:
-            raw_answer = self.opener + reply.text
-        usage = reply.usage
-        details = getattr(usage, "completion_tokens_details", None)
-        num_reasoning = getattr(details, "reasoning_tokens", None) or (0 if not reasoning else None)
-        num_answer = None if usage is None else usage.completion_tokens - (num_reasoning or 0)
+        if not reasoning and reply.text:
+            try:
+                pattern = ANSWER_PATTERNS[self.family.name]
+                check_bound(reply.text, pattern, finished=reply.finish == "stop")
+            except ConstraintIgnored as error:
+                if reply.finish == "stop":
+                    raise
+                return Answer.failed(error)
         return Answer(
-            raw_answer,
-            usage and usage.prompt_tokens,
-            num_reasoning,
-            num_answer,
-            finish,
+            self._raw_answer(reply, reasoning),
+            reply.prompt_tokens,
+            reply.reasoning_tokens if reasoning else reply.reasoning_tokens or 0,
+            reply.answer_tokens,
+            reply.finish,
             latency_ms,
             first_token_ms,
         )
 
+    def _reply(self, messages: list[dict], sampling: Sampling, reasoning: bool) -> ChatReply:
+        """What the service answers, asked with the options that it accepts.
 
-@dataclass
-class ChatReply:
-    """What a chat endpoint has said; thought: what its reasoning parser has set apart;
-    first_token_at: perf_counter.
+        Raises openai.OpenAIError, httpx2.HTTPError, and ValueError for what is not JSON.
+        """
+        values = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "max_completion_tokens": sampling.max_new_tokens,
+            "seed": self.seed,
+            "repetition_penalty": sampling.repetition_penalty,
+            "top_k": sampling.top_k or -1,
+            **self.extra_body,
+        }
+        fixed = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
+        bound = {}
+        if not reasoning:
+            if self.family.name == "qwen3-vl":
+                schema = {"name": "answer", "strict": True, "schema": ANSWER_SCHEMA}
+                fixed["response_format"] = {"type": "json_schema", "json_schema": schema}
+            else:  # vLLM's; `guided_regex` would be silently ignored
+                bound["structured_outputs"] = {"regex": ANSWER_PATTERNS[self.family.name]}
+        for _ in range(len(values)):
+            names = self.accepted.sent
+            sent = {name: values[source] for name, source in names.items()}
+            options = {name: sent.pop(name) for name in _CLIENT_OPTIONS if name in sent}
+            try:
+                completion = self.client.chat.completions.create(
+                    model=self.model,
+                    messages=messages,
+                    extra_body={**sent, **bound} or None,
+                    **options,
+                    **fixed,
+                )
+                return read_stream(completion) if self.stream else read_reply(completion)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if not self._learn(f"{error.param or ''} {error}", names):
+                    raise
+        raise InputError(f"{self.base_url} refuses one option after another: {self.accepted.notes}")
+
+    def _learn(self, message: str, names: Mapping) -> bool:
+        with self._learning:
+            known = len(self.accepted.notes)
+            learned = self.accepted.learn(message, names)
+            for note in self.accepted.notes[known:]:
+                print(f"{self.model}: {note}", flush=True)
+            return learned
+
+    def _raw_answer(self, reply: ChatReply, reasoning: bool) -> str:
+        if not reasoning:
+            return self.family.no_reasoning_prefix + reply.text
+        if reply.reasoning is None:
+            return self.opener + reply.text
+        # A server with a reasoning parser hands the two parts over separately
+        if not reply.text and reply.finish == "length":  # cut within its reasoning
+            return f"<think>\n{reply.reasoning}"
+        return f"<think>\n{reply.reasoning}\n{THINK_END}\n\n{reply.text}"
+
+
+def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """The image with at most max_pixels pixels and its aspect ratio; a smaller one stays as it is.
+
+    The families' boxes are relative to the image, so they do not change.
     """
-
-    text: str = ""
-    thought: str = ""
-    finish_reason: str | None = None
-    usage: object = None
-    first_token_at: float | None = None
-
-    @classmethod
-    def whole(cls, completion) -> "ChatReply":
-        choice = completion.choices[0]
-        return cls(
-            choice.message.content or "",
-            _thought(choice.message),
-            choice.finish_reason,
-            completion.usage,
-        )
-
-    @classmethod
-    def streamed(cls, chunks) -> "ChatReply":
-        reply = cls()
-        for chunk in chunks:
-            reply.usage = chunk.usage or reply.usage
-            for choice in chunk.choices:  # the last chunk has none
-                text, thought = choice.delta.content or "", _thought(choice.delta)
-                if reply.first_token_at is None and (text or thought):
-                    reply.first_token_at = time.perf_counter()
-                reply.text, reply.thought = reply.text + text, reply.thought + thought
-                reply.finish_reason = choice.finish_reason or reply.finish_reason
-        return reply
-
-
-def _thought(message) -> str:
-    return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or ""
+    if max_pixels is None or image.width * image.height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    width, height = (max(1, int(side * scale)) for side in image.size)
+    # An image of one row or column: the other side alone must fit
+    return image.resize((min(width, max_pixels), min(height, max_pixels)), Image.Resampling.BICUBIC)
 
 
 def png_data_url(image: Image.Image) -> str:

@@ -8,6 +8,7 @@ leaves the same file.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -28,9 +29,7 @@ from egm_lib.inference.engine import Answer, Engine, Request
 from egm_lib.inference.from_profile import NO_REASONING, make_engine, model_of
 from egm_lib.inference.latency import CONCURRENCIES, measure_latency
 from egm_lib.parsing import parse_completion
-from egm_lib.profile import (
-    Sampling,
-)
+from egm_lib.profile import Sampling
 from egm_lib.run import Run
 
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
@@ -245,14 +244,25 @@ def _predict_all(args: argparse.Namespace) -> None:
 
 
 def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> None:
-    profile, root = run.profile, run.profile.data.path
-    limit = profile.data.eval_limit if args.limit is None else args.limit
+    profile = run.profile
     splits = [pair for pair in eval_splits(task) if not args.split or split_id(*pair) in args.split]
     if not splits:
         return
-    engine = decoded_as(
-        make_engine(profile, model_of(run, model, task), run.seed, for_latency=args.latency), model
-    )
+    checkpoint = model_of(run, model, task)
+    plain = make_engine(profile, checkpoint, run.seed, for_latency=args.latency)
+    with contextlib.closing(decoded_as(plain, model)) as engine:  # before the next one is built
+        _use_engine(engine, splits, run, model, args)
+
+
+def _use_engine(
+    engine: Engine,
+    splits: Sequence[tuple[str, str]],
+    run: Run,
+    model: str,
+    args: argparse.Namespace,
+) -> None:
+    profile, root = run.profile, run.profile.data.path
+    limit = profile.data.eval_limit if args.limit is None else args.limit
     common = {"model": model, "root": root, "sampling": profile.generation.sampling}
     common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:

@@ -1,5 +1,6 @@
 """The engine on transformers: batched generation on one CPU or GPU."""
 
+import gc
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -8,9 +9,9 @@ import torch
 import xxhash
 from PIL import Image
 
-from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm
+from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm, Pieces
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
-from egm_lib.inference.engine import THINK_END, Answer, Request, chat_texts
+from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
 from egm_lib.inference.loading import DTYPES, image_token_ids, load_model, load_processor
 from egm_lib.inference.shared_prefix import Reader, read_prefix
 from egm_lib.inference.vision_cache import freeze_vision
@@ -60,6 +61,7 @@ class TransformersEngine:
         )
         self.images: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
         self.reader = None
+        self.pieces: Pieces | None = None  # read when an output is bound
         if self.cache_vision:
             self.reader = Reader(processor, model, freeze_vision(model), self.images.__getitem__)
         tokenizer = self.processor.tokenizer
@@ -69,8 +71,13 @@ class TransformersEngine:
             token for token in (*ends, tokenizer.eos_token_id) if token is not None
         )
         self.suppress_ids = image_token_ids(self.model.config)
-        think_end = tokenizer.convert_tokens_to_ids(THINK_END)
-        self.think_end_id = None if think_end in (None, tokenizer.unk_token_id) else think_end
+
+    def close(self) -> None:
+        """Lets go of the model and of the GPU's memory."""
+        self.model = self.reader = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def describe(self) -> dict:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -130,7 +137,10 @@ class TransformersEngine:
         )
         form = None
         if not reasoning:
-            form = AnswerForm(ANSWER_PATTERNS[self.family.name], self._text, self.eos_ids)
+            if self.pieces is None:
+                self.pieces = Pieces.of(self.processor.tokenizer)
+            pattern = ANSWER_PATTERNS[self.family.name]
+            form = AnswerForm(pattern, self._text, self.eos_ids, self.pieces)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
         done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
         latency_ms, first_token_ms = (
@@ -141,7 +151,9 @@ class TransformersEngine:
         for ids, prompt_ids, opening in zip(done.tokens, prefix.ids, begun, strict=True):
             ended = ids[-1] in self.eos_ids
             ids = ids[:-1] if ended else ids
-            num_reasoning = self._reasoning_tokens(ids) if reasoning else 0
+            num_reasoning = (
+                count_reasoning_tokens(self.processor.tokenizer, ids) if reasoning else 0
+            )
             answers.append(
                 Answer(
                     opening + self._text(ids),
@@ -183,15 +195,4 @@ class TransformersEngine:
     def _text(self, ids: list[int]) -> str:
         return self.processor.tokenizer.decode(
             ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    def _reasoning_tokens(self, ids: list[int]) -> int:
-        """Tokens up to and with </think>; 0 where the answer does not close a reasoning."""
-        if self.think_end_id is not None:
-            return len(ids) - ids[::-1].index(self.think_end_id) if self.think_end_id in ids else 0
-        text = self._text(ids)
-        if THINK_END not in text:
-            return 0
-        return len(
-            self.processor.tokenizer(text[: text.rindex(THINK_END) + len(THINK_END)])["input_ids"]
         )

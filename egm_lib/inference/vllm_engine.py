@@ -1,5 +1,6 @@
 """The engine on vLLM in this process."""
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, ProcessorMixin
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, check_bound
-from egm_lib.inference.engine import THINK_END, Answer, Request, chat_texts
+from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
 from egm_lib.inference.loading import load_processor
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
@@ -79,6 +80,14 @@ class VLLMEngine:
             **vllm_images(self.processor),
         )
 
+    def close(self) -> None:
+        """Ends vLLM's engine, which holds the GPU's memory in a process of its own."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def describe(self) -> dict:
         import vllm
 
@@ -115,16 +124,18 @@ class VLLMEngine:
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         latency_ms = (time.perf_counter() - start) * 1000
         tokenizer = self.processor.tokenizer
-        think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
         for output, opening in zip(outputs, begun, strict=True):
             completion = output.outputs[0]
+            finish = completion.finish_reason
+            if finish not in ("stop", "length"):  # such as "abort"
+                yield Answer.failed(f"vLLM ended the answer with {finish!r}")
+                continue
             ids = list(completion.token_ids)
             if ids[-1:] == [tokenizer.eos_token_id]:  # not counted, as in TransformersEngine
                 ids.pop()
             text = completion.text.removesuffix(tokenizer.eos_token)
-            finish = "length" if completion.finish_reason == "length" else "stop"
             if not reasoning:
                 check_bound(text, pattern, finished=finish == "stop")
-            num_reasoning = len(ids) - ids[::-1].index(think_end_id) if think_end_id in ids else 0
+            num_reasoning = count_reasoning_tokens(tokenizer, ids) if reasoning else 0
             num_answer, num_prompt = len(ids) - num_reasoning, len(output.prompt_token_ids)
             yield Answer(opening + text, num_prompt, num_reasoning, num_answer, finish, latency_ms)

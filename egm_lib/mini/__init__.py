@@ -1,3 +1,1 @@
-"""The miniature world: drawn scenes, referring expressions, a teacher that sees the scene graph,
-tiny checkpoints.
-"""
+"""The miniature world: scenes, expressions, a teacher that knows them, tiny checkpoints."""

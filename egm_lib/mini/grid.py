@@ -6,7 +6,7 @@ import numpy as np
 
 from egm_lib.mini.scenes import SIZE_PX
 
-# Answers and traces name places on this grid of 0..1000: 2.56 px, where things have 14 px
+# Step of coordinates in 0..1000, in answers and traces: 2.56 px; most things have 14 px or more
 GRID_1000 = 20
 LEVELS = 1000 // GRID_1000 + 1
 

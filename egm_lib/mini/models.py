@@ -1,8 +1,7 @@
-"""Tiny Qwen3-VL configurations: one vision tower, a shallow `small` and a deep `large` language
-model.
+"""Tiny Qwen3-VL configurations: one vision tower, a shallow and a deep language model.
 
-Widths are equal, so that tower, mergers and embeddings are the very same tensors in both; what
-differs is depth.
+Both have the same width, so that tower, mergers and embeddings are the same tensors in both. Only
+the language models' depth and MLP differ.
 """
 
 from __future__ import annotations
@@ -71,9 +70,7 @@ def config(size: str, tokenizer) -> Qwen3VLConfig:
 
 
 def build(size: str, tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A randomly initialised model of the size; deepstack starts silent (its last layer is
-    zero).
-    """
+    """A randomly initialised model of a size; the last layers of its deepstack are zero."""
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config(size, tokenizer))
     for merger in model.model.visual.deepstack_merger_list:
@@ -83,8 +80,9 @@ def build(size: str, tokenizer, seed: int) -> Qwen3VLForConditionalGeneration:
 
 
 def patchify(images_B_H_W_3: np.ndarray) -> Tensor:
-    """uint8 images -> pixel_values_B_P_D as Qwen's image processor lays them out
-    (merge-block-major; C, T, h, w).
+    """uint8 images -> pixel_values_B_P_D in the order of Qwen's image processor.
+
+    Patches are in the order of merge blocks; D is C, T, h, w.
     """
     batch, side = len(images_B_H_W_3), SIZE_PX // PATCH_PX // MERGE
     x = torch.from_numpy(images_B_H_W_3).float().div_(127.5).sub_(1.0).permute(0, 3, 1, 2)
@@ -96,11 +94,10 @@ def patchify(images_B_H_W_3: np.ndarray) -> Tensor:
 
 
 def encode_images(visual, pixel_values_B_P_D: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The tower on a batch of equal-sized images: merged_B_64_W and the deepstack features of the
-    same shape.
+    """The tower on a batch of images of one size: merged_B_64_W and deepstack features.
 
-    The same sums as `visual(...)`, whose attention loops over images; here they are one batch
-    (about 3x faster).
+    It computes what `visual(...)` does, whose attention loops over images; as one batch this is
+    about 3 times as fast.
     """
     batch, patches, _ = pixel_values_B_P_D.shape
     side = SIZE_PX // PATCH_PX
@@ -155,10 +152,7 @@ def processor(tokenizer):
 
 
 def save(model, folder) -> None:
-    """Write a checkpoint with tokenizer, processor and generation defaults: all that transformers
-    needs to load it.
-    """
-
+    """Writes a checkpoint with tokenizer, processor and generation defaults."""
     tokenizer = build_tokenizer()
     model.model.language_model.config._attn_implementation = "sdpa"
     model.generation_config.eos_token_id = tokenizer.eos_token_id

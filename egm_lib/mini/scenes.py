@@ -1,5 +1,4 @@
-"""Scenes of the miniature world: coloured shapes on a textured ground, with exact visible and full
-boxes.
+"""Scenes of the miniature world: coloured shapes on a textured ground, with exact boxes.
 
 Boxes are xyxy in pixels of the image (BoxFrame.PIXEL). A scene is a pure function of its random
 generator.
@@ -25,7 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-# Drawn at twice the size and averaged down: anti-aliased edges for a fraction of a millisecond
+# Images are drawn at twice the size and averaged down, for smooth edges
 SUPERSAMPLING = 2
 
 Box = tuple[float, float, float, float]
@@ -33,9 +32,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. full_box_px ignores occlusion, visible_box_px bounds what can be seen (None when
-    nothing can).
-    """
+    """One shape. full_box_px ignores occlusion; visible_box_px is None if nothing can be seen."""
 
     colour: str
     shape: str
@@ -50,22 +47,23 @@ class Thing:
 
     @cached_property
     def side_px(self) -> float:
-        """Side of the square with the visible box's area: the 'size' that expressions compare."""
+        """Side of the square with the visible box's area: the size that expressions compare."""
         x1, y1, x2, y2 = self.visible_box_px or self.full_box_px
         return math.sqrt((x2 - x1) * (y2 - y1))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in drawing order (the last lies on top) and the seed of the ground's texture."""
+    """Things in drawing order (the last is on top), and the seed of the ground's texture."""
 
     things: tuple[Thing, ...]
     ground_seed: int
 
     @cached_property
     def members(self) -> dict[tuple[str | None, str | None], list[int]]:
-        """Indices of the visible things by (colour, shape), by colour alone and by shape alone,
-        from left to right.
+        """Indices of the visible things from left to right, by (colour, shape).
+
+        Keys with None for one of the two hold the things of one colour or of one shape.
         """
         found: dict[tuple[str | None, str | None], list[int]] = {}
         seen = [i for i, t in enumerate(self.things) if t.visible_box_px is not None]
@@ -84,21 +82,9 @@ def _outline(shape: str, box: Box) -> list[tuple[float, float]]:
     if shape == "cross":
         a, b = w / 3, h / 3
         xs, ys = (x1, x1 + a, x2 - a, x2), (y1, y1 + b, y2 - b, y2)
-        corners = [
-            (1, 0),
-            (2, 0),
-            (2, 1),
-            (3, 1),
-            (3, 2),
-            (2, 2),
-            (2, 3),
-            (1, 3),
-            (1, 2),
-            (0, 2),
-            (0, 1),
-            (1, 1),
-        ]
-        return [(xs[i], ys[j]) for i, j in corners]
+        columns = (1, 2, 2, 3, 3, 2, 2, 1, 1, 0, 0, 1)
+        rows = (0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 1, 1)
+        return [(xs[i], ys[j]) for i, j in zip(columns, rows, strict=True)]
     points = []  # a five-pointed star, stretched to fill its box
     for i in range(10):
         radius = 1.0 if i % 2 == 0 else 0.42
@@ -164,8 +150,9 @@ def render(scene: Scene) -> Image.Image:
 
 
 def with_visibility(scene: Scene) -> Scene:
-    """The scene with every thing's visible box and share, measured on the drawing itself
-    (half-pixel resolution).
+    """The scene with the visible box and share of every thing, measured on a drawing of the scene.
+
+    The resolution is half a pixel.
     """
     side = SIZE_PX * SUPERSAMPLING
     ids = Image.new("L", (side, side), 0)
@@ -214,9 +201,7 @@ def _place(
 
 
 def _occluder(rng: np.random.Generator, target: Box) -> Box | None:
-    """A box that hides a good part of the target from one side or corner, and stays in the
-    image.
-    """
+    """A box in the image that hides a good part of the target, from one side or corner."""
     x1, y1, x2, y2 = target
     side = int(rng.integers(16, 32))
     cover = rng.uniform(0.25, 0.65)
@@ -231,10 +216,10 @@ def _occluder(rng: np.random.Generator, target: Box) -> Box | None:
 
 
 def sample_scene(rng: np.random.Generator, *, occlusion: float = 0.06, tiny: float = 0.01) -> Scene:
-    """A random scene of 5 to 12 things with one or two crowded kinds (look-alikes) and distractors.
+    """A random scene: one or two crowded kinds (look-alikes), distractors, and 5 things at least.
 
-    occlusion: chance, for each thing, of being partly hidden by another. tiny: chance, for each
-    thing, of 7 px.
+    occlusion: chance of each thing to be partly hidden by another one.
+    tiny: chance of each thing to be 7 px wide.
     """
     while True:
         scene = _try_scene(rng, occlusion, tiny)

@@ -1,8 +1,8 @@
-"""The miniature's word-level tokenizer: Qwen's special tokens, long pieces for fixed phrases.
+"""The miniature's word-level tokenizer: Qwen's special tokens, and long pieces for fixed phrases.
 
-Text is exact (decode of encode is the identity for known words). Numbers are the multiples of 20 in
-0..1000, one token each in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box is four
-tokens and a place two.
+Decoding an encoded text of known words gives the same text. Numbers are the multiples of 20 in
+0..1000, each a single token in four spellings (`420`, `, 420`, ` 420`, ` at 420`), so that a box
+takes four tokens and a place two.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ _PATTERN = "|".join(
 @cache
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer with every word that egm_lib.mini.language can say."""
-
     punctuation = [*".,:;?()[]{}\"'-", " ", "\t", " ["]
     spellings = [prefix + n for prefix in ("", ", ", " ", " at ") for n in NUMBERS]
     words = [prefix + w for w in sorted(WORDS) for prefix in ("", " ")]

@@ -1,10 +1,9 @@
-"""Writes the miniature world to disk in the record format of real data: images, samples, and what
-the teacher knows.
+"""Writes the miniature world to disk in the record format of real data.
 
 `python -m egm_lib.mini.world --out data/raw/mini --profile mini` writes images/*.png, train.jsonl,
-train_amodal.jsonl, selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl and
-teacher.jsonl. Splits differ by seed, and no image occurs in two of them. A known small share of
-labels is wrong, of expressions ambiguous, of targets tiny.
+train_amodal.jsonl, selection.jsonl, selection_amodal.jsonl, eval/<dataset>_<split>.jsonl, and
+teacher.jsonl with what the teacher knows. Splits differ by seed, and no image is in two of them. A
+known small share of labels is wrong, of expressions ambiguous, and of targets tiny.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ import numpy as np
 from egm_lib.boxes import iou
 from egm_lib.cli import ends
 from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
+from egm_lib.files import read_json
 from egm_lib.mini.language import TINY_PX, Kind, Query, amodal_steps, num_lookalikes, sample_query
 from egm_lib.mini.scenes import SIZE_PX, Scene, render, sample_scene
 from egm_lib.profile import Data, ProfileError, load_profile
 
-VERSION = 3  # of what the recipes draw: a world of another version is made anew
+VERSION = 3  # of what the recipes draw; a world of another version is written again
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
 # As people / objects
@@ -40,8 +40,9 @@ SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "tri
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a split is made of. hops: weight of 0, 1, 2, 3 serial selections; stream: its own random
-    seed.
+    """What a split is made of.
+
+    stream: the split's random seed. hops: weights of 0, 1, 2 and 3 serial selections.
     """
 
     dataset: str
@@ -104,9 +105,7 @@ def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | Non
 
 
 def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
-    """(scene, image id, samples, teacher's truths) image by image, until `count` samples are
-    made.
-    """
+    """(scene, image id, samples, what the teacher knows), image by image, for `count` samples."""
     made, number = 0, 0
     while made < count:
         scene = sample_scene(
@@ -137,7 +136,7 @@ def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict]
 def _sample(
     recipe: Recipe, scene: Scene, query: Query, index: int, rng: Random
 ) -> tuple[dict, dict]:
-    """One sample (without its ids) and what the teacher knows of it, planted faults included."""
+    """One sample (without its ids) and what the teacher knows of it, with the planted faults."""
     thing, words = scene.things[index], query.words(rng)
     box = list(thing.full_box_px if recipe.amodal else thing.visible_box_px)
     others = [scene.things[i] for i in query.kind.members(scene) if i != index]
@@ -198,15 +197,13 @@ def counts(data: Data) -> dict[str, int]:
     wanted = {name: limits.get(name, data.eval_limit) for name in recipes()}
     if missing := [name for name, count in wanted.items() if count is None]:
         raise ProfileError(
-            f"the miniature world is endless: the profile's `data` needs a limit for {missing[0]}"
+            f"the miniature world has no end: the profile's `data` needs a limit for {missing[0]}"
         )
     return wanted
 
 
 def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
-    """Write the images, the samples and, beside them, the truths of one file; returns its
-    images' digests.
-    """
+    """Writes images, samples and what the teacher knows; returns {digest: image id}."""
     digests: dict[bytes, str] = {}
     rows: list[dict] = []
     with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
@@ -225,14 +222,13 @@ def _truths(folder: Path, name: str) -> Path:
 
 
 def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
-    """Write the files; a finished world of the same sizes is left alone. Returns the number of
-    samples by file.
+    """Writes the world, unless it is there with the same sizes; returns the samples of each file.
 
-    The folder appears whole or not at all: it is written beside its place, a file a process, and
-    moved there.
+    The folder appears whole or not at all: it is written beside its place, one process for each
+    file, and then moved there.
     """
     done, made = out / "world.json", {"version": VERSION, "samples": wanted}
-    if done.is_file() and json.loads(done.read_text()) == made:
+    if read_json(done, f"delete {out} to write it again") == made:
         return wanted
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", dir=out.parent))
@@ -263,7 +259,7 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the world of a profile."""
+    """Writes the world of a profile."""
     parser = argparse.ArgumentParser(
         prog="python -m egm_lib.mini.world", description=__doc__.split("\n")[0]
     )

@@ -100,6 +100,15 @@ def _weights_digest(folder: Path) -> str | None:
     return digest([file_digest(path)[:16] for path in files])[:16] if files else None
 
 
+def committed_json(path: str) -> dict | None:
+    """A JSON file of the checkout's last commit; None outside a checkout, or without the file."""
+    show = ["git", "-C", str(project_root()), "show", f"HEAD:{path}"]
+    try:
+        return json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
 def git_revision() -> str:
     """The revision of the checkout, "-dirty" where it has changes, figures apart: runs write them;
     or "unknown".

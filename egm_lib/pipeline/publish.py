@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 
 from egm_lib.errors import EgmError
 from egm_lib.files import atomic_open, project_root
+from egm_lib.prompts import TASKS, Task
 from egm_lib.run import Run
 
 
@@ -24,6 +26,11 @@ def stages() -> list[Path]:
             f"no notebooks in {project_root() / 'notebooks'}; run from a checkout of the repository"
         )
     return found
+
+
+def tasks_of(notebook: Path) -> Sequence[Task]:
+    """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all."""
+    return nbformat.read(notebook, as_version=4).metadata.get("egm", {}).get("tasks", TASKS)
 
 
 def clean(path: Path) -> None:
@@ -53,6 +60,8 @@ def publish(run: Run) -> None:
     books = {}
     for notebook in stages():
         executed = run.notebook(notebook.name)
+        if not set(tasks_of(notebook)) & set(run.profile.tasks):
+            continue
         if not executed.exists():
             raise ReproduceError(
                 f"{executed} is missing: run the whole profile before its notebooks are published"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import os
 import signal
 import sys
 import time
@@ -25,16 +26,25 @@ from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 
 from egm_lib.cli import ends, run_parser
+from egm_lib.curation.stages import BUDGET_VARIABLE, budget_of, estimate_run
 from egm_lib.files import digest, project_root, read_json
 from egm_lib.pipeline.jobs import without_gpus
-from egm_lib.pipeline.manifest import environment, git_revision, open_manifest, write_manifest
-from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish, stages
+from egm_lib.pipeline.manifest import (
+    committed_json,
+    environment,
+    git_revision,
+    open_manifest,
+    write_manifest,
+)
+from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish, stages, tasks_of
+from egm_lib.pipeline.verdict import verdict
 from egm_lib.profile import load_profile
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 
 KERNEL = "python3"
+ASKING = ("01", "02", "03")  # notebooks that ask judges and teachers
 OUTPUTS = (  # folders that stages fill
     "samples",
     "curation",
@@ -57,11 +67,14 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
     run.root.mkdir(parents=True, exist_ok=True)
     with _locked(run.root / ".lock"):
         manifest = open_manifest(run)
-        notebooks, key, stale = stages(), run.profile.digest, fresh
+        notebooks, key, stale, agreed = stages(), run.profile.digest, fresh, False
         for number, notebook in enumerate(notebooks):
             name = notebook.stem
             key = digest([key, code_of_file(notebook)])[:16]
             if not first[:2] <= name[:2] <= last[:2]:
+                continue
+            if not set(tasks_of(notebook)) & set(run.profile.tasks):
+                print(f"[{number + 1}/{len(notebooks)}] {name}: not needed for {run.profile.name}")
                 continue
             done = manifest["stages"].get(name, {})
             whole = done.get("key") == key and done.get("finished") and not _missing(run, done)
@@ -70,6 +83,9 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
                 print(f"{prefix} done before ({done['seconds']:.0f} s)", flush=True)
                 continue
             stale = True
+            if name[:2] in ASKING and not agreed:
+                agree_on_costs(run)
+                agreed = True
             print(f"{prefix} running", flush=True)
             seconds = _run_stage(run, notebook, manifest, key)
             print(f"{prefix} finished in {seconds:.0f} s", flush=True)
@@ -182,15 +198,42 @@ def _missing(run: Run, done: dict) -> bool:
     )
 
 
-def _show_results(run: Run) -> None:
-    """The paper beside ours, and where to look further; tables anew, since the manifest is complete
-    only now.
+def agree_on_costs(run: Run) -> None:
+    """Says what the paid services of a run will cost, and asks for a budget where none is set.
+
+    Raises ReproduceError where there is nobody to ask, or no budget is given.
     """
+    estimate = estimate_run(run)
+    if not estimate.stages:
+        return
+    print(f"Paid services, estimated:\n{estimate}", flush=True)
+    if budget_of(run) is not None:
+        print(
+            f"Budget: {budget_of(run):g} USD. The asking stops before it is exceeded.", flush=True
+        )
+        return
+    advice = f"set a budget in USD: make reproduce PROFILE={run.profile.name} BUDGET=100"
+    if not sys.stdin.isatty():
+        raise ReproduceError(f"This run asks paid services; {advice}")
+    answer = input("How many USD may be spent (empty: stop)? ").strip()
+    if not answer:
+        raise ReproduceError(f"Nothing was asked. To go on, {advice}")
+    os.environ[BUDGET_VARIABLE] = answer
+    budget_of(run)  # raises where the answer is no amount
+
+
+def _show_results(run: Run) -> None:
+    """The paper beside ours, the committed results beside ours, and where to look further.
+
+    The tables are made again, since the manifest is complete only now.
+    """
+    committed = committed_json(f"figures/{run.profile.name}/summary.json")
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
     summary = read_json(run.figures / "summary.json")
     print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
     print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
+    print(f"Does it reproduce the committed results?\n\n{verdict(summary, committed)}\n")
     print(f"Tables and figures: {run.figures}")
     gallery = run.figures / "gallery.html"
     print(f"Gallery: {gallery}" if gallery.exists() else "Gallery: not made")

@@ -1,10 +1,8 @@
-"""gallery.html: one page that opens from disk in any browser, with the results, the figures and
-traces to page through.
+"""gallery.html: one page with results, figures and traces that opens from disk in any browser.
 
     python -m egm_lib.reports.gallery --profile mini
 
-Nothing is fetched: images are in the page, and the traces are drawn by the viewer's own script
-and style.
+Nothing is fetched: images are in the page, and the viewer's own script draws the traces.
 """
 
 import argparse
@@ -13,26 +11,29 @@ import html
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import egm_lib.viewer
 from egm_lib.cli import ends, run_parser, runs_of
 from egm_lib.evaluation.results import Results
 from egm_lib.files import atomic_open, read_json
-from egm_lib.reports.figures.material import EGM, LARGE, SMALL, Material, data_root, lot
-from egm_lib.reports.tables.cells import summarised
-from egm_lib.viewer.comparison import Comparison, models_in
+from egm_lib.reports.figures.material import (
+    EGM,
+    LARGE,
+    SMALL,
+    Material,
+    data_root,
+    outcome_title,
+    sample_fixed,
+)
+from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, summarised
+from egm_lib.viewer.comparison import OUTCOMES, models_in
 from egm_lib.viewer.page import view_of
-from egm_lib.viewer.palette import look
+from egm_lib.viewer.palette import style_of
 
-TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at some 5 MB
-KINDS: dict[str, Callable[[Comparison], bool]] = {
-    "EGM solves what the base misses": lambda each: each.failed(SMALL) and each.solved(EGM),
-    "EGM misses what the base solves": lambda each: each.solved(SMALL) and each.failed(EGM),
-    "both miss": lambda each: each.failed(SMALL) and each.failed(EGM),
-    "both solve": lambda each: each.solved(SMALL) and each.solved(EGM),
-}
+DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
+TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at about 5 MB
 TABLES = (
     "table4",
     "table4_differences",
@@ -53,11 +54,10 @@ def build_gallery(
     root: Path | None = None,
     rule: str = "egm",
 ) -> Path:
-    """Writes the page from the runs' predictions and what tables and figures left in figures_dir;
-    returns its path.
+    """Writes the page from the runs' predictions and the tables and figures in figures_dir.
 
-    Traces are drawn by a fixed lot, up to TRACES_A_KIND of each kind and task. What is absent is
-    said to be not run.
+    Up to TRACES_A_KIND traces of each kind and task are drawn at random, always the same ones. What
+    is absent is shown as not run. Returns the path of the page.
     """
     results, figures_dir, out_html = Results(run_roots, rule), Path(figures_dir), Path(out_html)
     material = Material(results, root or data_root(results), {})
@@ -69,8 +69,10 @@ def build_gallery(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
         headline=_headline(read_json(figures_dir / "summary.json")),
-        # Here it lives
-        figures="\n".join(_figure(each, figures_dir) for each in drawn if each["name"] != "viewer")
+        # The viewer itself is in the page: its still image is left out.
+        figures="\n".join(
+            _figure(figure, figures_dir) for figure in drawn if figure["name"] != "viewer"
+        )
         or '<p class="not-run">Figures: not run (python -m egm_lib.reports.figures)</p>',
         tables="\n".join(_table(figures_dir / f"{name}.md") for name in TABLES),
         traces=_script_safe(json.dumps(_traces(material), ensure_ascii=False, allow_nan=False)),
@@ -85,24 +87,23 @@ def build_gallery(
 
 
 def _traces(material: Material) -> dict:
-    """Kinds with their views, those that have any, and the images: a view holds its place among
-    them.
-    """
-    kinds, places = [], {}
+    """Kinds of samples with their views, and the images; a view holds the number of its image."""
+    kinds, numbers = [], {}
     for task in ("vanilla", "amodal"):
-        pool = material.of(task)
-        models = [model for model in models_in(pool) if model in (SMALL, EGM, LARGE)]
-        for name, suits in KINDS.items():
-            own = [each for each in pool if suits(each)]
+        models = [model for model in models_in(material.of(task)) if model in (SMALL, EGM, LARGE)]
+        for outcome in OUTCOMES:
+            samples = material.with_outcome(task, outcome)
             views = [
-                view_of(each, models, root=material.root, max_side_px=480)
-                for each in lot(own, TRACES_A_KIND)
+                view_of(sample, models, root=material.root, max_side_px=480)
+                for sample in sample_fixed(samples, TRACES_A_KIND)
             ]
             for view in views:
-                view["image"] = view["image"] and places.setdefault(view["image"], len(places))
+                if view["image"]:
+                    view["image"] = numbers.setdefault(view["image"], len(numbers))
             if views:
-                kinds.append({"kind": name, "task": task, "of": len(own), "views": views})
-    return {"kinds": kinds, "images": list(places)}
+                kind = outcome_title(outcome)
+                kinds.append({"kind": kind, "task": task, "of": len(samples), "views": views})
+    return {"kinds": kinds, "images": list(numbers)}
 
 
 def _script_safe(text: str) -> str:
@@ -120,7 +121,7 @@ def _headline(summary: dict | None) -> str:
             f"<dt>{label}</dt><dd>{_percent(summary[key].get(name))}</dd>"
             for label, key in (("RefCOCO splits", "acc_at_50"), ("amodal", "amodal_acc_at_50"))
         ]
-        label = html.escape(look(name).label)
+        label = html.escape(style_of(name).label)
         cells.append(f'<div class="fact {name}"><h3>{label}</h3><dl>{"".join(shown)}</dl></div>')
     note = '<p class="small">Accuracy at IoU &gt; 0.5, percent; 95 % intervals.</p>'
     return f'<div class="facts">{"".join(cells)}</div>{note}'
@@ -137,7 +138,7 @@ def _figure(drawn: dict, folder: Path) -> str:
     """A figure of figures.json, its PNG within the page."""
     title, file = html.escape(drawn["title"]), folder / f"{drawn['name']}.png"
     if drawn["not_run"] or not file.is_file():
-        reason = drawn["not_run"] or f"{file.name} is not there"
+        reason = drawn["not_run"] or f"no file {file.name}"
         return f'<p class="not-run">{title}: not run ({html.escape(reason)})</p>'
     data = base64.b64encode(file.read_bytes()).decode()
     caption = html.escape(drawn["caption"])
@@ -149,7 +150,7 @@ def _figure(drawn: dict, folder: Path) -> str:
 
 
 def _table(path: Path) -> str:
-    """A Markdown table of egm_lib.reports.tables as HTML, folded but for the first."""
+    """A Markdown table of egm_lib.reports.tables as HTML; all but the first are folded."""
     if not path.is_file():
         return f'<p class="not-run">{html.escape(path.stem)}: not run (python -m egm_lib.reports.tables)</p>'
     title, rows, notes = path.stem, [], []
@@ -164,9 +165,9 @@ def _table(path: Path) -> str:
             notes.append(line)
 
     def cells(row: Sequence[str], tag: str) -> str:
-        faint = ' class="not-run"'
+        faint = {NOT_RUN: ' class="not-run"', NOT_REPORTED: ' title="not reported"'}
         return "".join(
-            f"<{tag}{faint if cell == 'not run' else ''}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{faint.get(cell, '')}>{DASH if cell == NOT_REPORTED else html.escape(cell)}</{tag}>"
             for cell in row
         )
 
@@ -175,12 +176,14 @@ def _table(path: Path) -> str:
     body = "".join(
         f"<tr{mark}>{cells(row, 'td')}</tr>" for mark, row in zip(ours[1:], rows[1:], strict=True)
     )
-    said = "".join(f'<p class="small">{html.escape(note)}</p>' for note in notes)
+    if any(NOT_REPORTED in row for row in rows):
+        notes.append(f"{DASH}: the paper does not report this number.")
+    below = "".join(f'<p class="small">{html.escape(note)}</p>' for note in notes)
     opened = " open" if path.stem == TABLES[0] else ""
     return (
         f"<details{opened}><summary>{html.escape(title)}</summary>"
         "<div "
-        f'class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{said}</details>'
+        f'class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{below}</details>'
     )
 
 
@@ -265,8 +268,9 @@ _PAGE = """<!DOCTYPE html>
 <nav><a href="#traces-title">Traces</a><a href="#figures">Figures</a><a href="#tables">Tables</a></nav>
 {headline}
 <h2 id="traces-title">Traces</h2>
-<p class="small">Drawn by lot from all samples of a kind (their number in brackets). Arrow keys page; point at a model
-to light up its box. Tinted: <mark style="background:#CFE5F5">places</mark> and
+<p class="small">Drawn at random from all samples of a kind (their number in brackets). Arrow keys page, the keys
+<kbd>,</kbd> and <kbd>.</kbd> reveal the reasoning step by step; point at a model, a numbered place or a word to light
+it up. Tinted: <mark style="background:#CFE5F5">places</mark> and
 <mark style="background:#FBE3A6">counts and look-alikes</mark>.</p>
 <div class="kinds" id="kinds"></div>
 <div id="viewer"></div>

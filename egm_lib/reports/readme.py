@@ -1,5 +1,4 @@
-"""What README.md shows of the committed results: the image at its top, and the numbers, paper
-beside ours.
+"""What README.md shows of the committed results: the image at its top, and the numbers.
 
 `python -m egm_lib.reports.readme` writes both between their markers, from figures/mini-full or,
 until that has been run, figures/mini (`make tables` does).
@@ -19,7 +18,7 @@ PROFILES = ("mini-full", "mini")
 
 
 def numbers(summary: dict | None) -> str:
-    """The table as Markdown; a cell that was not run says so."""
+    """The paper's numbers beside ours, as Markdown; a cell without a run says "not run"."""
     rows = {row["name"]: row for row in paper("table4")["rows"]}
     counterparts, _ = paper_models(summary["profile"] if summary else PROFILES[0])
     lines = ["| paper | accuracy | ours | accuracy | amodal |", "|---|---|---|---|---|"]
@@ -50,7 +49,7 @@ def image(root: Path) -> str:
 
 
 def committed(root: Path) -> Path:
-    """The folder of the results that the README shows: the first of PROFILES that was run."""
+    """The folder of results that the README shows: the first of PROFILES with a summary."""
     folders = [root / "figures" / name for name in PROFILES]
     return next((folder for folder in folders if (folder / "summary.json").exists()), folders[0])
 
@@ -71,7 +70,7 @@ def rewritten(text: str, block: str, content: str) -> str:
 
 
 def committed_readme(root: Path) -> str:
-    """README.md as the committed results want it."""
+    """README.md with the image and the numbers of the committed results."""
     source = committed(root) / "summary.json"
     summary = json.loads(source.read_text(encoding="utf-8")) if source.exists() else None
     text = rewritten((root / "README.md").read_text(encoding="utf-8"), "image", image(root))

@@ -1,4 +1,5 @@
-"""Some of a run's last GRPO groups, kept for people to read:
+"""Some of a run's last GRPO groups, kept for people to read.
+
 `TraceViewer(groups=read_groups(path))` shows them.
 
 A line of the JSONL file is a prompt: its sample's fields, the step, and a group's completions with
@@ -33,8 +34,9 @@ SAMPLE_FIELDS = (
 
 
 class GroupKeeper(TrainerCallback):
-    """Remembers the last groups and writes them; a run that is resumed goes on from its
-    checkpoint's.
+    """Remembers the last groups and writes them.
+
+    A run that is resumed goes on from the groups of its checkpoint.
     """
 
     def __init__(self, path: Path, opener: str = ""):
@@ -50,8 +52,10 @@ class GroupKeeper(TrainerCallback):
         rewards_B: Tensor,
         size: int,
     ) -> None:
-        """samples, texts, rewards_B: one a completion, the `size` completions of a prompt side by
-        side.
+        """Remembers the first groups of a step.
+
+        samples, texts, rewards_B: one a completion, the `size` completions of a prompt side by
+        side. A text that is null counts as empty.
         """
         for start in range(0, min(len(texts), STEP_GROUPS * size) - size + 1, size):
             rewards_G = rewards_B[start : start + size].cpu()
@@ -59,7 +63,9 @@ class GroupKeeper(TrainerCallback):
                 {
                     **samples[start],
                     "step": step,
-                    "completions": [self.opener + text for text in texts[start : start + size]],
+                    "completions": [
+                        self.opener + (text or "") for text in texts[start : start + size]
+                    ],
                     "rewards": rewards_G.tolist(),
                     "advantages": group_advantages(rewards_G, size).tolist(),
                 }

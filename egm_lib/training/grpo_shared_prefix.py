@@ -13,10 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from egm_lib.inference.loading import image_token_ids
 from egm_lib.inference.shared_prefix import ROLLOUT_ROWS, Reader, SamplingOptions, sample
 from egm_lib.loss import group_advantages, grpo_loss
-from egm_lib.training.grpo_trainer import TimedGRPO, check_same_policy
-from egm_lib.training.model_setup import (
-    chat_text,
-)
+from egm_lib.training.grpo_trainer import TimedGRPO
+from egm_lib.training.model_setup import chat_text
 from egm_lib.training.prefix_logps import suffix_logps
 
 
@@ -42,6 +40,7 @@ class SharedPrefixGRPO(TimedGRPO):
         """Samples, scores and normalises a step's groups; returns one part for each accumulation
         step.
         """
+        self._plan_check()
         group_size, began = self.num_generations, time.perf_counter()
         processor = self.processing_class
         first = rows[::group_size]
@@ -54,9 +53,11 @@ class SharedPrefixGRPO(TimedGRPO):
         self._note_rollout(completions, sampled - began)
         texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        columns["log_metric"] = lambda name, value: self._note(**{name: value})
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
         self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
         self._note_rollouts(rewards_B, completions)
+        self._count_tokens(prompts, completions)
         return self._parts(prompts, completions, logps, group_advantages(rewards_B, group_size))
 
     def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
@@ -105,6 +106,12 @@ class SharedPrefixGRPO(TimedGRPO):
                 "completions/clipped_ratio": cut / len(completions),
             }
         )
+
+    def _count_tokens(self, prompts, completions: list[list[int]]) -> None:
+        """Adds each completion with its prompt to `num_tokens`, as TRL counts them."""
+        read = self.num_generations * sum(len(prompt.ids) for prompt in prompts)
+        self.state.num_input_tokens_seen += read + sum(map(len, completions))
+        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
 
     def _is_truncated(self, tokens: list[int]) -> bool:
         return tokens[-1] not in self.eos_token_ids
@@ -174,9 +181,9 @@ class SharedPrefixGRPO(TimedGRPO):
             )
         if not self.checked:
             keep = mask.bool()
-            gap = check_same_policy(logps.detach()[keep], inputs["sampler"][keep])
+            # `sample` states log-probs before top-p and top-k
+            gap = self._check_policy(logps.detach()[keep], inputs["sampler"][keep])
             self._note(**{"sampling/sampling_logp_difference/mean": gap})
-            self.checked = True
         loss, metrics = grpo_loss(
             logps,
             logps.detach(),

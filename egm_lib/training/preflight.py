@@ -28,12 +28,15 @@ def check_rollout(options: GRPO) -> None:
         )
 
 
-def check_device(dtype: str, section: str) -> None:
-    """Raises TrainingError where half precision is asked for and there is no GPU."""
+def check_device(dtype: str, section: str, key: str = "dtype") -> None:
+    """Raises TrainingError where half precision is asked for and there is no GPU.
+
+    section, key: where the profile asks for it.
+    """
     if dtype != "float32" and not torch.cuda.is_available():
         raise TrainingError(
-            f"{section}.dtype is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
-            f"or set {section}.dtype to float32."
+            f"{section}.{key} is {dtype!r}, and PyTorch sees no GPU here: run it on a GPU machine, "
+            f"or set {section}.{key} to float32."
         )
 
 

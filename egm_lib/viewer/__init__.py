@@ -1,14 +1,13 @@
-"""TraceViewer: look at images, boxes and reasoning traces, one sample at a time, thousands of
-them.
+"""TraceViewer: look through images, boxes and reasoning traces, one sample at a time.
 
     viewer = TraceViewer([run.root / "predictions"], root=run.profile.data.path)
     viewer.filter = {"show": "B solves what A misses", "a": "small-base", "b": "small-egm"}
-    viewer.sample["sample_id"]         # what is looked at now
+    viewer.sample["sample_id"]         # the sample on show
 
-All rows stay in Python; the page gets the current sample alone, its image downscaled. In
-JupyterLab 4, and in VS Code with its Jupyter extension (which may ask once to load widget scripts),
-it is live as long as the kernel runs; where widgets do not run (GitHub, nbconvert, papermill's
-output) the same cell shows a still image.
+All rows stay in Python; the page gets only the current sample, with its image downscaled. The
+widget is live in JupyterLab 4, and in VS Code with its Jupyter extension (which may ask once to
+load widget scripts), as long as the kernel runs. Where widgets do not run (GitHub, nbconvert,
+papermill's output) the same cell shows a still image.
 """
 
 import base64
@@ -20,24 +19,33 @@ from pathlib import Path
 import anywidget
 import traitlets
 
-from egm_lib.viewer.comparison import Comparison, compare, models_in, rows_of
+from egm_lib.boxes import Box
+from egm_lib.viewer.comparison import (
+    OUTCOMES,
+    Comparison,
+    compare,
+    identified,
+    models_in,
+    readable,
+    rows_of,
+)
 from egm_lib.viewer.drawing import comparison_figure
 from egm_lib.viewer.page import view_of
-from egm_lib.viewer.palette import look, save, styled
+from egm_lib.viewer.palette import save, style_of, styled
 
 MAX_MODELS = 4  # more boxes on one image cannot be told apart
 ANY = "any"
 
 SHOWS: dict[str, Callable[[Comparison, str, str], bool]] = {
-    "all": lambda c, a, b: True,
-    "A misses": lambda c, a, b: c.failed(a),
-    "A solves": lambda c, a, b: c.solved(a),
-    "B solves what A misses": lambda c, a, b: c.failed(a) and c.solved(b),
-    "B misses what A solves": lambda c, a, b: c.solved(a) and c.failed(b),
-    "both miss": lambda c, a, b: c.failed(a) and c.failed(b),
-    "A gives no box": lambda c, a, b: a in c.answers and c.answers[a].box is None,
-    "B gives no box": lambda c, a, b: b in c.answers and c.answers[b].box is None,
-    "a row in error": lambda c, a, b: any(answer.error for answer in c.answers.values()),
+    "all": lambda sample, a, b: True,
+    "A misses": lambda sample, a, b: sample.failed(a),
+    "A solves": lambda sample, a, b: sample.solved(a),
+    "B solves what A misses": OUTCOMES["b solves what a misses"],
+    "B misses what A solves": OUTCOMES["b misses what a solves"],
+    "both miss": OUTCOMES["both miss"],
+    "A gives no box": lambda sample, a, b: a in sample.answers and sample.answers[a].box is None,
+    "B gives no box": lambda sample, a, b: b in sample.answers and sample.answers[b].box is None,
+    "a row in error": lambda sample, a, b: any(answer.error for answer in sample.answers.values()),
 }
 SORTS = (
     "as read",
@@ -53,20 +61,22 @@ _FILTER_KEYS = ("show", "a", "b", *_FIELDS, "search", "sample_ids")
 class TraceViewer(anywidget.AnyWidget):
     """Images, boxes and reasoning of one to four models, sample by sample.
 
-    predictions: prediction rows, a DataFrame, or paths of their files (a folder: every *.jsonl
-    below it).
-    models: which to draw, at most four; default the first four of the story. root: data root of
-    relative images.
-    causes: failure cause by sample_id. groups: GRPO groups
-    (`training.groups.read_groups(run.groups(task))`), each
-    {"sample_id", "completions": [text, ...]}
-    with, where known, "rewards", "advantages", "step" and "frame" (default NORM_1000); a group
-    whose sample has no prediction brings the sample's fields itself; of one sample the last counts.
+    predictions: prediction rows, a DataFrame, or paths of their files; a folder stands for every
+    *.jsonl below it.
+    models: which models to draw, at most four; default: the first four of a run.
+    root: the data root, to which the rows' image paths are relative.
+    causes: failure cause by sample_id.
+    groups: GRPO groups (`egm_lib.training.groups.read_groups(run.groups(task))`), each
+    {"sample_id", "completions": [text, ...]} and, where known, "rewards", "advantages", "step" and
+    "frame" (default NORM_1000). A group whose sample has no prediction holds the sample's fields
+    itself. If a sample has several groups, the last one is shown.
+    objects: boxes (xyxy px) of every object in the image, by sample_id, where they are known: a
+    step of a trace that lies on none of them is marked.
 
-    Traits to set and to read: `index` (place in what the filter leaves), `filter` (a dict of FILTER
-    keys: show, a, b, split, prompt_kind, num_lookalikes, cause, search, sample_ids), `sort`,
-    `hidden` (models toggled off).
-    `sample`: the current sample's fields with each model's answer under "answers".
+    Traits to set and to read: `index` (position among the samples that the filter leaves),
+    `filter` (a dict of show, a, b, split, prompt_kind, num_lookalikes, cause, search, sample_ids),
+    `sort`, `hidden` (models whose boxes are hidden).
+    `sample`: the current sample's fields, with each model's answer under "answers".
     Raises ValueError for predictions that cannot be joined, and traitlets.TraitError for an unknown
     filter or sort.
     """
@@ -91,10 +101,12 @@ class TraceViewer(anywidget.AnyWidget):
         root: str | Path = ".",
         causes: Mapping[str, str] | None = None,
         groups: Iterable[Mapping] = (),
+        objects: Mapping[str, Sequence[Box]] | None = None,
         **traits,
     ):
-        self._root, self._causes = Path(root), dict(causes or {})
+        self._root, self._causes, self._objects = Path(root), causes or {}, objects or {}
         self._comparisons = compare(rows_of(predictions))
+        groups = [readable(identified(group, number)) for number, group in enumerate(groups, 1)]
         self._groups = {group["sample_id"]: group for group in groups}
         known = {comparison.sample["sample_id"] for comparison in self._comparisons}
         self._comparisons += [
@@ -118,12 +130,13 @@ class TraceViewer(anywidget.AnyWidget):
         self._refilter()
         self.on_msg(self._answer_page)
 
-    # --- what a notebook asks
+    # --- what a notebook uses
 
     @property
     def sample(self) -> dict:
-        """The current sample's fields; "answers": {model: {box, iou, success, status, raw_answer,
-        ...}}; or {}.
+        """The current sample's fields, and "answers": {model: {box, iou, success, ...}}.
+
+        {} where the filter leaves no sample.
         """
         if not self._left:
             return {}
@@ -146,11 +159,11 @@ class TraceViewer(anywidget.AnyWidget):
 
     @property
     def sample_ids(self) -> list[str]:
-        """Samples that the filter leaves, in order."""
-        return [self._comparisons[place].sample["sample_id"] for place in self._left]
+        """The samples that the filter leaves, in order."""
+        return [self._comparisons[index].sample["sample_id"] for index in self._left]
 
     def go_to(self, sample_id: str) -> None:
-        """Shows a sample by its id. Raises KeyError where the filter does not leave it."""
+        """Shows a sample by its id. Raises KeyError where the filter leaves it out."""
         try:
             self.index = self.sample_ids.index(sample_id)
         except ValueError:
@@ -159,30 +172,36 @@ class TraceViewer(anywidget.AnyWidget):
             ) from None
 
     def figure(self):
-        """What is seen, as a matplotlib figure: hidden models left out."""
+        """What the page shows, as a matplotlib figure, without the hidden models."""
         shown = [model for model in self.models if model not in self.hidden]
         if not self._left:
             return comparison_figure(
                 Comparison({"expression": "no sample matches"}, {}), [], self._root
             )
-        note, group = self._causes.get(self._id(), ""), self.view.get("group")
-        return comparison_figure(self._current(), shown, self._root, note=note, group=group)
+        return comparison_figure(
+            self._current(),
+            shown,
+            self._root,
+            note=self._causes.get(self._id(), ""),
+            group=self.view.get("group"),
+            objects=self._objects.get(self._id()),
+        )
 
     def export(self, path: str | Path, dpi: int = 200) -> Path:
-        """Writes what is seen as .png, .svg or .pdf."""
+        """Writes what the page shows as .png, .svg or .pdf."""
         return save(self.figure(), path, dpi)
 
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        words = f"TraceViewer: {self.total} samples of {', '.join(self.models) or 'no model'}"
+        summary = f"TraceViewer: {self.total} samples of {', '.join(self.models) or 'no model'}"
         return {
             **data,
-            "text/plain": words,
+            "text/plain": summary,
             "image/png": base64.b64encode(self._bytes("png")).decode(),
         }, metadata
 
-    # --- behind it
+    # --- how it works
 
     def _current(self) -> Comparison:
         return self._comparisons[self._left[self.index]]
@@ -198,9 +217,7 @@ class TraceViewer(anywidget.AnyWidget):
 
     @property
     def _pair(self) -> tuple[str, str]:
-        """Models A and B of filter and sort: as the filter says, else the first two that are
-        shown.
-        """
+        """Models A and B of filter and sort: those of the filter, else the first two shown."""
         first = self.models[0] if self.models else ""
         second = self.models[1] if len(self.models) > 1 else first
         return self.filter.get("a") or first, self.filter.get("b") or second
@@ -208,13 +225,14 @@ class TraceViewer(anywidget.AnyWidget):
     def _choices(self) -> dict:
         values = {
             field: sorted(
-                {self._value(each, field) for each in self._comparisons} - {None}, key=_natural
+                {self._value(sample, field) for sample in self._comparisons} - {None},
+                key=_text_last,
             )
             for field in _FIELDS
         }
         models = [
-            {"model": name, "label": look(name, place).label}
-            for place, name in enumerate(self.models)
+            {"model": name, "label": style_of(name, index).label}
+            for index, name in enumerate(self.models)
         ]
         return {"show": list(SHOWS), "sort": list(SORTS), "models": models, **values}
 
@@ -255,15 +273,15 @@ class TraceViewer(anywidget.AnyWidget):
 
     @traitlets.observe("filter", "sort")
     def _refilter(self, change=None) -> None:
-        stays = (
-            self._left[self.index] if change is not None and self.index < len(self._left) else None
-        )
+        current = None
+        if change is not None and self.index < len(self._left):
+            current = self._left[self.index]
         show, (a, b) = SHOWS[self.filter.get("show", "all")], self._pair
         fields = {field: self.filter[field] for field in _FIELDS if field in self.filter}
         words = str(self.filter.get("search", "")).lower().split()
         ids = set(self.filter["sample_ids"]) if "sample_ids" in self.filter else None
         left = []
-        for place, comparison in enumerate(self._comparisons):
+        for index, comparison in enumerate(self._comparisons):
             sample = comparison.sample
             text = str(sample.get("expression", "")).lower()
             if (
@@ -272,20 +290,20 @@ class TraceViewer(anywidget.AnyWidget):
                 and all(self._value(comparison, field) == value for field, value in fields.items())
                 and show(comparison, a, b)
             ):
-                left.append(place)
+                left.append(index)
         if self.sort != SORTS[0]:
             sign = 1 if self.sort.endswith("low first") else -1
             gain = self.sort.startswith("gain")
 
-            def key(place: int) -> float:
-                comparison = self._comparisons[place]
+            def key(index: int) -> float:
+                comparison = self._comparisons[index]
                 value = comparison.iou(b) - comparison.iou(a) if gain else comparison.iou(a)
                 return math.inf if math.isnan(value) else sign * value  # not run: last
 
             left.sort(key=key)
         with self.hold_sync():
             self._left, self.count, self.total = left, len(left), len(self._comparisons)
-            self.index = left.index(stays) if stays in left else 0
+            self.index = left.index(current) if current in left else 0
             self._show()
 
     @traitlets.observe("index")
@@ -300,14 +318,15 @@ class TraceViewer(anywidget.AnyWidget):
             root=self._root,
             group=self._groups.get(name),
             causes={"cause": self._causes[name]} if name in self._causes else None,
+            objects=self._objects.get(name),
         )
 
     def _answer_page(self, _, message: Mapping, buffers) -> None:
-        """The page asks for a file of what is seen."""
+        """Sends the page a file of what it shows."""
         if message.get("export") in ("png", "svg") and self._left:
             kind = message["export"]
             self.send(
-                {"export": kind, "name": f"{_file_safe(self._id())}.{kind}"},
+                {"export": kind, "name": f"{_file_safe(str(self._id()))}.{kind}"},
                 buffers=[self._bytes(kind)],
             )
 
@@ -331,7 +350,7 @@ _ANSWER_FIELDS = {
 }
 
 
-def _natural(value) -> tuple[bool, object]:
+def _text_last(value) -> tuple[bool, object]:
     return isinstance(value, str), value
 
 

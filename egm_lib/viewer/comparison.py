@@ -1,10 +1,8 @@
-"""One sample and what each model answered: what the viewer, the qualitative figures and the gallery
-show.
-"""
+"""One sample and what each model answered: what the viewer, the figures and the gallery show."""
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +14,12 @@ from egm_lib.errors import InputError
 from egm_lib.files import read_jsonl
 from egm_lib.parsing import parse_completion, split_reasoning
 from egm_lib.viewer.palette import LOOKS
+
+FAULTS = {
+    "no_box": "no box",
+    "unclosed_reasoning": "cut off while reasoning",
+    "malformed": "malformed box",
+}
 
 
 class ScoredAnswer(NamedTuple):
@@ -29,6 +33,18 @@ class ScoredAnswer(NamedTuple):
     status: str
     error: str | None
 
+    @property
+    def verdict(self) -> str:
+        """One line: hit or miss with the IoU, or what is wrong with the answer."""
+        if self.error:
+            return f"error: {self.error}"
+        if self.box is None:
+            return FAULTS.get(self.status, self.status)
+        x1, y1, x2, y2 = self.box
+        if x1 == x2 or y1 == y2:
+            return "miss, the box is empty (no area)"
+        return f"{'hit' if self.success else 'miss'}, IoU {self.iou:.2f}"
+
 
 class Comparison(NamedTuple):
     """A sample with the answers of each model, by name."""
@@ -37,32 +53,42 @@ class Comparison(NamedTuple):
     answers: dict[str, ScoredAnswer]
 
     def iou(self, model: str) -> float:
-        """nan where this model did not answer this sample."""
+        """The IoU of a model's answer; nan where the model did not answer this sample."""
         answer = self.answers.get(model)
         return math.nan if answer is None else answer.iou
 
     def solved(self, model: str) -> bool:
+        """Whether the model answered with the right box."""
         answer = self.answers.get(model)
         return answer is not None and answer.success
 
     def failed(self, model: str) -> bool:
-        """Answered, and not with the right box; a model that was not run has not failed."""
+        """Answered, but not with the right box. A model that was not run has not failed."""
         answer = self.answers.get(model)
         return answer is not None and not answer.success
 
 
+# How the answers of model a and model b to one sample can differ.
+OUTCOMES: dict[str, Callable[[Comparison, str, str], bool]] = {
+    "b solves what a misses": lambda sample, a, b: sample.failed(a) and sample.solved(b),
+    "b misses what a solves": lambda sample, a, b: sample.solved(a) and sample.failed(b),
+    "both miss": lambda sample, a, b: sample.failed(a) and sample.failed(b),
+    "both solve": lambda sample, a, b: sample.solved(a) and sample.solved(b),
+}
+
+
 def rows_of(predictions) -> list[Mapping]:
-    """Prediction rows from a path (a folder stands for every *.jsonl below it), several paths, a
-    DataFrame or rows.
+    """Prediction rows from a DataFrame, from rows, or from one or several paths.
+
+    A folder stands for every *.jsonl below it.
     """
     if isinstance(predictions, pd.DataFrame):
-        rows = predictions.to_dict("records")
         return [
             {
                 key: None if isinstance(value, float) and math.isnan(value) else value
                 for key, value in row.items()
             }
-            for row in rows
+            for row in predictions.to_dict("records")
         ]
     if isinstance(predictions, str | Path):
         predictions = [predictions]
@@ -82,18 +108,16 @@ def rows_of(predictions) -> list[Mapping]:
 
 
 def compare(rows: Iterable[Mapping]) -> list[Comparison]:
-    """Rows of several models joined on the sample (and the seed, where there are several), in order
-    of first rows.
+    """Rows of several models joined on the sample, in the order in which samples first appear.
 
-    Raises ValueError where a model answers one sample twice, or a row has no sample_id.
+    Where there are several seeds, each has its own comparison. A row without a sample_id gets an
+    entry of its own that says so. Raises ValueError where a model answers one sample twice.
     """
     rows = list(rows)
     several_seeds = len({str(row.get("seed")) for row in rows}) > 1
     found: dict[tuple, Comparison] = {}
     for number, row in enumerate(rows, 1):
-        if not row.get("sample_id") or not isinstance(row["sample_id"], str | int):
-            raise InputError(f"prediction row {number} has no sample_id")
-        row = readable(row)
+        row = readable(identified(row, number))
         model = str(row.get("model") or "model")
         key = (row["sample_id"], str(row.get("seed")) if several_seeds else None)
         answers = found.setdefault(key, Comparison(row, {})).answers
@@ -103,6 +127,15 @@ def compare(rows: Iterable[Mapping]) -> list[Comparison]:
             )
         answers[model] = judge(row)
     return list(found.values())
+
+
+def identified(row: Mapping, number: int) -> Mapping:
+    """The row; where it has no usable sample_id, with one made of its number and an error."""
+    sample_id = row.get("sample_id")
+    if isinstance(sample_id, str | int) and sample_id != "":
+        return row
+    message = f"row {number} has no sample_id that is text or a whole number"
+    return {**row, "sample_id": f"(row {number})", "status": "error", "error": message}
 
 
 _TEXT, _NUMBER = ((str,), "text"), ((numbers.Real,), "a number")
@@ -123,9 +156,7 @@ _KINDS = {
 
 
 def readable(row: Mapping) -> Mapping:
-    """The row; where fields are of a wrong kind, without them, and with an error that says
-    which.
-    """
+    """The row; fields of a wrong kind are removed from it and named in its error."""
     wrong = {
         name: f"{name} must be {words}, not {str(row[name])[:40]!r}"
         for name, (kinds, words) in _KINDS.items()
@@ -133,45 +164,46 @@ def readable(row: Mapping) -> Mapping:
     }
     if not wrong:
         return row
-    said = f"this row cannot be read: {'; '.join(wrong.values())}"
-    return {**row, **dict.fromkeys(wrong), "status": "error", "error": said}
+    message = f"this row cannot be read: {'; '.join(wrong.values())}"
+    return {**row, **dict.fromkeys(wrong), "status": "error", "error": message}
+
+
+def frame_of(row: Mapping) -> BoxFrame:
+    """The frame of a row's numbers; NORM_1000 where the row does not say."""
+    return BoxFrame(row.get("frame") or BoxFrame.NORM_1000)
 
 
 def judge(row: Mapping) -> ScoredAnswer:
-    """A prediction row with its IoU and success (Eq. 1); a broken row becomes an answer that says
-    what is wrong.
-    """
+    """A prediction row with its IoU and success (Eq. 1); a broken row gets an error instead."""
     model, error, box = str(row.get("model") or "model"), row.get("error"), row.get("box")
     status = row.get("status") or "ok"
+
+    def without_box(status: str, error: str | None = None) -> ScoredAnswer:
+        return ScoredAnswer(model, row, None, 0.0, False, status, error)
+
     try:
         gt = check_box(row["gt_box"], "gt_box")
         if "box" not in row and isinstance(row.get("raw_answer"), str):
-            frame = BoxFrame[row.get("frame") or "NORM_1000"]
-            parsed = parse_completion(
-                row["raw_answer"], frame=frame, image_wh=(row["width"], row["height"])
-            )
+            image_wh = (row["width"], row["height"])
+            parsed = parse_completion(row["raw_answer"], frame=frame_of(row), image_wh=image_wh)
             box, status = parsed.box, parsed.status
         if error or status == "error":
-            return ScoredAnswer(
-                model, row, None, 0.0, False, "error", error or "the row says error, and not why"
-            )
+            return without_box("error", error or "the row has status error and gives no reason")
         if box is None:
-            return ScoredAnswer(
-                model, row, None, 0.0, False, "no_box" if status == "ok" else status, None
-            )
+            return without_box("no_box" if status == "ok" else status)
         box = check_box(box, "box")
         return ScoredAnswer(model, row, box, iou(box, gt), is_success(box, gt), status, None)
     except (ValueError, TypeError, KeyError) as problem:
-        said = f"field {problem} is missing" if isinstance(problem, KeyError) else str(problem)
-        return ScoredAnswer(
-            model, row, None, 0.0, False, "error", f"this row cannot be read: {said}"
-        )
+        return without_box("error", f"this row cannot be read: {reason(problem)}")
+
+
+def reason(problem: Exception) -> str:
+    """What an exception says; a KeyError names the field that is missing."""
+    return f"field {problem} is missing" if isinstance(problem, KeyError) else str(problem)
 
 
 def models_in(comparisons: Iterable[Comparison]) -> list[str]:
-    """Models that answered, in the order of the story (base, SFT, EGM, ..., large), then any other
-    by name.
-    """
+    """Models that answered: those of a run first (base, SFT, EGM, ..., large), others by name."""
     names = {name for comparison in comparisons for name in comparison.answers}
     return [name for name in LOOKS if name in names] + sorted(names - set(LOOKS))
 
@@ -186,7 +218,7 @@ def reasoning_and_answer(row: Mapping) -> tuple[str | None, str]:
 
 
 def plain_box(box) -> list[float] | None:
-    """A box as a list; None where it is none that can be drawn."""
+    """A box as a list; None where it cannot be drawn."""
     try:
         return None if box is None else list(check_box(box))
     except ValueError:

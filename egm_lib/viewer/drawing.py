@@ -1,57 +1,86 @@
-"""Boxes on images with matplotlib: the same drawing for figures, exports and the viewer's still
-image.
-"""
+"""Boxes and steps on images with matplotlib: for figures, exports and the viewer's still image."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties
-from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
+from matplotlib.transforms import Bbox, BboxTransformTo
 
 from egm_lib.boxes import Box
 from egm_lib.viewer.comparison import Comparison, ScoredAnswer, plain_box, reasoning_and_answer
-from egm_lib.viewer.page import image_of, tint
+from egm_lib.viewer.page import enlarged, image_of, steps_of, tint
 from egm_lib.viewer.palette import (
     FAILED,
     FAINT,
+    FAULT,
     GROUND_TRUTH,
     INK,
     SOLVED,
     TINTS,
     Look,
-    look,
     new_figure,
+    style_of,
     styled,
 )
+from egm_lib.viewer.steps import Step, numbered
 
 LINE_IN = 0.175  # height of a line of text
 GROUP_COLUMNS = 8
+STROKE_SHARE = 0.007  # width of a box's stroke, as a share of the drawn image's shorter side
+STROKE_PT = (0.9, 1.4)  # and its limits
+GROUND_TRUTH_WIDTH = 1.9  # strokes: it shows around an answer that is right
+HALO_WIDTH = 1.0  # strokes: white beyond a box, so that it shows on any image
+
+Steps = Sequence[tuple[Sequence[Step], Look]]
 
 
-def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.3, layer: int = 4) -> None:
-    """A box, its white halo beneath all boxes, so that it shows on any image and in grey; box:
-    xyxy px.
+class OutsideBox(Patch):
+    """The outline of a box (xyxy, data coordinates), drawn outside it, so that it hides nothing.
+
+    width: in strokes, whose thickness follows the size of the drawn image.
     """
-    x1, y1, x2, y2 = box
-    shared = {"xy": (x1, y1), "width": x2 - x1, "height": y2 - y1, "fill": False}
-    ax.add_patch(
-        Rectangle(**shared, edgecolor="white", linewidth=width + 1.6, alpha=0.85, zorder=2)
-    )
+
+    def __init__(self, box: Box, width: float, **style):
+        super().__init__(fill=False, joinstyle="miter", **style)
+        self.box, self.width = box, width
+
+    def get_path(self) -> Outline:
+        return Outline.unit_rectangle()
+
+    def get_transform(self):
+        x1, y1, x2, y2 = self.box
+        corners = self.axes.transData.transform([(x1, y1), (x2, y2)])
+        (left, bottom), (right, top) = corners.min(axis=0), corners.max(axis=0)
+        half_px = self.get_linewidth() / 2 * self.figure.dpi / 72
+        return BboxTransformTo(
+            Bbox.from_extents(left - half_px, bottom - half_px, right + half_px, top + half_px)
+        )
+
+    def draw(self, renderer):
+        drawn = self.axes.bbox
+        side_pt = min(drawn.width, drawn.height) * 72 / self.figure.dpi
+        low, high = STROKE_PT
+        self.set_linewidth(self.width * min(max(STROKE_SHARE * side_pt, low), high))
+        super().draw(renderer)
+
+
+def draw_box(ax: Axes, box: Box, style: Look, width: float = 1.0, layer: int = 4) -> None:
+    """A box (xyxy px) with its white halo beneath all boxes; width: in strokes."""
+    ax.add_patch(OutsideBox(box, width + HALO_WIDTH, edgecolor="white", alpha=0.85, zorder=2))
     line = (0, style.dash) if style.dash else "solid"
-    ax.add_patch(
-        Rectangle(**shared, edgecolor=style.colour, linewidth=width, linestyle=line, zorder=layer)
-    )
+    ax.add_patch(OutsideBox(box, width, edgecolor=style.colour, linestyle=line, zorder=layer))
 
 
 def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
-    """Hatches what the amodal box holds beyond the visible (modal) one, and outlines the visible
-    one; xyxy px.
-    """
+    """Hatches what the amodal box holds beyond the visible (modal) one, lightly; xyxy px."""
 
     def ring(box: Box) -> list[tuple[float, float]]:
         x1, y1, x2, y2 = box
@@ -59,16 +88,52 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
 
     codes = [Outline.MOVETO, Outline.LINETO, Outline.LINETO, Outline.LINETO, Outline.CLOSEPOLY]
     hidden = Outline(ring(amodal) + ring(modal)[::-1], codes * 2)
-    ax.add_patch(
-        PathPatch(
-            hidden,
-            facecolor=(1, 1, 1, 0.35),
-            edgecolor=GROUND_TRUTH.colour,
-            hatch="////",
-            linewidth=0,
+    for colour, width in (("white", 1.1), (GROUND_TRUTH.colour, 0.4)):
+        patch = PathPatch(
+            hidden, facecolor="none", edgecolor=colour, alpha=0.65, hatch="///", linewidth=0
         )
-    )
-    draw_box(ax, modal, Look("visible part", GROUND_TRUTH.colour, (1, 1.5), "s"), 0.8)
+        patch.set_hatch_linewidth(width)
+        ax.add_patch(patch)
+    x1, y1, x2, y2 = modal
+    outline = {"edgecolor": GROUND_TRUTH.colour, "linewidth": 0.6, "linestyle": (0, (1, 1.5))}
+    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, alpha=0.8, **outline))
+
+
+def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
+    """The places that a trace names: dots with their numbers, joined in order by a thin line.
+
+    A box that the trace names is outlined with dots; a step with a fault has a ring and a "!".
+    """
+    if not steps:
+        return
+    halo = [withStroke(linewidth=2.0, foreground="white", alpha=0.85)]
+    x, y = zip(*(step.point for step in steps), strict=True)
+    shared = {"color": style.colour, "clip_on": True}
+    ax.plot(x, y, linewidth=0.7, zorder=6, path_effects=halo, **shared)
+    ax.scatter(x, y, s=5, zorder=7, edgecolor="white", linewidth=0.4, **shared)
+    seen: Counter = Counter()
+    for number, step in enumerate(steps, start=1):
+        if step.kind == "box":
+            x1, y1, x2, y2 = step.box
+            dotted = {"edgecolor": style.colour, "linewidth": 0.6, "linestyle": (0, (1, 2))}
+            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, zorder=6, **dotted))
+        if step.fault:
+            ring = {"s": 36, "facecolor": "none", "edgecolor": FAULT, "linewidth": 1.0}
+            ax.scatter(*step.point, zorder=7, **ring)
+        # Numbers of steps at one place stand side by side.
+        spot = tuple(round(value) for value in step.point)
+        ax.annotate(
+            f"{number}!" if step.fault else str(number),
+            step.point,
+            (3 + 5.5 * seen[spot], 2.5),
+            textcoords="offset points",
+            fontsize=6,
+            fontweight="bold",
+            color=FAULT if step.fault else style.colour,
+            path_effects=halo,
+            zorder=8,
+        )
+        seen[spot] += 1
 
 
 def draw_image(
@@ -77,67 +142,41 @@ def draw_image(
     answers: Sequence[tuple[Box | None, Look]],
     root: str | Path,
     *,
-    stroke_pt: float = 1.3,
+    steps: Steps = (),
 ) -> None:
-    """The image, the ground truth (hatched where hidden) and each answer's box; the view grows to
-    boxes outside.
+    """The image, the ground truth (hatched where hidden), each answer's box, and steps of traces.
 
-    stroke_pt: width of an answer's stroke.
+    The view grows to hold boxes that leave the image, up to twice its size.
     """
     ax.set_axis_off()
     gt, modal = plain_box(sample.get("gt_box")), plain_box(sample.get("modal_box"))
     try:
         image = image_of(sample, root)
         width, height = sample.get("width") or image.width, sample.get("height") or image.height
-        crisp = max(image.size) <= 256  # the miniature world: pixels, not blur
-        ax.imshow(
-            image,
-            extent=(0, width, height, 0),
-            interpolation="nearest" if crisp else "antialiased",
-        )
+        ax.imshow(enlarged(image), extent=(0, width, height, 0), interpolation="antialiased")
     except (OSError, ValueError) as problem:
         width, height = sample.get("width") or 1, sample.get("height") or 1
-        ax.text(
-            0.5,
-            0.5,
-            textwrap.fill(f"no image: {problem}", 36),
-            ha="center",
-            va="center",
-            color=FAINT,
-            transform=ax.transAxes,
-            fontsize=7,
-        )
+        message = textwrap.fill(f"no image: {problem}", 36)
+        centred = {"ha": "center", "va": "center", "transform": ax.transAxes}
+        ax.text(0.5, 0.5, message, color=FAINT, fontsize=7, **centred)
     if gt is not None:
         if modal is not None:
             draw_hidden(ax, tuple(gt), tuple(modal))
-        # Wider than answers: it shows beneath a perfect one
-        draw_box(ax, tuple(gt), GROUND_TRUTH, 2.15 * stroke_pt, 3)
-    shown = [box for box, _ in answers if box is not None]
-    for box, style in answers:
-        if box is not None:  # dashes above solid lines: they show where two answers are the same
-            draw_box(ax, box, style, stroke_pt, 5 if style.dash else 4)
-    boxes = [*shown, *([gt] if gt is not None else [])]
-    pad = 0.012 * max(width, height)
-    x1, y1 = (min([0, *(box[side] - pad for box in boxes)]) for side in (0, 1))
-    x2, y2 = (
+        draw_box(ax, tuple(gt), GROUND_TRUTH, GROUND_TRUTH_WIDTH, 3)
+    shown = [(box, style) for box, style in answers if box is not None]
+    for box, style in shown:  # dashes above solid lines: two equal answers both show
+        draw_box(ax, box, style, layer=5 if style.dash else 4)
+    for found, style in steps:
+        draw_steps(ax, found, style)
+    boxes = [box for box, _ in shown] + ([gt] if gt is not None else [])
+    pad = 0.02 * max(width, height)
+    left, top = (min([0, *(box[side] - pad for box in boxes)]) for side in (0, 1))
+    right, bottom = (
         max([size, *(box[side] + pad for box in boxes)]) for side, size in ((2, width), (3, height))
     )
-    ax.set_xlim(max(x1, -width), min(x2, 2 * width))
-    ax.set_ylim(min(y2, 2 * height), max(y1, -height))
+    ax.set_xlim(max(left, -width), min(right, 2 * width))
+    ax.set_ylim(min(bottom, 2 * height), max(top, -height))
     ax.set_aspect("equal")
-
-
-def verdict(answer: ScoredAnswer) -> str:
-    """One line on an answer: IoU or what is wrong with it."""
-    if answer.error:
-        return f"error: {answer.error}"
-    if answer.box is None:
-        return {
-            "no_box": "no box",
-            "unclosed_reasoning": "cut off while reasoning",
-            "malformed": "malformed box",
-        }.get(answer.status, answer.status)
-    return f"{'hit' if answer.success else 'miss'}, IoU {answer.iou:.2f}"
 
 
 def comparison_figure(
@@ -147,18 +186,18 @@ def comparison_figure(
     *,
     note: str = "",
     group: Mapping | None = None,
+    objects: Sequence[Box] | None = None,
     width_in: float = 9.0,
 ) -> Figure:
-    """The viewer's still image and its PNG, SVG and PDF export; group: as in view_of's
-    "group".
-    """
-    heights_in = [comparison_height_in(comparison, models)]
+    """The viewer's still image and its PNG, SVG and PDF export; group: as `view_of` makes it."""
+    blocks = _blocks(comparison, models, objects)
+    heights_in = [_height_in(blocks)]
     if group:
         heights_in.append(group_height_in(group, comparison.sample, width_in))
     with styled():
         figure = new_figure(width_in, sum(heights_in))
         parts = figure.subfigures(len(heights_in), 1, height_ratios=heights_in, squeeze=False)[:, 0]
-        draw_comparison(parts[0], comparison, models, root, note=note)
+        draw_comparison(parts[0], comparison, models, root, note=note, objects=objects)
         if group:
             draw_group(parts[1], group, comparison.sample, root)
     return figure
@@ -166,25 +205,29 @@ def comparison_figure(
 
 def comparison_height_in(comparison: Comparison, models: Sequence[str]) -> float:
     """The height that draw_comparison needs for its text, in inches."""
-    return max(
-        3.4,
-        LINE_IN * (4.2 + sum(2.3 + len(lines) for _, _, lines in _blocks(comparison, models)))
-        + 0.3,
-    )
+    return _height_in(_blocks(comparison, models, None))
+
+
+# What is written of a model: its look, its answer, its steps, its reasoning in lines.
+Block = tuple[Look, ScoredAnswer, list[Step], list[str]]
+
+
+def _height_in(blocks: Sequence[Block]) -> float:
+    return max(3.4, LINE_IN * (4.2 + sum(2.3 + len(lines) for *_, lines in blocks)) + 0.3)
 
 
 def _blocks(
-    comparison: Comparison, models: Sequence[str]
-) -> list[tuple[Look, ScoredAnswer, list[str]]]:
-    """What is written of each model that answered: its look, its answer and its reasoning in
-    lines.
-    """
+    comparison: Comparison, models: Sequence[str], objects: Sequence[Box] | None
+) -> list[Block]:
     blocks = []
-    for place, model in enumerate(models):
+    for index, model in enumerate(models):
         if (answer := comparison.answers.get(model)) is not None:
             reasoning, _ = reasoning_and_answer(answer.row)
-            text = textwrap.shorten(reasoning or "(no reasoning)", 420, placeholder=" ...")
-            blocks.append((look(model, place), answer, textwrap.wrap(text, 62)))
+            steps = steps_of(answer.row, objects)
+            text = numbered(reasoning, steps) if reasoning else "(no reasoning)"
+            lines = textwrap.wrap(textwrap.shorten(text, 440, placeholder=" ..."), 62)
+            lines += [f"! step {n}: {step.fault}" for n, step in enumerate(steps, 1) if step.fault]
+            blocks.append((style_of(model, index), answer, steps, lines))
     return blocks
 
 
@@ -195,51 +238,47 @@ def draw_comparison(
     root: str | Path,
     *,
     note: str = "",
+    objects: Sequence[Box] | None = None,
 ) -> None:
-    """Image with boxes at the left; at the right the expression and each model's verdict and
-    tinted reasoning.
-    """
-    sample, blocks = comparison.sample, _blocks(comparison, models)
+    """Left: the image with boxes and steps. Right: the expression and each model's reasoning."""
+    sample, blocks = comparison.sample, _blocks(comparison, models, objects)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 4.8))
-    draw_image(left, sample, [(answer.box, style) for style, answer, _ in blocks], root)
+    boxes = [(answer.box, style) for style, answer, _, _ in blocks]
+    draw_image(left, sample, boxes, root, steps=[(steps, style) for style, _, steps, _ in blocks])
     right.set_axis_off()
     right.set_xlim(0, 1)
-    right.set_ylim(comparison_height_in(comparison, models) / LINE_IN, 0)  # one unit a line of text
+    right.set_ylim(_height_in(blocks) / LINE_IN, 0)  # one unit a line of text
     y = 1.0
     for line in textwrap.wrap(f"“{sample.get('expression', '')}”", 50)[:3]:
         right.text(0, y, line, fontsize=11, fontweight="bold", va="center")
         y += 1.3
     facts = [*(sample.get(name) for name in ("dataset", "split", "prompt_kind", "sample_id")), note]
-    right.text(
-        0,
-        y,
-        " · ".join(str(fact) for fact in facts if fact),
-        fontsize=7.5,
-        color=FAINT,
-        va="center",
-    )
+    stated = " · ".join(str(fact) for fact in facts if fact not in (None, ""))
+    right.text(0, y, stated, fontsize=7.5, color=FAINT, va="center")
     y += 1.4
     swatch(right, 0, y, GROUND_TRUTH)
     right.text(0.085, y, GROUND_TRUTH.label, va="center")
     if sample.get("modal_box") is not None:
         right.text(0.33, y, "(hatched: hidden part)", va="center", fontsize=8, color=FAINT)
     y += 1.6
-    for style, answer, lines in blocks:
+    for style, answer, _, lines in blocks:
         swatch(right, 0, y, style)
         right.text(0.085, y, style.label, va="center", fontweight="bold")
         colour = SOLVED if answer.success else FAILED
-        right.text(0.48, y, textwrap.shorten(verdict(answer), 44), va="center", color=colour)
+        verdict = textwrap.shorten(answer.verdict, 44)
+        right.text(0.48, y, verdict, va="center", color=colour)
         y += 1.25
         for line in lines:
-            write_tinted(right, 0.085, y, line, 8)
+            if line.startswith("! step"):
+                right.text(0.085, y, line, fontsize=8, color=FAULT, va="center")
+            else:
+                write_tinted(right, 0.085, y, line, 8)
             y += 1
         y += 0.8
 
 
 def write_tinted(ax: Axes, x: float, y: float, line: str, size_pt: float) -> None:
-    """A line of text from (x, y) in data coordinates; phrases that name places and look-alikes on a
-    tint.
-    """
+    """A line of text from (x, y) in data coordinates, with places and look-alikes on a tint."""
     along_pt = 0.0
     for text, kind in tint(line):
         box = {"facecolor": TINTS[kind], "edgecolor": "none", "pad": 1.0} if kind else None
@@ -260,7 +299,7 @@ def write_tinted(ax: Axes, x: float, y: float, line: str, size_pt: float) -> Non
 
 
 def text_width_pt(text: str, size_pt: float) -> float:
-    """How wide a line of text is in the house font, its last space counted."""
+    """The width of a line of text in the house font, trailing space included."""
     return text_to_path.get_text_width_height_descent(
         text, FontProperties(size=size_pt), ismath=False
     )[0]
@@ -269,25 +308,26 @@ def text_width_pt(text: str, size_pt: float) -> float:
 def draw_group(
     figure: Figure | SubFigure, group: Mapping, sample: Mapping, root: str | Path
 ) -> None:
-    """The completions of one prompt as small multiples: box, reward and advantage; group: as in
-    view_of's "group".
+    """The completions of one prompt as small multiples: box, reward r and advantage A.
+
+    group: as `view_of` makes it.
     """
     completions = group["completions"]
-    hits, step = sum(each["success"] for each in completions), group.get("step")
+    hits, step = sum(completion["success"] for completion in completions), group.get("step")
     title = "GRPO group" if step is None else f"GRPO group at step {step}"
     title += f": “{sample.get('expression', '')}”; {len(completions)} completions, {hits} hit"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9)
-    axes = figure.subplots(
-        -(-len(completions) // GROUP_COLUMNS), GROUP_COLUMNS, squeeze=False
-    ).ravel()
+    rows = -(-len(completions) // GROUP_COLUMNS)
+    axes = figure.subplots(rows, GROUP_COLUMNS, squeeze=False).ravel()
     for ax in axes[len(completions) :]:
         ax.set_axis_off()
-    for ax, each in zip(axes, completions, strict=False):
-        hit = each["success"]
+    for ax, completion in zip(axes, completions, strict=False):
+        hit = completion["success"]
         style = Look("completion", SOLVED if hit else FAILED, () if hit else (4, 2), "o")
-        draw_image(ax, sample, [(each["box"], style)], root, stroke_pt=0.8)
+        draw_image(ax, sample, [(completion["box"], style)], root)
+        numbers = f"r {completion['reward']:.2f}   A {completion['advantage']:+.2f}"
         ax.set_title(
-            f"r {each['reward']:.2f}   A {each['advantage']:+.2f}".replace("-", "−"),
+            numbers.replace("-", "−"),
             loc="center",
             fontsize=7,
             fontweight="normal",
@@ -299,9 +339,8 @@ def draw_group(
 def group_height_in(group: Mapping, sample: Mapping, width_in: float) -> float:
     """The height that draw_group needs, in inches."""
     tall = (sample.get("height") or 1) / (sample.get("width") or 1)
-    return 0.45 + -(-len(group["completions"]) // GROUP_COLUMNS) * (
-        width_in / GROUP_COLUMNS * tall + 0.12
-    )
+    rows = -(-len(group["completions"]) // GROUP_COLUMNS)
+    return 0.45 + rows * (width_in / GROUP_COLUMNS * tall + 0.12)
 
 
 def swatch(ax: Axes, x: float, y: float, style: Look) -> None:

@@ -9,38 +9,51 @@ from pathlib import Path
 
 from PIL import Image
 
-from egm_lib.boxes import BoxFrame, iou, is_success
+from egm_lib.boxes import Box, iou, is_success
 from egm_lib.data import open_image, resolve_image
 from egm_lib.parsing import parse_completion
 from egm_lib.reward import grounding_reward
-from egm_lib.viewer.comparison import Comparison, ScoredAnswer, plain_box, reasoning_and_answer
-from egm_lib.viewer.palette import look
+from egm_lib.viewer.comparison import (
+    Comparison,
+    ScoredAnswer,
+    frame_of,
+    plain_box,
+    reason,
+    reasoning_and_answer,
+)
+from egm_lib.viewer.palette import style_of
+from egm_lib.viewer.steps import Step, places
+
+SMALL_IMAGE_PX = 256  # up to this side an image is a drawing: its pixels stay crisp when enlarged
+CRISP_SIDE_PX = 768  # a small image is enlarged to about this side before it is drawn
 
 
 def image_of(sample: Mapping, root: str | Path) -> Image.Image:
-    """The sample's image as RGB; its `image` may be a PIL image, a path, or a path relative to
-    root.
-    """
+    """The sample's image as RGB; `image` is a PIL image, a path, or a path relative to root."""
     image = sample.get("image")
     if not image:
         raise ValueError("the row names no image")
-    return (
-        image.convert("RGB")
-        if isinstance(image, Image.Image)
-        else open_image(resolve_image(sample, root))
-    )
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    return open_image(resolve_image(sample, root))
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small image enlarged by a whole factor, so that each of its pixels stays a sharp square."""
+    if max(image.size) > SMALL_IMAGE_PX:
+        return image
+    factor = max(1, CRISP_SIDE_PX // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def page_data_url(image: Image.Image, max_side_px: int = 900) -> str:
-    """An image for a page: downscaled, JPEG where it is large and PNG where it is small (drawings
-    stay crisp).
-    """
+    """An image for a page: downscaled; JPEG where it is large, PNG where it is a small drawing."""
     scale = min(1.0, max_side_px / max(image.size))
     if scale < 1:
         image = image.resize(
             (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         )
-    kind = "png" if image.width * image.height <= 256 * 256 else "jpeg"
+    kind = "png" if image.width * image.height <= SMALL_IMAGE_PX**2 else "jpeg"
     file = io.BytesIO()
     image.save(file, format=kind, **({"quality": 85} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -48,21 +61,25 @@ def page_data_url(image: Image.Image, max_side_px: int = 900) -> str:
 
 _PART = r"(?:\ (?:side|edge|corner|half))?(?:\ of)?"
 _PLACES = rf"""
-    (?:to|on|at|in|from)\ the\ (?:far\ |very\ )?(?:left|right|top|bottom|back|front|cent(?:er|re)|middle){_PART}
+    (?:to|on|at|in|from)\ the\ (?:far\ |very\ )?
+        (?:left|right|top|bottom|back|front|cent(?:er|re)|middle){_PART}
     | (?:far\ |upper\ |lower\ |top\ |bottom\ )?(?:left|right)(?:most)?{_PART}
     | (?:upper|lower|top|bottom|topmost|bottommost|uppermost|lowermost){_PART}
-    | in\ front\ of | behind | above | below | beneath | under | underneath | between | beside | next\ to
-    | near(?:est|by|er)?(?:\ to)? | close(?:st|r)?\ to | far(?:thest|ther|\ from)? | furthest | cent(?:er|re|ral)?
-    | middle | corner | edge | foreground | background | upwards? | downwards? | leftwards? | rightwards?
-    | at\ \d+\ \d+
+    | in\ front\ of | behind | above | below | beneath | under | underneath | between | beside
+    | next\ to | near(?:est|by|er)?(?:\ to)? | close(?:st|r)?\ to | far(?:thest|ther|\ from)?
+    | furthest | cent(?:er|re|ral)? | middle | corner | edge | foreground | background
+    | upwards? | downwards? | leftwards? | rightwards? | at\ \d+\ \d+
 """
 _ALIKE = r"""
-    first | second | third | fourth | fifth | sixth | last | only | others? | another | similar | alike | identical
-    | both | all | each | two | three | four | five | six | seven | several | multiple | among | candidates?
-    | rather\ than | instead(?:\ of)? | unlike | except | not | \d+\ (?:of|are|is)\b
+    first | second | third | fourth | fifth | sixth | last | only | others? | another | similar
+    | alike | identical | both | all | each | two | three | four | five | six | seven | several
+    | multiple | among | candidates? | rather\ than | instead(?:\ of)? | unlike | except | not
+    | \d+\ (?:of|are|is)\b
 """
 _TINTS = re.compile(
-    rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))\b", re.IGNORECASE | re.VERBOSE
+    # Ends before anything but a letter of a word or a digit: a circled number may follow.
+    rf"\b(?:(?P<place>{_PLACES})|(?P<alike>{_ALIKE}))(?![a-z0-9_])",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -81,6 +98,35 @@ def tint(text: str) -> list[tuple[str, str]]:
     if end < len(text):
         pieces.append((text[end:], ""))
     return pieces
+
+
+def trace_pieces(trace: str, steps: Sequence[Step]) -> list[tuple[str, str]]:
+    """`tint`, with the words of step n as a piece of kind "step n"."""
+    pieces, end = [], 0
+    for number, step in enumerate(steps, start=1):
+        pieces += tint(trace[end : step.start])
+        pieces.append((trace[step.start : step.end], f"step {number}"))
+        end = step.end
+    return pieces + tint(trace[end:])
+
+
+def steps_of(row: Mapping, objects: Sequence[Box] | None = None) -> list[Step]:
+    """The places that a row's reasoning names, px; none where the row does not allow to say.
+
+    The row is a prediction or a curated trace. objects: as in `places`.
+    """
+    trace, _ = reasoning_and_answer(row)
+    visible = plain_box(row.get("modal_box"))
+    try:
+        return places(
+            trace or "",
+            frame=frame_of(row),
+            image_wh=(row["width"], row["height"]),
+            visible=visible and tuple(visible),
+            objects=objects,
+        )
+    except (ValueError, KeyError, TypeError):  # no size, or no such frame: the row says so itself
+        return []
 
 
 _FACTS = (
@@ -102,53 +148,55 @@ def view_of(
     root: str | Path,
     group: Mapping | None = None,
     causes: Mapping[str, str] | None = None,
+    objects: Sequence[Box] | None = None,
     max_side_px: int = 900,
 ) -> dict:
-    """What the page draws for one sample: JSON values only. An image or group that cannot be read:
-    see `error`.
+    """What the page draws for one sample: JSON values only.
+
+    An image or group that cannot be read is described in `error`.
     """
     sample = comparison.sample
     view = {name: sample.get(name) for name in _FACTS}
-    view |= {
-        "width": sample.get("width"),
-        "height": sample.get("height"),
-        "image": None,
-        "error": None,
-        "gt_box": plain_box(sample.get("gt_box")),
-        "modal_box": plain_box(sample.get("modal_box")),
-        "causes": dict(causes or {}),
-    }
+    view.update(
+        width=sample.get("width"),
+        height=sample.get("height"),
+        image=None,
+        error=None,
+        gt_box=plain_box(sample.get("gt_box")),
+        modal_box=plain_box(sample.get("modal_box")),
+        causes=dict(causes or {}),
+    )
     try:
         image = image_of(sample, root)
         view["image"] = page_data_url(image, max_side_px)
-        view["width"], view["height"] = (
-            view["width"] or image.width,
-            view["height"] or image.height,
-        )
+        view["width"] = view["width"] or image.width
+        view["height"] = view["height"] or image.height
     except (OSError, ValueError, KeyError, TypeError) as problem:
         view["error"] = f"the image cannot be shown: {problem}"
     view["models"] = [
-        _answer_view(comparison.answers.get(model), model, place)
-        for place, model in enumerate(models)
+        _answer_view(comparison.answers.get(model), model, index, objects)
+        for index, model in enumerate(models)
     ]
     view["group"] = None
     if group is not None:
         try:
             view["group"] = _group_view(group, view)
         except (ValueError, KeyError, TypeError) as problem:
-            said = f"field {problem} is missing" if isinstance(problem, KeyError) else problem
-            view["error"] = f"the group cannot be shown: {said}"
+            view["error"] = f"the group cannot be shown: {reason(problem)}"
     return view
 
 
-def _answer_view(answer: ScoredAnswer | None, model: str, place: int) -> dict:
-    style = look(model, place)
+def _answer_view(
+    answer: ScoredAnswer | None, model: str, index: int, objects: Sequence[Box] | None
+) -> dict:
+    style = style_of(model, index)
     view = {"model": model, "label": style.label, "colour": style.colour, "dash": list(style.dash)}
     view["run"] = answer is not None
     if answer is None:
         return view
     row = answer.row
     reasoning, text = reasoning_and_answer(row)
+    steps = steps_of(row, objects) if reasoning else []
     gt = plain_box(row.get("gt_box"))
     return view | {
         "box": answer.box and list(answer.box),
@@ -156,9 +204,19 @@ def _answer_view(answer: ScoredAnswer | None, model: str, place: int) -> dict:
         "iou": answer.iou,
         "success": answer.success,
         "status": answer.status,
+        "verdict": answer.verdict,
         "error": answer.error,
         "reward": None if gt is None or answer.error else grounding_reward(answer.box, gt),
-        "reasoning": tint(reasoning) if reasoning else [],
+        "reasoning": trace_pieces(reasoning, steps) if reasoning else [],
+        "steps": [
+            {
+                "kind": step.kind,
+                "point": list(step.point),
+                "box": step.box and list(step.box),
+                "fault": step.fault,
+            }
+            for step in steps
+        ],
         "answer": text,
         "tokens": _sum(row.get("reasoning_tokens"), row.get("answer_tokens")),
         "latency_ms": row.get("latency_ms"),
@@ -167,29 +225,30 @@ def _answer_view(answer: ScoredAnswer | None, model: str, place: int) -> dict:
 
 
 def _group_view(group: Mapping, view: Mapping) -> dict:
-    """The completions of one prompt: box, reward and advantage of each (Eq. 7 and 8 where the group
-    does not say).
+    """The completions of one prompt: box, reward and advantage of each.
+
+    Rewards and advantages that the group does not hold are computed (Eq. 7 and 8).
     """
-    completions = list(group["completions"])
-    frame = BoxFrame[group.get("frame") or "NORM_1000"]
-    image_wh, gt = (view["width"], view["height"]), view["gt_box"]
+    # A completion that is no text has no box; the others are shown.
+    completions = [text if isinstance(text, str) else "" for text in group["completions"]]
+    frame, image_wh, gt = frame_of(group), (view["width"], view["height"]), view["gt_box"]
     parsed = [parse_completion(text, frame=frame, image_wh=image_wh) for text in completions]
-    rewards = group.get("rewards") or [grounding_reward(each.box, gt) for each in parsed]
+    rewards = group.get("rewards") or [grounding_reward(answer.box, gt) for answer in parsed]
     advantages = group.get("advantages") or _advantages(rewards)
     return {
         "step": group.get("step"),
         "completions": [
             {
-                "box": each.box and list(each.box),
-                "iou": 0.0 if each.box is None else iou(each.box, gt),
-                "success": is_success(each.box, gt),
-                "status": each.status,
+                "box": answer.box and list(answer.box),
+                "iou": 0.0 if answer.box is None else iou(answer.box, gt),
+                "success": is_success(answer.box, gt),
+                "status": answer.status,
                 "reward": float(reward),
                 "advantage": float(advantage),
-                "reasoning": tint(each.reasoning or ""),
+                "reasoning": tint(answer.reasoning or ""),
                 "answer": text,
             }
-            for text, each, reward, advantage in zip(
+            for text, answer, reward, advantage in zip(
                 completions, parsed, rewards, advantages, strict=True
             )
         ],

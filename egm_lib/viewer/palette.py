@@ -1,5 +1,5 @@
-"""One look for every image: colours that the colour-blind tell apart (Okabe and Ito); dashes and
-markers for grey.
+"""One style for all figures: colours that the colour-blind tell apart (Okabe and Ito), and dashes
+and markers for print in grey.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ from egm_lib.files import atomic_open
 
 @dataclass(frozen=True)
 class Look:
-    """How a model is drawn everywhere: name, colour, dash (on, off, ... in line widths; () is
-    solid), marker.
+    """How a model is drawn everywhere.
+
+    dash: lengths on, off, ... in line widths; () is a solid line. marker: matplotlib's.
     """
 
     label: str
@@ -41,13 +42,14 @@ _SPARE = (
 )
 INK, FAINT, GRID = "#222222", "#6B6B6B", "#DDDDDD"
 SOLVED, FAILED = "#0072B2", "#D55E00"
-# Beneath words of a trace; viewer.css has the same
+FAULT = "#C2185B"  # around a step that is wrong
+# Behind words of a trace; viewer.css has the same colours.
 TINTS = {"place": "#CFE5F5", "alike": "#FBE3A6"}
 
 
-def look(model: str, place: int = 0) -> Look:
-    """The look of a model of a run; any other model gets a spare one by its place in the list."""
-    return LOOKS.get(model) or Look(model, *_SPARE[place % len(_SPARE)])
+def style_of(model: str, index: int = 0) -> Look:
+    """The look of a model of a run; any other model gets a spare one by its index in the list."""
+    return LOOKS.get(model) or Look(model, *_SPARE[index % len(_SPARE)])
 
 
 STYLE = {
@@ -74,6 +76,7 @@ STYLE = {
     "legend.edgecolor": "white",
     "legend.framealpha": 0.85,
     "legend.fontsize": 8.5,
+    "legend.title_fontsize": 8,
     "figure.constrained_layout.h_pad": 0.07,
     "savefig.facecolor": "white",
     "figure.facecolor": "white",
@@ -101,8 +104,10 @@ _NO_DATE = {
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 160) -> Path:
-    """Writes a figure, format by suffix (png, pdf, svg), whole or not at all; the same figure gives
-    the same bytes.
+    """Writes a figure as .png, .pdf or .svg, whole or not at all.
+
+    The same figure gives the same bytes. dpi: of a PNG, and of the rasterised parts of the others.
+    Raises ValueError for another suffix.
     """
     path = Path(path)
     kind = path.suffix.lstrip(".").lower()

@@ -1,5 +1,5 @@
-// Draws one sample (`view`, made by egm_lib/comparison.py) and talks to its model through the widget protocol:
-// get, set, save_changes, on, off, send. The gallery hands in a small stand-in for the kernel.
+// Draws one sample (`view`, made by egm_lib/viewer/page.py) and talks to its model through the widget protocol:
+// get, set, save_changes, on, off, send. The gallery passes a small stand-in for the kernel.
 // Text from files only ever becomes a text node, so an expression or an answer cannot become markup.
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -24,28 +24,68 @@ function svg(tag, attributes = {}, ...children) {
 
 const rectOf = ([x1, y1, x2, y2]) => ({ x: x1, y: y1, width: x2 - x1, height: y2 - y1 });
 
-// A box; strokes keep their width in screen pixels whatever the image's size.
+// A rectangle whose stroke lies outside it, so that it hides nothing: drawn twice as wide and clipped to the outside.
+// Strokes keep their width in screen pixels whatever the image's size.
+function outside(xyxy, attributes, width) {
+  const id = `egm-outside-${serial++}`, far = 1e5, [x1, y1, x2, y2] = xyxy;
+  const d = `M${-far} ${-far}H${far}V${far}H${-far}ZM${x1} ${y1}H${x2}V${y2}H${x1}Z`;
+  return [svg("clipPath", { id }, svg("path", { d, "clip-rule": "evenodd" })),
+    svg("rect", { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", "stroke-width": 2 * width, "clip-path": `url(#${id})`, ...attributes })];
+}
+
 function box(xyxy, { colour, dash = [], width, name, hit = false }) {
-  const shared = { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke" };
   const dashes = dash.map((length) => length * width).join(" ");
+  const reach = { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", stroke: "transparent", "stroke-width": 14, "pointer-events": "stroke" };
   return svg("g", { class: "egm-box", "data-box": name },
-    svg("rect", { ...shared, stroke: colour, "stroke-width": width, "stroke-dasharray": dashes }),
-    ...(hit ? [svg("rect", { ...shared, stroke: "transparent", "stroke-width": 14, "pointer-events": "stroke" })] : []));
+    ...outside(xyxy, { stroke: colour, "stroke-dasharray": dashes }, width), ...(hit ? [svg("rect", reach)] : []));
 }
 
 // White beneath all boxes, so that they show on any image.
-const halo = (xyxy, width) =>
-  svg("rect", { ...rectOf(xyxy), fill: "none", "vector-effect": "non-scaling-stroke", stroke: "white", "stroke-width": width + 2.5, "stroke-opacity": 0.85 });
+const halo = (xyxy, width) => outside(xyxy, { stroke: "white", "stroke-opacity": 0.85 }, width + 1.2);
 
 function hidden(amodal, modal, id) {
   const ring = ([x1, y1, x2, y2]) => `M${x1} ${y1}H${x2}V${y2}H${x1}Z`;
   const size = Math.max(amodal[2] - amodal[0], amodal[3] - amodal[1]) / 14;
   return svg("g", { "data-box": "hidden" },
     svg("defs", {}, svg("pattern", { id, width: size, height: size, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-      svg("rect", { width: size, height: size, fill: "white", "fill-opacity": 0.35 }),
-      svg("rect", { width: size / 4, height: size, fill: "#111", "fill-opacity": 0.75 }))),
+      svg("rect", { width: size / 4, height: size, fill: "white", "fill-opacity": 0.45 }),
+      svg("rect", { width: size / 10, height: size, fill: "#111", "fill-opacity": 0.6 }))),
     svg("path", { d: ring(amodal) + ring(modal), fill: `url(#${id})`, "fill-rule": "evenodd" }),
-    box(modal, { colour: "#111", dash: [1, 2], width: 1.2, name: "modal" }));
+    svg("g", { class: "egm-box", "data-box": "modal" },
+      svg("rect", { ...rectOf(modal), fill: "none", stroke: "#111", "stroke-width": 1, "stroke-dasharray": "1.5 2.5", "vector-effect": "non-scaling-stroke" })));
+}
+
+const FAULT = "#C2185B";
+
+// The places that a trace names (found by egm_lib/viewer/steps.py): numbered dots, joined in order by a thin line.
+// Dots and numbers keep their size on the screen: `fitMarks` scales them. Numbers at one place stand side by side.
+function marks(m) {
+  const layer = svg("g", { class: "egm-steps", "data-model": m.model }), here = {};
+  m.steps.forEach((step, index) => {
+    const number = index + 1, [x, y] = step.point, spot = step.point.map(Math.round).join();
+    const beside = here[spot] = (here[spot] ?? -1) + 1;
+    const colour = step.fault ? FAULT : m.colour, parts = [];
+    if (index > 0) {
+      const [x0, y0] = m.steps[index - 1].point, line = { x1: x0, y1: y0, x2: x, y2: y, "vector-effect": "non-scaling-stroke" };
+      parts.push(svg("line", { ...line, stroke: "white", "stroke-width": 3, "stroke-opacity": 0.8 }), svg("line", { ...line, stroke: m.colour, "stroke-width": 1.3 }));
+    }
+    if (step.kind === "box") parts.push(svg("rect", { ...rectOf(step.box), fill: "none", stroke: m.colour, "stroke-width": 1, "stroke-dasharray": "1.5 3", "vector-effect": "non-scaling-stroke" }));
+    const text = svg("text", { x: 5 + 9 * beside, y: -5, fill: colour }, step.fault ? `${number}!` : `${number}`);
+    parts.push(svg("g", { class: "egm-dot", transform: `translate(${x} ${y})`, "data-at": `${x} ${y}` },
+      svg("circle", { r: 11, fill: "transparent" }),
+      ...(step.fault ? [svg("circle", { r: 7, fill: "none", stroke: FAULT, "stroke-width": 1.8 })] : []),
+      svg("circle", { r: 3.2, fill: colour, stroke: "white", "stroke-width": 1 }), text));
+    layer.append(svg("g", { class: "egm-mark", "data-step": `${m.model}/${number}`, "data-number": number },
+      svg("title", {}, `step ${number}${step.fault ? `: ${step.fault}` : ""}`), ...parts));
+  });
+  return layer;
+}
+
+function fitMarks(drawing) {
+  const shown = drawing.getBoundingClientRect(), [, , width, height] = drawing.getAttribute("viewBox").split(" ").map(Number);
+  if (!shown.width || !shown.height) return;
+  const unit = Math.max(width / shown.width, height / shown.height); // of the image, for a pixel of the screen
+  for (const dot of drawing.querySelectorAll(".egm-dot")) dot.setAttribute("transform", `translate(${dot.dataset.at}) scale(${unit})`);
 }
 
 // The part of the plane to show: the image, and boxes that leave it (amodal ones may).
@@ -67,11 +107,12 @@ function image(view, models, { thin = false } = {}) {
     drawing.append(svg("image", { href: view.image, x: 0, y: 0, width: view.width, height: view.height, preserveAspectRatio: "none", style: crisp }));
   }
   if (view.gt_box && view.modal_box) drawing.append(hidden(view.gt_box, view.modal_box, `egm-hatch-${serial++}`));
-  const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [3, 1.4] : [4.4, 2];
-  drawing.append(...boxed.map((m) => halo(m.box, slim)), ...(view.gt_box ? [halo(view.gt_box, wide)] : []));
+  const boxed = models.filter((m) => m.box), [wide, slim] = thin ? [2, 1.1] : [3, 1.6];
+  drawing.append(...boxed.flatMap((m) => halo(m.box, slim)), ...(view.gt_box ? halo(view.gt_box, wide) : []));
   if (view.gt_box) drawing.append(box(view.gt_box, { colour: "#111", width: wide, name: "ground truth" }));
   boxed.sort((a, b) => a.dash.length - b.dash.length); // dashes last: they show on a solid line in the same place
   for (const m of boxed) drawing.append(box(m.box, { colour: m.colour, dash: m.dash, width: slim, name: m.model, hit: !thin }));
+  for (const m of models) if (m.steps) drawing.append(marks(m));
   return drawing;
 }
 
@@ -79,9 +120,16 @@ const swatch = (colour, dash, width = 30) =>
   svg("svg", { width, height: 10, class: "egm-swatch", "aria-hidden": "true" },
     svg("line", { x1: 1, x2: width - 1, y1: 5, y2: 5, stroke: colour, "stroke-width": 3.2, "stroke-dasharray": dash.map((d) => d * 2.6).join(" ") }));
 
-const tinted = (pieces) => pieces.map(([text, kind]) => (kind ? html("mark", { class: `egm-${kind}` }, text) : document.createTextNode(text)));
-
-const STATUS = { no_box: "no box", unclosed_reasoning: "cut off while reasoning", malformed: "malformed box", error: "error" };
+// Pieces of a trace as nodes; the words of a step can be pointed at and reached with the tab key.
+function tinted(pieces, m = null) {
+  return pieces.map(([text, kind]) => {
+    if (!kind) return document.createTextNode(text);
+    if (!kind.startsWith("step ")) return html("mark", { class: `egm-${kind}` }, text);
+    const number = Number(kind.slice(5)), fault = m?.steps[number - 1]?.fault;
+    return html("mark", { class: `egm-word${fault ? " egm-fault" : ""}`, tabindex: "0", "data-step": `${m?.model}/${number}`, "data-number": number,
+      title: `step ${number}${fault ? `: ${fault}` : ""}` }, text, html("sup", {}, fault ? `${number}!` : `${number}`));
+  });
+}
 
 function card(m, place, { off, toggle, light }) {
   const node = html("section", { class: `egm-card${off ? " egm-off" : ""}`, "data-model": m.model, style: `--egm-colour: ${m.colour}` });
@@ -89,7 +137,7 @@ function card(m, place, { off, toggle, light }) {
   node.addEventListener("mouseleave", () => light(null));
   const verdict = !m.run ? html("span", { class: "egm-verdict" }, "not run")
     : html("span", { class: `egm-verdict ${m.success ? "egm-hit" : "egm-miss"}` },
-      m.status === "ok" ? `${m.success ? "✓ hit" : "✗ miss"} · IoU ${m.iou.toFixed(2)}` : `✗ ${STATUS[m.status] || m.status}`);
+      m.error ? "✗ error" : `${m.success ? "✓" : "✗"} ${m.verdict}`);
   node.append(html("button", { class: "egm-name", type: "button", title: `show or hide the box (key ${place + 1})`, "aria-pressed": String(!off), onclick: () => toggle(m.model) },
     swatch(m.colour, m.dash), m.label), verdict);
   if (!m.run) return node;
@@ -98,7 +146,7 @@ function card(m, place, { off, toggle, light }) {
     m.num_boxes > 1 ? `${m.num_boxes} boxes, the first counts` : null].filter(Boolean);
   node.append(html("div", { class: "egm-facts" }, facts.join(" · ")));
   if (m.error) node.append(html("p", { class: "egm-error" }, m.error));
-  if (m.reasoning.length) node.append(html("p", { class: "egm-reasoning" }, ...tinted(m.reasoning)));
+  if (m.reasoning.length) node.append(html("p", { class: "egm-reasoning" }, ...tinted(m.reasoning, m)));
   else if (!m.error) node.append(html("p", { class: "egm-reasoning egm-faint" }, "(answers without reasoning)"));
   if (m.answer) node.append(html("details", { class: "egm-answer" }, html("summary", {}, "answer"), html("pre", {}, m.answer)));
   return node;
@@ -160,7 +208,25 @@ function render({ model, el }) {
     }
   };
 
-  // The bar of places: built once, so that the field one types into is never replaced under the hands.
+  // Points at a step: lights its mark on the image and its words in the trace.
+  const point = (name) => {
+    for (const node of main.querySelectorAll("[data-step]")) node.classList.toggle("egm-on", node.dataset.step === name);
+  };
+  // How many steps of each trace are shown; null: all. It is the page's own: the kernel need not know.
+  let revealed = null;
+  const mostSteps = () => Math.max(0, ...[...main.querySelectorAll(".egm-mark")].map((node) => Number(node.dataset.number)));
+  function reveal(count) {
+    const most = mostSteps();
+    revealed = count === null || count >= most ? null : Math.max(0, count);
+    for (const node of main.querySelectorAll(".egm-mark, .egm-word")) node.classList.toggle("egm-later", revealed !== null && Number(node.dataset.number) > revealed);
+    const slider = main.querySelector(".egm-slider input");
+    if (!slider) return;
+    slider.value = revealed ?? most;
+    slider.nextElementSibling.textContent = `${revealed ?? most} of ${most}`;
+  }
+  const revealBy = (by) => { const most = mostSteps(); if (most) reveal(Math.min(most, Math.max(0, (revealed ?? most) + by))); };
+
+  // The bar with the sample's number is built once, so that the field one types into is never replaced.
   const place = html("input", { type: "number", min: 1, class: "egm-place", "aria-label": "go to number",
     onchange: () => go(Number(place.value) - 1), onkeydown: (event) => { if (event.key === "Enter") go(Number(place.value) - 1); } });
   const of = html("span", { class: "egm-of" });
@@ -192,7 +258,8 @@ function render({ model, el }) {
     html("button", { type: "button", title: `save what is seen as ${kind.toUpperCase()}`, onclick: () => model.send({ export: kind }) }, kind.toUpperCase())));
   if (model.get("choices").show) bar.append(search, save);
 
-  let open = true;
+  const sizes = new ResizeObserver((entries) => entries.forEach((entry) => fitMarks(entry.target)));
+  let open = true, shownSample;
   function draw() {
     const view = model.get("view"), off = model.get("hidden"), count = model.get("count"), total = model.get("total");
     place.value = count ? model.get("index") + 1 : 0;
@@ -204,15 +271,30 @@ function render({ model, el }) {
     if (view.error) stage.append(html("p", { class: "egm-error" }, view.error));
     stage.append(html("div", { class: "egm-legend" }, html("span", {}, swatch("#111", []), "ground truth"),
       ...(view.modal_box ? [html("span", {}, swatch("#111", [0.5, 0.8]), "visible part (hatched: hidden)")] : [])));
+    const drawing = stage.querySelector(".egm-image");
+    if (stage.querySelector(".egm-mark")) {
+      const slider = html("input", { type: "range", min: 0, "aria-label": "steps shown", title: "steps of the reasoning shown (keys , and .)", oninput: () => reveal(Number(slider.value)) });
+      stage.append(html("label", { class: "egm-slider" }, "steps ", slider, html("span", {})));
+    }
     for (const node of stage.querySelectorAll(".egm-box")) {
       node.addEventListener("mouseenter", () => light(node.dataset.box));
       node.addEventListener("mouseleave", () => light(null));
     }
     const facts = [`${view.dataset ?? ""} ${view.split ?? ""}`.trim(), view.task === "amodal" ? "amodal" : null, view.prompt_kind,
-      view.num_lookalikes === null || view.num_lookalikes === undefined ? null : `${view.num_lookalikes} look-alikes`, view.causes.cause, view.sample_id].filter(Boolean);
+      view.num_lookalikes === null || view.num_lookalikes === undefined ? null : `${view.num_lookalikes} look-alikes`, view.causes.cause, view.sample_id]
+      .filter((fact) => fact !== null && fact !== undefined && fact !== ""); // 0 is an id
     const side = html("div", { class: "egm-side" }, html("h3", { class: "egm-expression" }, `“${view.expression ?? ""}”`),
       html("div", { class: "egm-facts" }, facts.join(" · ")), ...view.models.map((m, number) => card(m, number, { off: off.includes(m.model), toggle, light })));
     main.replaceChildren(stage, side);
+    for (const node of main.querySelectorAll("[data-step]")) {
+      for (const event of ["mouseenter", "focus", "click"]) node.addEventListener(event, () => point(node.dataset.step));
+      for (const event of ["mouseleave", "blur"]) node.addEventListener(event, () => point(null));
+    }
+    if (shownSample !== view.sample_id) { shownSample = view.sample_id; revealed = null; }
+    const slider = stage.querySelector(".egm-slider input");
+    if (slider) { slider.max = mostSteps(); reveal(revealed); }
+    sizes.disconnect();
+    if (drawing) { fitMarks(drawing); sizes.observe(drawing); }
     if (view.group) {
       const tiles = group(view, open);
       tiles.addEventListener("toggle", () => { open = tiles.open; });
@@ -223,7 +305,7 @@ function render({ model, el }) {
   root.addEventListener("keydown", (event) => {
     if (event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
     const models = model.get("view").models ?? [];
-    const act = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0), End: () => go(model.get("count") - 1), "/": () => search.focus() }[event.key]
+    const act = { ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0), End: () => go(model.get("count") - 1), "/": () => search.focus(), ",": () => revealBy(-1), ".": () => revealBy(1) }[event.key]
       ?? (models[Number(event.key) - 1] && (() => toggle(models[Number(event.key) - 1].model)));
     if (!act) return;
     event.preventDefault();
@@ -245,6 +327,7 @@ function render({ model, el }) {
   controls();
   draw();
   return () => {
+    sizes.disconnect();
     redraw.forEach((name) => model.off(name, draw));
     recontrol.forEach((name) => model.off(name, controls));
     model.off("msg:custom", download);

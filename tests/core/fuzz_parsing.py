@@ -1,8 +1,7 @@
-"""Coverage-guided fuzzing of the parser and the reward: no text may raise, or break what
-test_parsing.py promises.
+"""Coverage-guided fuzzing of parser and reward: no text may raise, or break a property.
 
 Opt-in, because atheris is not among the project's requirements:
-    pip install atheris && python tests/fuzz_parsing.py -runs=1000000 -max_len=512 -timeout=5
+    pip install atheris && python tests/core/fuzz_parsing.py -runs=1000000 -max_len=512 -timeout=5
 What it finds belongs in test_parsing.py, as a case.
 """
 
@@ -51,7 +50,7 @@ def test_one_input(data: bytes) -> None:
         assert all(x1 <= x2 and y1 <= y2 for x1, y1, x2, y2 in parsed.boxes), parsed
         (reward,) = egm_reward([text], [GT], [size], frame=frame)
         assert 0.0 <= reward <= 1.0, reward
-    if "</think>" not in text:
+    if "/" not in text:  # no tag is closed
         assert parse_completion("<think>" + text, frame=frame, image_wh=size).box is None
 
 

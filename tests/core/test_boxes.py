@@ -1,6 +1,4 @@
-"""Boxes against independent truths: pycocotools, the textbook formula, and the algebra a frame
-change must obey.
-"""
+"""Boxes against independent truths: pycocotools, the formula, and the algebra of frame changes."""
 
 import math
 
@@ -19,9 +17,7 @@ moderate = st.floats(-1e6, 1e6)
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """xyxy px; a tenth snapped to a coarse grid, so that boxes touch, coincide and lose their
-    area.
-    """
+    """xyxy px; a tenth lies on a coarse grid, so that boxes touch, coincide or have no area."""
     corners = rng.uniform(0, 640, (count, 2, 2))
     corners[: count // 10] = corners[: count // 10] // 64 * 64
     return np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
@@ -62,7 +58,7 @@ def test_scalar_and_pairwise_iou_agree_with_the_formula():
         ((5, 5, 5, 5), (0, 0, 9, 9), 0.0),  # a point inside a box
         ((3, 3, 1, 1), (0, 0, 4, 4), 0.0),  # swapped corners enclose nothing
         ((3, 3, 1, 1), (3, 3, 1, 1), 0.0),
-        ((-2, -2, 2, 2), (0, 0, 2, 2), 0.25),  # negative coordinates are places too
+        ((-2, -2, 2, 2), (0, 0, 2, 2), 0.25),  # negative coordinates are valid
         # Areas beyond float range
         ((-1e308, -1e308, 1e308, 1e308), (-1e308, -1e308, 1e308, 1e308), 1.0),
     ],
@@ -161,6 +157,18 @@ def test_convert_refuses_an_impossible_image_size(wh):
 def test_convert_refuses_an_unknown_frame():
     with pytest.raises(ValueError, match="unknown box frame 'px'"):
         convert((0, 0, 1, 1), "px", BoxFrame.PIXEL, (5, 5))
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_frame_is_read_by_value_and_by_name(frame):
+    """Files hold the value; older prediction files hold the name."""
+    assert all(BoxFrame.read(text) is frame for text in (frame, frame.value, frame.name))
+
+
+@pytest.mark.parametrize("text", ["px", "", None, 1000, ["pixel"]])
+def test_an_unknown_frame_is_named(text):
+    with pytest.raises(ValueError, match="unknown box frame .*use one of pixel, norm_1000, norm_1"):
+        BoxFrame.read(text)
 
 
 def test_success_is_strictly_above_the_threshold():

@@ -1,6 +1,4 @@
-"""The objective against a numpy derivation, autograd's check, TRL's loss, and the invariances
-training relies on.
-"""
+"""The objective against numpy, autograd's check and TRL's loss, and its invariances."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -103,11 +101,10 @@ def test_gradcheck(options):
 def trl_loss(
     tensors, *, parts=1, clip_ratio=0.2, kl_weight=0.0, entropy_weight=0.0, ratio_level="token"
 ):
-    """Loss and metrics of TRL's own `_compute_loss` on these tensors, with the options that mean
-    the paper's objective.
+    """Loss and metrics of TRL's `_compute_loss` on these tensors, set to the paper's objective.
 
-    Everything but `_compute_loss` is a stand-in; the trainer's own tests run it whole. parts:
-    micro-batches of a step.
+    All but `_compute_loss` is a stand-in; the tests of the trainers run the whole.
+    parts: micro-batches of a step.
     """
     args = SimpleNamespace(
         use_bias_correction_kl=False,

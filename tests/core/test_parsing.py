@@ -1,6 +1,5 @@
 """The parser on real answers, hostile answers, and answers made of anything."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.boxes import BoxFrame, iou
+from egm_lib.files import read_jsonl
 from egm_lib.parsing import MAX_GROUPS, RULES, Parsed, accepts, parse_completion
 
 BANK = Path(__file__).parents[3] / "shared" / "data" / "parser_bank.jsonl"
@@ -38,7 +38,7 @@ def parse(
 
 @pytest.mark.skipif(not BANK.exists(), reason="the parser bank is not part of the project")
 def test_the_parser_bank_comes_out_as_expected():
-    rows = [json.loads(line) for line in BANK.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(BANK)
     assert len(rows) == 93
     for row in rows:
         expected = ARGUED.get(row["id"], row["expected"] and tuple(row["expected"]))
@@ -55,6 +55,17 @@ def test_the_parser_bank_comes_out_as_expected():
         # A box inside the reasoning does not count
         ("left of [5, 6, 7, 8]\n</think>\n[1, 2, 3, 4]", (1, 2, 3, 4)),
         ("<think>[5, 6, 7, 8]</think><answer>[1, 2, 3, 4]</answer>", (1, 2, 3, 4)),
+        # Other ways to write the tags
+        ("<thinking>[5, 6, 7, 8]</thinking>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<Think>[5, 6, 7, 8]</Think>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<think>[5, 6, 7, 8]</think >[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("[5, 6, 7, 8]< / THINK >[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<think>[5, 6, 7, 8]</thinking>[1, 2, 3, 4]", (1, 2, 3, 4)),  # closed by another name
+        ("<thought>[5, 6, 7, 8]</thought>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<reasoning>[5, 6, 7, 8]</reasoning><Answer>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("[5, 6, 7, 8] <Answer>[1, 2, 3, 4]</ANSWER> [5, 6, 7, 8]", (1, 2, 3, 4)),
+        ("[5, 6, 7, 8] <answer >[1, 2, 3, 4]</answer >", (1, 2, 3, 4)),
+        ("<thinker>[1, 2, 3, 4]</rethink>", (1, 2, 3, 4)),  # no tags of reasoning
         # Reasoning that quotes its own end
         ("a</think>[5, 6, 7, 8]</think>[1, 2, 3, 4]", (1, 2, 3, 4)),
         # A candidate before the answer
@@ -95,6 +106,13 @@ def test_the_parser_bank_comes_out_as_expected():
         ('{"x1": 1, "y1": 2, "x2": 3}', None),
         ('{"x1": 9, "x1": 1, "y1": 2, "x2": 3, "y2": 4}', (1, 2, 3, 4)),  # begun anew
         ("[x1, y1, x2, y2]", None),  # the template itself
+        ("x1=1 px, y1=2 px, x2=3 px and y2=4 px", (1, 2, 3, 4)),  # side by side
+        ('{"a": {"x1": 1, "y1": 2}, "b": {"x2": 3, "y2": 4}}', (1, 2, 3, 4)),
+        # Corners here and there in a sentence
+        ("From x1=1 the dog, y1=2 high, reaches x2=3, so y2=4 is its foot.", None),
+        ("Its x1=9 is left of the cat. x1=1, y1=2, x2=3, y2=4", (1, 2, 3, 4)),
+        ('{"label": "x1=1, y1=2, x2=3, y2=4"}', None),  # corners inside a label
+        ("<ref>x1=1, y1=2, x2=3, y2=4</ref>", None),
         ("[-1, -2.5, 3, 4]", (-1, -2.5, 3, 4)),
         ("[1e1, 2E+1, .5e2, 600e-1]", (10, 20, 50, 60)),
         ("[+1, 2., 3.0, 4]", (1, 2, 3, 4)),
@@ -123,6 +141,10 @@ def test_answers(answer, box):
         ("```json\n[]\n```", "no_box"),
         ("<think>a</think>", "no_box"),  # the reasoning is closed, the answer is empty
         ("<think>at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<thinking>at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<Think>at x1=1, y1=2, x2=3, y2=4", "unclosed_reasoning"),
+        ("< think >at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<think>at [1, 2, 3, 4] <answer>[5, 6, 7, 8]</answer>", "unclosed_reasoning"),
         ("a</think>[1, 2, 3, 4]<think>or", "unclosed_reasoning"),  # thinking again: no final answer
         ("[1, 2, 3]", "malformed"),
         ("(995987)", "malformed"),
@@ -146,6 +168,7 @@ def test_status(answer, status):
         ("<think> </think>[1, 2, 3, 4]", None),
         ("[1, 2, 3, 4]", None),
         ("<think>why", "why"),
+        ("<Thinking>why</thinking >[1, 2, 3, 4]", "why"),
     ],
 )
 def test_reasoning(text, reasoning):
@@ -186,8 +209,11 @@ def test_impossible_arguments_are_refused():
 tags = [
     "<think>",
     "</think>",
+    "< Thinking",
+    "</THINK >",
     "<answer>",
     "</answer>",
+    "</Answer>",
     "<box>",
     "</box>",
     "<ref>",
@@ -253,9 +279,9 @@ def test_any_text_gives_a_consistent_result(text, frame, rule, wh):
 @settings(deadline=None)
 @given(answers)
 def test_nothing_written_while_reasoning_can_count(text):
-    reasoning = text.replace("<think>", "")
-    assert parse(f"<think>{reasoning}").box is None or "</think>" in reasoning
-    assert parse(f"{reasoning}</think>").box is None
+    for opening, closing in (("<think>", "</think>"), ("< Thinking >", "</THINKING >")):
+        assert parse(f"{text}{opening}{text.replace('/', '')}").box is None
+        assert parse(f"{text}{closing}").box is None
 
 
 FENCED = '```json\n[\n\t{"bbox_2d": [100, 200, 300, 400], "label": "cat"}\n]\n```'

@@ -1,4 +1,4 @@
-"""Profiles: what the paper says is what they hold, and a slip of the pen is named."""
+"""Profiles hold what the paper says, and a mistake in one is named with its place."""
 
 import json
 import re
@@ -9,14 +9,13 @@ import yaml
 
 from egm_lib import profile as profiles
 from egm_lib.profile import ProfileError, load_profile, profile_names
-from egm_lib.run import Run
 
 PAPER = Path(__file__).parents[2] / "data" / "paper"
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of profiles of the test's own, beside a copy of mini."""
+    """A folder of profiles for a test, with a copy of mini."""
     (tmp_path / "mini.yaml").write_text((profiles.PROFILES_DIR / "mini.yaml").read_text())
     monkeypatch.setattr(profiles, "PROFILES_DIR", tmp_path)
     load_profile.cache_clear()
@@ -72,7 +71,7 @@ def test_released_differs_only_where_the_scripts_do():
     )
     differing = {
         f"{section}.{key}"
-        for section in ("sft", "grpo", "selection", "generation")
+        for section in ("sft", "grpo", "selection", "generation", "evaluation")
         for key in paper[section]
         if paper[section][key] != released[section][key]
     }
@@ -80,6 +79,8 @@ def test_released_differs_only_where_the_scripts_do():
         "grpo.num_train_epochs",
         "grpo.max_completion_length",
         "grpo.ratio_level",
+        "grpo.prompt",
+        "evaluation.prompt",
         "selection.easy",
     }
 
@@ -96,7 +97,20 @@ def test_released_differs_only_where_the_scripts_do():
         ({"sft": {"learning_rate": "1e-5"}}, ["odd.sft.learning_rate", "expected float", "1.0e-5"]),
         ({"sft": {"max_steps": 2.5}}, ["odd.sft.max_steps", "expected int"]),
         ({"seeds": 3}, ["odd.seeds", "expected a list"]),
+        ({"seeds": []}, ["odd.seeds", "at least one"]),
+        ({"tasks": []}, ["odd.tasks", "at least one"]),
+        ({"sft": {"learning_rate": float("nan")}}, ["odd.sft.learning_rate", "finite"]),
         ({"data": None}, ["odd.data", "expected a section"]),
+        ({"grpo": {"prompt": "authors"}}, ["odd.grpo.prompt", "'authors'", "'authors-sft'"]),
+        ({"evaluation": {"prompt": "qwen-refcoco"}}, ["odd.evaluation.prompt", "'amodal'"]),
+        (
+            {
+                "tasks": ["vanilla"],
+                "evaluation": {"prompt": "qwen-refcoco"},
+                "models": {"large": {"family": "internvl-3"}},
+            },
+            ["odd.evaluation.prompt", "internvl-3", "authors-eval"],
+        ),
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],
 )
@@ -116,6 +130,82 @@ def test_a_missing_value_is_named(folder):
         load_profile("odd")
 
 
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "found nothing"),
+        (b"- a\n- b\n", "found list"),
+        (b"mini", "found str"),
+        (b"a: [1, 2", "not valid YAML"),
+        (b"seeds: [2024-99-99]", "not valid YAML"),  # no date, which PyYAML reports otherwise
+        (b"[" * 5000, "not valid YAML"),
+        ("title: é".encode("utf-16"), "not UTF-8"),
+        ("title: é".encode("latin-1"), "not UTF-8"),
+        (b"extends: 3", "odd.extends: expected a profile's name, got 3"),
+        (b"extends: odd", "extends itself: odd -> odd"),
+        (b"extends: other", "extends itself: odd -> other -> odd"),
+        (b"extends: minni", "There is no profile 'minni' (odd extends it). Did you mean 'mini'"),
+        (b"extends: odd-small\nvariants: {small: {}}", "extends itself: odd -> odd"),
+        (b"extends: mini\nvariants: 3", "odd.variants: expected a section for each variant"),
+        (b"extends: mini\nvariants: {small: 3}", "odd.variants: expected a section"),
+        (b"extends: mini\nvariants: [released]", "has no variant 'released'. Known: amodal."),
+    ],
+)
+def test_a_file_that_is_no_profile_is_one_sentence(folder, content, reason):
+    (folder / "odd.yaml").write_bytes(content)
+    (folder / "other.yaml").write_text("extends: odd")
+    with pytest.raises(ProfileError) as caught:
+        load_profile("odd")
+    assert reason in str(caught.value) and "odd" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {"mini", "mini-amodal", "odd"} <= set(profile_names())  # the others are still found
+
+
+def test_a_profile_with_a_byte_order_mark_is_read(folder):
+    (folder / "odd.yaml").write_bytes(b"\xef\xbb\xbfextends: mini\ntitle: odd\n")
+    assert load_profile("odd").title == "odd"
+
+
+def test_variants_are_not_inherited_but_may_be_taken_over_by_name(folder):
+    (folder / "base.yaml").write_text(
+        "extends: mini\nvariants:\n  long: {sft: {max_minutes: 9}}\n  short: {seeds: [1]}\n"
+    )
+    (folder / "plain.yaml").write_text("extends: base\nseeds: [7]\n")
+    (folder / "chosen.yaml").write_text("extends: base\nseeds: [7]\nvariants: [long]\n")
+    names = set(profile_names())
+    assert {"base-long", "base-short", "chosen-long"} <= names
+    assert not {"plain-long", "plain-short", "chosen-short", "base-amodal"} & names
+    assert load_profile("chosen-long").sft.max_minutes == 9
+    assert load_profile("chosen-long").seeds == (7,)
+    for name in ("plain-long", "chosen-short"):
+        with pytest.raises(ProfileError, match=f"There is no profile '{name}'"):
+            load_profile(name)
+
+
+def test_an_evaluation_profile_has_no_variants_of_the_training_that_it_extends():
+    names = profile_names()
+    assert not [name for name in names if re.fullmatch(r"eval-.*-(amodal|released)", name)]
+
+
+@pytest.mark.parametrize("task", ["vanilla", "amodal"])
+def test_a_profile_may_have_one_task_only(folder, task):
+    (folder / "odd.yaml").write_text(f"extends: mini\ntasks: [{task}]\n")
+    assert load_profile("odd").tasks == (task,)
+
+
+def test_prompts_are_the_papers_unless_a_profile_says_otherwise():
+    """The authors' RL data and evaluation have another prompt than the paper and their SFT data."""
+    for name in profile_names():
+        profile = load_profile(name)
+        prompts = [profile.sft.prompt, profile.grpo.prompt, profile.evaluation.prompt]
+        if name.startswith("paper-qwen3vl") and name.endswith("-released"):
+            assert prompts == ["authors-sft", "authors-eval", "authors-eval"], name
+        elif name.startswith("eval-egm"):
+            assert prompts[2] == "authors-eval", name
+        else:
+            assert prompts == ["authors-sft"] * 3, name
+
+
 def test_unknown_name_offers_the_nearest():
     with pytest.raises(ProfileError, match="no profile 'minni'. Did you mean 'mini'"):
         load_profile("minni")
@@ -130,24 +220,14 @@ def test_extends_keeps_what_it_does_not_change():
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
-    """A training or selection value in paper-qwen3vl-8b.yaml without a comment on its line has no
-    witness.
+    """A value of training or selection whose line in paper-qwen3vl-8b.yaml has no comment has no
+    source.
     """
     text = (profiles.PROFILES_DIR / "paper-qwen3vl-8b.yaml").read_text()
     lines = text[text.index("\nsft:") : text.index("\ngeneration:")].splitlines()
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]
     assert len(stated) > 30
     assert [line for line in stated if "#" not in line] == []
-
-
-def test_paths_of_a_run():
-    run = Run(load_profile("mini"), 3)
-    assert run.root.parts[-3:] == ("data", "runs", "mini-3")
-    assert (
-        run.predictions("small-egm", "refcoco+_testA")
-        == run.root / "predictions/small-egm/refcoco+_testA.jsonl"
-    )
-    assert run.checkpoint("amodal", "small-sft") == run.root / "checkpoints/amodal/small-sft"
 
 
 def test_a_hub_id_is_left_alone_and_a_folder_made_absolute():

@@ -1,13 +1,11 @@
-"""Prompts to the letter of the paper; answers that the parser takes apart into what they were made
-of.
-"""
+"""Prompts are the paper's to the letter, and the parser recovers what an answer was made of."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.parsing import parse_completion
-from egm_lib.prompts import FAMILIES, PROTOCOL_TAGS, TASKS
+from egm_lib.prompts import FAMILIES, PROMPT_NAMES, PROTOCOL_TAGS, TASKS
 
 # Any text, boxes and quotes included, that does not quote a protocol tag
 texts = (
@@ -51,6 +49,56 @@ boxes = st.tuples(ends, ends).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1], xy[1
 )
 def test_prompts_are_the_papers(family, task, expected):
     assert FAMILIES[family].prompt("red cup", task) == expected
+
+
+@pytest.mark.parametrize(
+    "family, name, task, expected",
+    [
+        # The authors' RL data and evaluation lack the full stop of their SFT data
+        (
+            "qwen3-vl",
+            "authors-eval",
+            "vanilla",
+            "Locate red cup, output its bbox coordinates using JSON format",
+        ),
+        (
+            "qwen3-vl",
+            "authors-eval",
+            "amodal",
+            "Locate red cup amodally, output its bbox coordinates using JSON format",
+        ),
+        # QwenLM/Qwen3-VL, issue 1721
+        (
+            "qwen3-vl",
+            "qwen-refcoco",
+            "vanilla",
+            'Locate every object that matches the description "red cup" in the image. '
+            "Report bbox coordinates in JSON format.",
+        ),
+    ],
+)
+def test_named_prompts(family, name, task, expected):
+    assert FAMILIES[family].prompt("red cup", task, name=name) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_prompt_without_a_name_is_that_of_the_sft_data(family, task):
+    prompt = FAMILIES[family].prompt
+    assert prompt("red cup", task) == prompt("red cup", task, name="authors-sft")
+
+
+def test_a_prompt_that_a_family_lacks_is_named():
+    with pytest.raises(
+        ValueError, match="internvl-3 has no prompt 'qwen-refcoco': use one of auth"
+    ):
+        FAMILIES["internvl-3"].prompt("cup", "vanilla", name="qwen-refcoco")
+    with pytest.raises(ValueError, match="unknown task 'amodal' for the prompt 'qwen-refcoco'"):
+        FAMILIES["qwen3-vl"].prompt("cup", "amodal", name="qwen-refcoco")
+
+
+def test_every_family_prompt_has_a_known_name():
+    assert {name for family in FAMILIES.values() for name in family.prompts} == set(PROMPT_NAMES)
 
 
 def test_answers_are_written_as_the_families_write_them():
@@ -111,6 +159,10 @@ def test_what_could_not_be_read_again_is_refused(family):
         family.prompt("  ", "vanilla")
     with pytest.raises(ValueError, match="</think>"):
         family.answer((1, 2, 3, 4), (10, 10), "cup", "so </think> it is")
+    with pytest.raises(
+        ValueError, match="</Thinking >"
+    ):  # the parser would end the reasoning there
+        family.answer((1, 2, 3, 4), (10, 10), "cup", "so </Thinking > it is")
     with pytest.raises(ValueError, match="<answer>"):
         family.answer((1, 2, 3, 4), (10, 10), "<answer>", None)
     with pytest.raises(ValueError, match="blank"):

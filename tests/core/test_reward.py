@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egm_lib.boxes import BoxFrame, iou, is_success
+from egm_lib.files import read_jsonl
 from egm_lib.parsing import parse_completion
 from egm_lib.prompts import FAMILIES
 from egm_lib.reward import compute_score, egm_reward, grounding_reward
@@ -80,16 +82,72 @@ def test_bad_ground_truth_is_an_error_not_a_reward(gt):
             grounding_reward(pred, gt)
 
 
-def test_trl_columns_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="2, 1, 1"):
-        egm_reward(["a", "b"], [GT], [WH])
+@pytest.mark.parametrize("column", ["gt_box", "image_wh", "frame", "weight"])
+def test_trl_columns_of_different_length_are_refused(column):
+    columns = dict(gt_box=[GT] * 2, image_wh=[WH] * 2, frame=[None] * 2, weight=[None] * 2)
+    columns[column] = columns[column][:1]
+    with pytest.raises(ValueError, match=f"completions and {column} differ in length: 2 and 1"):
+        egm_reward(["a", "b"], **columns)
 
 
-def test_an_empty_chat_earns_nothing():
-    assert egm_reward([[], [{"role": "assistant", "content": None}]], [GT] * 2, [WH] * 2) == [
-        0.0,
-        0.0,
+@pytest.mark.parametrize(
+    "completion",
+    [
+        None,
+        "",
+        [],
+        [{"role": "assistant", "content": None}],
+        [{"role": "assistant"}],
+        [{"role": "assistant", "content": [None, {"type": "text", "text": None}]}],
+        [{"role": "assistant", "content": [{"type": "image"}]}],
+    ],
+)
+def test_an_answer_without_text_earns_nothing_and_does_not_stop_its_group(completion):
+    group = [completion, "[100, 200, 300, 400]"]
+    assert egm_reward(group, [GT] * 2, [WH] * 2) == pytest.approx([0.0, 1.0])
+
+
+def test_a_null_solution_earns_nothing():
+    assert compute_score("refcoco", None, GT, {"image_wh": WH}) == 0.0
+
+
+NAN = float("nan")  # what pandas makes of an empty cell
+
+
+@pytest.mark.parametrize("empty", [None, NAN])
+def test_empty_cells_of_a_table_mean_not_given(empty):
+    answer = "[100, 200, 300, 350]"  # IoU 0.75
+    assert egm_reward([answer], [GT], [WH], frame=empty, weight=empty) == pytest.approx([0.875])
+    columns = dict(frame=[empty, "norm_1000"], weight=[empty, 1.0])
+    assert egm_reward([answer] * 2, [GT] * 2, [WH] * 2, **columns) == pytest.approx([0.875, 1.0])
+    info = dict.fromkeys(("image_wh", "frame", "weight", "ground_truth_frame"), empty)
+    info |= {"width": 1000, "height": 500}
+    assert compute_score("refcoco", answer, GT, info) == pytest.approx(0.875)
+    with pytest.raises(ValueError, match='"width" and "height"'):
+        compute_score("refcoco", answer, GT, {"width": empty, "height": 500, "image_wh": empty})
+
+
+def test_columns_that_arrow_and_pandas_have_filled_up():
+    """Rows of two sources in one table: what only one of them has is null for the other."""
+    rows = [
+        {"width": 1000, "height": 500},
+        {"image_wh": list(WH), "frame": "pixel", "weight": 1.0},
     ]
+    answers = ["[100, 200, 300, 350]", "[100, 100, 300, 175]"]
+    table = pa.Table.from_pylist(
+        rows, schema=pa.unify_schemas([pa.Table.from_pylist([row]).schema for row in rows])
+    )
+    for infos in (table.to_pylist(), table.to_pandas().to_dict("records")):
+        scores = [
+            compute_score("refcoco", answer, GT, info)
+            for answer, info in zip(answers, infos, strict=True)
+        ]
+        assert scores == pytest.approx([0.875, 1.0])
+
+
+@pytest.mark.parametrize("frame", [BoxFrame.PIXEL, "pixel", "PIXEL", ["pixel"]])
+def test_a_frame_may_come_from_a_file(frame):
+    assert egm_reward(["[100, 100, 300, 200]"], [GT], [WH], frame=frame) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +173,7 @@ def test_verl_needs_the_image_size():
 
 @pytest.mark.skipif(not BANK.exists(), reason="the parser bank is not part of the project")
 def test_every_answer_of_the_bank_earns_full_reward_for_the_box_it_names():
-    rows = [json.loads(line) for line in BANK.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(BANK)
     for row in rows:
         box = parse_completion(row["raw"], frame=BoxFrame.NORM_1000, image_wh=(1000, 1000)).box
         if box is not None:

@@ -3,7 +3,6 @@
 import pytest
 
 from egm_lib.curation import filters
-from egm_lib.curation.directions import extensions
 from egm_lib.curation.filters import TeacherReply
 from egm_lib.curation.outputs import dropped_by
 from egm_lib.curation.tasks import TASKS
@@ -158,42 +157,6 @@ def test_wrong_direction_is_any_untrue_one_or_none_at_all():
     assert filters.wrong_direction(reply("It extends downward and upward."), down)
     assert filters.wrong_direction(reply("It lies behind the log."), down)
     assert not filters.wrong_direction(reply("It is entirely visible."), [])
-
-
-@pytest.mark.parametrize(
-    "amodal, expected",
-    [
-        ((100, 100, 200, 200), []),  # nothing hidden
-        ((100, 100, 200, 204), []),  # 4 % is drawing noise
-        ((100, 100, 200, 205), [("downward", "slightly")]),
-        ((80, 100, 200, 200), [("to the left", "a bit")]),
-        ((100, 60, 200, 200), [("upward", "moderately")]),
-        ((100, 100, 280, 200), [("to the right", "considerably")]),
-        ((100, 100, 350, 200), [("to the right", "significantly")]),
-        ((90, 100, 200, 300), [("downward", "significantly"), ("to the left", "slightly")]),
-    ],
-)
-def test_directions_and_degrees(amodal, expected):
-    """Visible part 100 x 100 px: shares of its side read off directly."""
-    assert extensions((100, 100, 200, 200), amodal) == expected
-
-
-@pytest.mark.parametrize(
-    "task, text, answer",
-    [
-        ("verify", " Yes.\n", "YES"),
-        ("verify", "**NO**", "NO"),
-        ("verify", "Yes and no", None),
-        ("failure", "COMPLEX-PROMPT", "COMPLEX-PROMPT"),
-        ("failure", "The cause is small object.", "SMALL-OBJECT"),
-        ("failure", "GT-ERROR or OTHER", None),  # two are none
-        ("failure", "another reason", None),
-        ("amodal-expression", '"The Tiger behind the log."', "the tiger behind the log"),
-        ("trace", "  left\n of it ", "left of it"),
-    ],
-)
-def test_reading_an_answer(task, text, answer):
-    assert TASKS[task].read(text) == answer
 
 
 def test_the_first_filter_names_the_reason_and_filters_can_be_left_out():

@@ -1,4 +1,4 @@
-"""The ledger: what was appended is found again, whatever happens to the file's end."""
+"""The ledger: what was appended is found again, whatever happens to the file."""
 
 import json
 import subprocess
@@ -91,6 +91,53 @@ def test_a_damaged_line_in_the_middle_is_passed_over(tmp_path, capsys):
     with Ledger(path) as ledger:
         assert ledger.answer(key(1)) and ledger.answer(key(3)) and ledger.answer(key(2)) is None
     assert "line 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [],
+        7,
+        {},
+        record(9) | {"key": 9},
+        record(9) | {"key": "no hexadecimal digits"},
+        record(9) | {"usage": None},
+        record(9) | {"usage": {"prompt_tokens": 1}},
+        record(9) | {"cost_usd": "free"},
+        record(9) | {"cost_usd": float("nan")},
+        record(9) | {"text": None},
+        {name: value for name, value in record(9).items() if name != "model"},
+    ],
+)
+def test_a_line_of_another_shape_is_left_out_by_name(tmp_path, capsys, odd):
+    path = tmp_path / "ledger.jsonl"
+    write(path, record(1), record(2))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + json.dumps(odd).encode() + b"\n" + second)
+    with Ledger(path) as ledger:
+        assert ledger.answer(key(1)) and ledger.answer(key(2)) and ledger.answer(key(9)) is None
+        assert ledger.cost_usd == 1.0
+    assert "line 2: no record" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_and_odd_separators_are_no_damage(tmp_path, capsys):
+    path = tmp_path / "ledger.jsonl"
+    write(path, record(1, text="a \u2028 b \x85 c"), record(2))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    with Ledger(path) as ledger:
+        assert ledger.answer(key(1))["text"] == "a \u2028 b \x85 c" and ledger.answer(key(2))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b'{"a": 1}', b'[{"key": "a"}]', "{}\n".encode("utf-16"), b"\0" * 50]
+)
+def test_a_file_of_another_kind_is_not_touched(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(LedgerError, match="is no ledger"), Ledger(path):
+        pass
+    assert path.read_bytes() == content
 
 
 def test_a_second_process_is_refused(tmp_path):

@@ -1,16 +1,22 @@
-"""Downloads and archives: servers that break off or lie, archives that reach outside. Loopback
-only.
+"""Downloads and archives: servers that break off or lie, archives that reach outside.
+
+All servers are local.
 """
 
 import hashlib
 import io
+import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 
+from egm_lib.data import __main__ as data_command
 from egm_lib.data import fetch as fetching
 from egm_lib.data.fetch import SOURCES, FetchError, Source, download, fetch, unpack
 
@@ -266,6 +272,66 @@ def test_the_second_address_is_tried_and_the_way_by_hand_named(server, tmp_path)
 def test_what_may_not_be_fetched_says_how_to(tmp_path, capsys):
     assert fetch(SOURCES["tao_frames"], tmp_path) is None
     assert "form" in capsys.readouterr().out and left(tmp_path) == []
+
+
+def refused(self):
+    """A hub that gives nothing to a user without an account that has accepted the terms."""
+    self.server.asked.append((self.path, self.headers.get("Authorization")))
+    self.send_response(401)
+    self.send_header("X-Error-Code", "GatedRepo")
+    self.end_headers()
+
+
+def test_the_hub_is_asked_with_the_users_token_and_a_refusal_says_what_to_do(server, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "do_GET", refused)
+        patch.setattr(Handler, "do_HEAD", refused, raising=False)
+        environment = os.environ | {
+            "HF_ENDPOINT": server.url.removesuffix("/file.zip"),
+            "HF_TOKEN": "hf_the_users_token",
+            "HF_HUB_OFFLINE": "0",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "egm_lib.data", "fetch", "tao_amodal_train", "--root", tmp_path],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    tokens = {token for path, token in server.asked if "TAO-Amodal" in path}
+    assert tokens == {"Bearer hf_the_users_token"}
+    assert "accept the terms" in done.stderr and "hf auth login" in done.stderr
+    assert "hf_the_users_token" not in done.stdout + done.stderr
+    assert done.returncode == 0  # it is optional
+
+
+def unavailable(*_, **__):
+    raise ConnectionError("no route to the hub")
+
+
+def test_fetch_goes_on_after_a_source_that_is_not_available(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unavailable)
+    sources = {
+        "tao": Source("tao", "none", hub="someone/tao", hub_patterns=("a.json",), optional=True),
+        "nobody": Source("nobody", "none", ("http://127.0.0.1:9/file.zip",), "nobody.zip"),
+        "vanilla": Source("vanilla", "none", (server.url,), "vanilla.zip"),
+    }
+    monkeypatch.setattr(data_command, "SOURCES", sources)
+    monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
+    assert data_command.main(["fetch", "--root", str(tmp_path)]) == 1
+    errors = capsys.readouterr().err
+    assert "tao: the hub did not give someone/tao (no route to the hub)" in errors
+    assert "can do without" in errors and "nobody: if this goes on" in errors
+    assert (tmp_path / "vanilla.zip").read_bytes() == CONTENT
+    del sources["nobody"]  # what is optional is no failure
+    assert data_command.main(["fetch", "--root", str(tmp_path)]) == 0
+
+
+def test_a_hub_that_lacks_the_file_is_no_success(tmp_path, monkeypatch):
+    """snapshot_download is content if nothing matches its patterns."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    with pytest.raises(FetchError, match="has no file amodal_annotations/train.json any more"):
+        fetch(SOURCES["tao_amodal_train"], tmp_path)
 
 
 def test_every_source_states_its_licence_and_a_way():

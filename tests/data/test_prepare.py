@@ -40,9 +40,7 @@ def run(verb, root, *options):
 
 @pytest.fixture
 def refcoco_root(tmp_path):
-    """Images 1..9. Trained on: 1, 2 (all three sets). Image 2 is tested on in RefCOCO+ alone:
-    it leaks.
-    """
+    """Images 1..9; all three sets train on 1 and 2. Image 2 leaks: RefCOCO+ alone tests on it."""
     for dataset, split_by, tested in (
         ("refcoco", "unc", 3),
         ("refcoco+", "unc", 2),
@@ -51,7 +49,7 @@ def refcoco_root(tmp_path):
         splits = [split for name, split in EVAL_SPLITS if name == dataset]
         refs = [ref(1, image_id=1, sents=("left man", "man that left")), ref(2, image_id=2)]
         refs += [ref(10 + i, split, image_id=tested + (i and 4)) for i, split in enumerate(splits)]
-        annotations = [annotation(each["ann_id"], image_id=each["image_id"]) for each in refs]
+        annotations = [annotation(item["ann_id"], image_id=item["image_id"]) for item in refs]
         write_refcoco(tmp_path, dataset, split_by, refs, map(coco_image, range(1, 10)), annotations)
     folder = tmp_path / "images" / "train2014"
     folder.mkdir(parents=True)
@@ -130,6 +128,56 @@ def test_amodal_data_is_cut_filtered_and_counted(tmp_path):
     assert train["gt_box"][:] == [[10, 10, 60, 90], [0, 10, 60, 90], [0, 10, 20, 40]]
     assert train["image"][0] == "images/val2014/COCO_val2014_000000000058.jpg"
     assert [len(read_eval(tmp_path, *split)) for split in AMODAL_SPLITS] == [2, 2]
+
+
+def amodal_root(root):
+    """COCO-Amodal alone: TAO-Amodal is given only to users who accept its terms."""
+    hidden = region(occlude_rate=0.4, visible_mask=rle(10, 50, 60, 90))
+    for split in ("train", "val", "test"):
+        path = root / "coco_amodal" / "annotations" / f"COCO_amodal_{split}2014.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_coco_amodal(path, hidden)
+        if split == "train":
+            path.write_text(path.read_text().replace("57", "58"))
+
+
+def test_amodal_data_is_prepared_without_tao_and_says_so(tmp_path, caplog):
+    amodal_root(tmp_path)
+    report = prepare(tmp_path, tasks=["amodal"])["amodal"]
+    assert report["samples"] == 1 and report["tao_amodal"] is False
+    assert "COCO-Amodal alone" in caplog.text and "tao_amodal_train" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["tao_amodal", "tao_amodal/amodal_annotations"])
+def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder):
+    amodal_root(tmp_path)
+    (tmp_path / folder).mkdir(parents=True)
+    write_tao(tmp_path / folder / "train.json", tao(1, (-40, 10, 60, 30)))
+    report = prepare(tmp_path, tasks=["amodal"])["amodal"]
+    assert report["samples"] == 2 and report["tao_amodal"] is True
+
+
+def test_one_task_is_prepared_where_the_files_of_the_other_are_missing(refcoco_root, capsys):
+    assert run("prepare", refcoco_root) == 1
+    assert "amodal is not prepared: no file" in capsys.readouterr().err
+    assert len(read_train(refcoco_root, "vanilla")) > 0
+    assert not (refcoco_root / "train_amodal.jsonl").exists()
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 0  # all that a profile may want
+
+
+def test_a_profile_with_the_amodal_task_alone_needs_no_vanilla_files(tmp_path):
+    amodal_root(tmp_path)
+    assert run("prepare", tmp_path, "--task", "amodal") == 0
+    assert len(read_train(tmp_path, "amodal")) == 1
+    assert not (tmp_path / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_a_report_that_cannot_be_read_is_one_sentence(refcoco_root, capsys, content):
+    (refcoco_root / "prepare-vanilla.json").write_text(content)
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 1
+    assert "prepare-vanilla.json" in (error := capsys.readouterr().err)
+    assert "delete it" in error and error.count("\n") == 1
 
 
 def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):

@@ -1,6 +1,4 @@
-"""The record: what is written is read back, and what contradicts it is refused with file, row and
-reason.
-"""
+"""Samples: what is written is read back, and a bad row is refused with file, row and reason."""
 
 import json
 
@@ -20,7 +18,6 @@ from egm_lib.data import (
     write_samples,
 )
 from egm_lib.data.images import ImageError, mirrored_name, write_mirrored
-from egm_lib.files import atomic_open
 
 
 def sample(number=0, **changes):
@@ -87,6 +84,10 @@ BAD = [
     (dict(colour="red"), "unknown field 'colour'"),
     (dict(width="640"), "width = '640' is not int64"),
     (dict(width=0), "width is not positive"),
+    (dict(width=float("nan")), "width = nan is not int64"),
+    (dict(width=640.5), "width = 640.5 is not int64"),  # pyarrow would make it 640
+    (dict(width=10**30), "is not int64"),
+    (dict(expression="dog \ud83d"), "is not string"),  # half a surrogate pair
     (dict(gt_box=[1, 2, 3]), "four numbers"),
     (dict(gt_box=[1, 2, 3, float("nan")]), "not finite"),
     (dict(gt_box=[1, 2, None, 4]), "not finite"),
@@ -116,7 +117,7 @@ def test_a_row_that_contradicts_the_record_is_refused(tmp_path, change, reason):
     assert reason in str(caught.value)
 
 
-def test_a_border_is_forgiven_by_a_rounding(tmp_path):
+def test_a_box_may_leave_the_image_by_a_rounding(tmp_path):
     assert write_samples(tmp_path / "a.jsonl", [sample(gt_box=[-0.3, 0, 640.4, 480])]) == 1
 
 
@@ -144,6 +145,24 @@ def test_broken_json_names_its_line(tmp_path):
         (tmp_path / "a.jsonl").write_bytes(json.dumps(sample(0)).encode() + b"\n" + broken + b"\n")
         with pytest.raises(SampleError, match="row 2: not JSON"):
             read_samples(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("number", [0, 57])
+def test_ids_may_be_numbers_as_in_cocos_files(tmp_path, number):
+    row = sample(sample_id=number, image_id=number, ann_id=number, ref_id=number)
+    write_samples(tmp_path / "written.jsonl", [row])
+    (tmp_path / "plain.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("written.jsonl", "plain.jsonl"):
+        (back,) = read_samples(tmp_path / name)
+        assert {back[key] for key in ("sample_id", "image_id", "ann_id", "ref_id")} == {str(number)}
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n", b"\n\xef\xbb\xbf", b"\r\n"])
+def test_odd_separators_and_marks_do_not_end_a_sample(tmp_path, before):
+    row = sample(expression="dog\u2028on\x85the left")
+    line = json.dumps(row, ensure_ascii=False).encode()
+    (tmp_path / "a.jsonl").write_bytes(before + line + b"\n\n")
+    assert read_samples(tmp_path / "a.jsonl")["expression"][:] == [row["expression"]]
 
 
 def test_a_data_root_is_read_by_task_and_split(tmp_path):
@@ -218,10 +237,3 @@ def test_a_mirrored_image(tmp_path):
     image.save(tmp_path / "a.png")
     write_mirrored(tmp_path / "a.png", tmp_path / "flip" / "a.png")
     assert open_image(tmp_path / "flip" / "a.png").getpixel((2, 0)) == (255, 0, 0)
-
-
-def test_a_file_that_is_replaced_whole_has_the_rights_of_any_other(tmp_path):
-    (tmp_path / "plain").touch()
-    with atomic_open(tmp_path / "whole") as file:
-        file.write("text")
-    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -37,6 +37,7 @@ from egm_lib.data.jsonl import image_ids, load_rl_parquet
 from egm_lib.parsing import parse_completion
 from egm_lib.prompts import FAMILIES
 
+NAN = float("nan")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data is not here")
 
@@ -123,6 +124,7 @@ def test_unknown_splits_and_missing_files(tmp_path):
         ({"ref_id": 2}, "'split' is neither"),
         (ref(2, sentences=[{"sent_id": 1}]), "'sent' is neither"),
         (ref(2, sentences=[7]), "not a reference"),
+        (ref(2, sentences=None), "not a reference"),
         (ref(2, ann_id=3), "image 59"),
         ("text", "not a reference"),
     ],
@@ -137,6 +139,29 @@ def test_a_reference_that_does_not_fit_is_named(tmp_path, bad, reason):
     with pytest.raises(SampleError, match="row 2") as caught:
         load_refcoco(tmp_path, dataset="refcoco", split="train")
     assert reason in str(caught.value) and "refs(unc).p" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bbox", [(10, 20, 0, 200), (10, 20, 5, 0), (10, 20, -1, 5), (1, 2, NAN, 4)]
+)
+def test_boxes_without_area_are_left_out_and_counted(tmp_path, bbox):
+    write_refcoco(
+        tmp_path,
+        refs=[ref(1, sents=("man", "guy")), ref(2)],
+        images=[coco_image()],
+        annotations=[annotation(1, bbox=bbox), annotation(2)],
+    )
+    counts = Counter()
+    rows = load_refcoco(tmp_path, dataset="refcoco", split="train", counts=counts)
+    assert rows["ref_id"][:] == ["2"] and counts == {"no area": 2}  # sentences
+
+
+@pytest.mark.parametrize("width", [NAN, 0, -640, 640.5, "640"])
+def test_an_impossible_width_is_named(tmp_path, width):
+    images = [coco_image() | {"width": width}]
+    write_refcoco(tmp_path, refs=[ref(1)], images=images, annotations=[annotation(1)])
+    with pytest.raises(SampleError, match="row 1: width"):
+        load_refcoco(tmp_path, dataset="refcoco", split="train")
 
 
 def test_blank_sentences_are_left_out_and_counted(tmp_path):
@@ -195,6 +220,26 @@ def test_jsonl_refuses_with_file_row_and_reason(tmp_path, change, reason, form):
     with pytest.raises(SampleError, match="row 2") as caught:
         load_jsonl(path, dataset="refcoco", split="val")
     assert reason in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n ", b"\n\xef\xbb\xbf"]
+)
+@pytest.mark.parametrize("form", ["jsonl", "list"])
+def test_what_stands_before_a_json_list_or_lines_does_not_matter(tmp_path, before, form):
+    row = LINE | {"sent": "left\u2028man\x85"}
+    rows = json.dumps([row] * 2, ensure_ascii=False)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n") * 2
+    content = before + (rows if form == "list" else lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+    samples = load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val")
+    assert samples["expression"][:] == ["left\u2028man"] * 2
+
+
+def test_a_file_without_rows_has_no_samples(tmp_path):
+    for content in (b"", b"\n", b"\xef\xbb\xbf", b"[]"):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        assert len(load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val")) == 0
 
 
 @needs_shared
@@ -334,6 +379,59 @@ def test_coco_amodal_refuses_with_file_region_and_reason(tmp_path, change, reaso
     assert reason in str(caught.value) and str(path) in str(caught.value)
 
 
+def test_null_in_an_amodal_annotation_means_not_given(tmp_path):
+    path = write_coco_amodal(tmp_path / "a.json", region(occlude_rate=None, isStuff=None))
+    document = json.loads(path.read_text())
+    document["annotations"].append(dict(id=6, image_id=57, regions=None))
+    path.write_text(json.dumps(document))
+    assert len(load_coco_amodal(path, split="val")) == 1
+    path = write_tao(
+        tmp_path / "b.json",
+        tao(1, (0, 0, 5, 5), visibility=None, amodal_is_uncertain=None),
+        tao(2, (0, 0, 5, 5), bbox=()),
+    )
+    rows = load_tao_amodal(path, split="train", min_occlusion=0.0)
+    assert rows["modal_box"][:] == [[0, 10, 20, 40], None]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(images=None),
+        dict(images=[None]),
+        dict(annotations=None),
+        dict(annotations=[None]),
+        dict(annotations=[dict(id=5, image_id=[57], regions=[])]),
+        dict(annotations=[dict(id=5, image_id=57, regions=[None])]),
+        dict(annotations=[dict(id=5, image_id=57, regions=[region(name=["dog"])])]),
+        dict(annotations=[dict(id=5, image_id=57, regions=[region(segmentation=["a", "b"] * 3)])]),
+    ],
+)
+def test_coco_amodal_of_another_shape_is_one_sentence(tmp_path, change):
+    path = write_coco_amodal(tmp_path / "a.json", region())
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SampleError, match="a.json"):
+        load_coco_amodal(path, split="val")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b"7", "{}".encode("utf-16"), b'{"images": []}']
+)
+@pytest.mark.parametrize("load", [load_coco_amodal, load_tao_amodal])
+def test_a_file_that_holds_no_annotations_is_one_sentence(tmp_path, load, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(SampleError, match="a.json"):
+        load(tmp_path / "a.json", split="val")
+
+
+def test_tao_categories_of_another_shape_are_one_sentence(tmp_path):
+    path = write_tao(tmp_path / "a.json", tao(1, (0, 0, 5, 5)))
+    for categories in (None, [None], [{"id": 805}]):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"categories": categories}))
+        with pytest.raises(SampleError, match="a.json"):
+            load_tao_amodal(path, split="train")
+
+
 def test_tao_boxes_may_leave_the_image(tmp_path):
     path = write_tao(
         tmp_path / "a.json",
@@ -392,5 +490,5 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
         ("frames/0391.jpg", "frames/0391.jpg"),  # a frame's number is no COCO number
     ],
 )
-def test_a_image_has_one_id_whatever_its_folder(image, image_id):
+def test_an_image_has_one_id_whatever_its_folder(image, image_id):
     assert image_ids(pa.chunked_array([[image]])).to_pylist() == [image_id]

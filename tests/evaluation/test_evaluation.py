@@ -96,6 +96,36 @@ def test_an_error_row_stays_an_error_and_counts_as_a_miss():
     ]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"gt_box": None},  # no ground truth
+        {"gt_box": [1, 2, 3]},
+        {"width": None},  # no size: boxes in 0..1000 cannot be placed
+        {"frame": "inches"},
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_left_out_and_named(broken, caplog):
+    rows = answers([(0, 0, 500, 500)] * 3)
+    whole = rows.astype(object).to_dict("records")
+    scored = score(pd.DataFrame([whole[0], whole[1] | broken, whole[2]]))
+    assert scored["sample_id"].tolist() == ["s0", "s2"] and scored["success"].all()
+    assert "sample s1" in caplog.text
+
+
+def test_an_empty_box_is_a_miss(caplog):
+    """The archived runs hold such answers; a model may give one, so it counts."""
+    scored = score(answers([(0, 0, 0, 0), (100, 100, 100, 400)]))
+    assert scored["success"].tolist() == [False, False] and scored["status"].tolist() == ["ok"] * 2
+    assert not caplog.text
+
+
+def test_a_frame_is_read_by_value_or_by_name():
+    box = [(0, 0, 500, 500)]
+    for frame in ("NORM_1000", "norm_1000", None):
+        assert score(answers(box, frame=frame))["success"].tolist() == [True]
+
+
 def test_metrics_by_group():
     scored = score(answers([(0, 0, 500, 500), (0, 0, 500, 375), None, (0, 0, 500, 500)]))
     scored = scored.assign(

@@ -1,4 +1,4 @@
-"""CKA and probe on constructed cases; the features are of the cell that they are said to be of."""
+"""CKA and probe on constructed cases; each feature vector is that of the right cell."""
 
 import numpy as np
 import pytest
@@ -43,20 +43,20 @@ def test_a_probe_reads_boxes_that_are_in_the_features_and_none_that_are_not():
 
 
 def test_a_cell_s_features_are_found_where_the_box_is():
-    """A tower that says where it looks: each cell's features are its own number."""
+    """A tower whose features name their cell: they are the number of the cell."""
     model, processor = tiny_qwen()
-    visual, told = model.model.visual, []
+    visual, counts = model.model.visual, []
 
-    def look(pixels, grid_thw, forward=visual.forward):
+    def number_cells(pixels, grid_thw, forward=visual.forward):
         output = forward(pixels, grid_thw=grid_thw)
-        told.append(grid_thw.prod(dim=-1) // visual.spatial_merge_size**2)
+        counts.append(grid_thw.prod(dim=-1) // visual.spatial_merge_size**2)
         for seen, count in zip(
-            output.pooler_output.split(told[-1].tolist()), told[-1].tolist(), strict=True
+            output.pooler_output.split(counts[-1].tolist()), counts[-1].tolist(), strict=True
         ):
             seen[:] = seen.new_tensor(range(count))[:, None]
         return output
 
-    visual.forward = look
+    visual.forward = number_cells
     # Cells of 16 px: 4 x 2 and 2 x 4
     images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]
     got = cell_features(model, processor, images, [(50, 20, 60, 30), (2, 34, 10, 44)])

@@ -284,3 +284,41 @@ def test_a_real_kernel_runs_and_fails_clearly(tmp_path, monkeypatch):
         str(cell.outputs) for cell in nbformat.read(run.notebook("00_a.ipynb"), as_version=4).cells
     ]
     assert any("smoke 7" in text for text in outputs)
+
+
+def test_paid_services_want_a_budget_before_anything_is_asked(project, monkeypatch, capsys):
+    run = Run(load_profile("paper-qwen3vl-2b"), 0)
+    monkeypatch.delenv("EGM_BUDGET_USD", raising=False)
+    with pytest.raises(ReproduceError, match="BUDGET="):
+        module.agree_on_costs(run)
+    monkeypatch.setenv("EGM_BUDGET_USD", "50")
+    module.agree_on_costs(run)
+    assert "Budget: 50 USD" in capsys.readouterr().out
+
+
+def test_without_paid_services_nothing_is_said(project, capsys):
+    module.agree_on_costs(project[0])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_notebook_for_another_task_is_skipped(project, capsys):
+    run, ran, _, root = project
+    path = root / "notebooks" / "01_b.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.metadata["egm"] = {"tasks": ["amodal"]}
+    nbformat.write(book, path)
+    vanilla = replace(run.profile, tasks=("vanilla",))
+    reproduce(Run(vanilla, 0))
+    assert ran == ["00_a", "02_c"]
+    assert "01_b: not needed" in capsys.readouterr().out
+
+
+def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch):
+    use_root(monkeypatch, tmp_path)
+    assert manifest.committed_json("a.json") is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    (tmp_path / "a.json").write_text('{"n": 1}')
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "a.json").write_text('{"n": 2}')
+    assert manifest.committed_json("a.json") == {"n": 1}

@@ -1,6 +1,4 @@
-"""Figures from files: what is there is drawn, what is not is said, the same files give the same
-bytes.
-"""
+"""Figures from files: complete runs are drawn, gaps are named, equal files give equal bytes."""
 
 import json
 
@@ -12,7 +10,7 @@ from toy_run import write_run
 from egm_lib.reports.figures import FIGURES, build_figures
 from egm_lib.reports.figures.__main__ import main
 from egm_lib.reports.figures.curves import _curve
-from egm_lib.reports.figures.material import lot
+from egm_lib.reports.figures.material import sample_fixed
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +19,23 @@ def toy(tmp_path_factory):
     return write_run(folder / "runs", folder / "world"), folder
 
 
-def test_every_figure_is_drawn_from_a_whole_run_and_listed(toy):
+def test_every_figure_is_drawn_from_a_complete_run_and_listed(toy):
     run, folder = toy
     drawn = build_figures([run], folder / "figures", root=folder / "world")
-    assert [each.name for each in drawn] == list(FIGURES)
-    not_run = {each.name for each in drawn if each.not_run}
-    assert not_run <= {"fig12"}  # nothing there that EGM breaks, or both miss
-    for each in drawn:
-        for file in each.files:
+    assert [figure.name for figure in drawn] == list(FIGURES)
+    not_run = {figure.name for figure in drawn if figure.not_run}
+    assert not_run <= {"fig12"}  # EGM breaks nothing here, and none is missed by both
+    for figure in drawn:
+        for file in figure.files:
             head = (folder / "figures" / file).read_bytes()[:4]
             assert head == {"png": b"\x89PNG", "pdf": b"%PDF"}[file.rpartition(".")[2]]
     listed = json.loads((folder / "figures" / "figures.json").read_text())
-    assert [each["name"] for each in listed] == list(FIGURES)
-    assert all(bool(each["caption"]) != bool(each["not_run"]) for each in listed)
+    assert [figure["name"] for figure in listed] == list(FIGURES)
+    assert all(bool(figure["caption"]) != bool(figure["not_run"]) for figure in listed)
 
 
 def test_bands_of_training_curves():
-    """Two seeds: from one to the other. Three: the t interval of 1, 2, 3 is 2 +- 4.303 /
-    sqrt(3).
-    """
+    """Two seeds: their range. Three: the t interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3)."""
     for seeds, expected in ((1, (1.0, 1.0)), (2, (1.0, 2.0)), (3, (2 - 2.4842, 2 + 2.4842))):
         ax = Figure().subplots()
         frames = [
@@ -59,8 +55,8 @@ def test_absent_files_are_not_run_and_an_old_figure_does_not_stay(toy, tmp_path)
     out = tmp_path / "figures"
     out.mkdir()
     (out / "fig5.png").write_bytes(b"of an earlier run")
-    drawn = {each.name: each for each in build_figures([bare], out, root=folder)}
-    assert all(each.not_run and not each.files for each in drawn.values())
+    drawn = {figure.name: figure for figure in build_figures([bare], out, root=folder)}
+    assert all(figure.not_run and not figure.files for figure in drawn.values())
     assert "latency" in drawn["fig5"].not_run and "logs" in drawn["training"].not_run
     assert [file.name for file in out.iterdir()] == ["figures.json"]
 
@@ -73,9 +69,13 @@ def test_the_same_files_give_the_same_bytes(toy, tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
-def test_examples_are_drawn_by_a_lot_that_does_not_change():
-    assert lot(range(100), 3) == lot(range(100), 3) == sorted(lot(range(100), 3))
-    assert lot([7], 3) == [7]
+def test_examples_are_drawn_at_random_but_always_the_same():
+    assert (
+        sample_fixed(range(100), 3)
+        == sample_fixed(range(100), 3)
+        == sorted(sample_fixed(range(100), 3))
+    )
+    assert sample_fixed([7], 3) == [7]
 
 
 def test_unknown_names_are_refused_in_a_sentence(toy, tmp_path, capsys):

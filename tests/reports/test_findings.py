@@ -1,4 +1,4 @@
-"""Sentences made from numbers: the right word for what an interval says, "not run" without files."""
+"""Sentences made from numbers: the word for what an interval says; "not run" without files."""
 
 import pytest
 from prediction_rows import prediction, write_rows

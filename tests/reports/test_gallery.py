@@ -1,6 +1,4 @@
-"""The gallery: one file that fetches nothing, holds traces of every kind, and says what was not
-run.
-"""
+"""The gallery: one file that fetches nothing, holds traces of every kind, and names the gaps."""
 
 import json
 import re

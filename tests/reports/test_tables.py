@@ -6,11 +6,13 @@ import csv
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 from prediction_rows import prediction, write_rows
 
 from egm_lib.data import eval_splits, split_id
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results, paper, paper_models
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import TABLES, build_tables
@@ -203,12 +205,12 @@ def test_several_seeds_are_pooled(run_root, tmp_path):
 
 def test_failures_of_a_base_in_two_seeds_are_said_to_be_a_sum(run_root, tmp_path):
     shutil.copytree(run_root, second := tmp_path / "toy-1")
-    for roots, said in (
+    for roots, counted in (
         ([run_root], "4 failures;"),
         ([run_root, second], "8 failures, 2 seeds together;"),
     ):
         table = build_tables(roots, tmp_path / "out", draws=99, only=["table1"])["table1"]
-        assert f"small-base: {said}" in table.notes[0]
+        assert f"small-base: {counted}" in table.notes[0]
 
 
 def test_counts_of_data_are_the_first_seeds_and_say_so(run_root, tmp_path):
@@ -248,7 +250,53 @@ def test_the_same_files_give_the_same_bytes(run_root, tmp_path):
         build_tables([run_root], tmp_path / name, draws=99)
     first = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
     second = {path.name: path.read_bytes() for path in (tmp_path / "second").iterdir()}
-    assert first == second and len(first) == 3 * len(TABLES) + 1
+    assert first == second
+    # "ablation_grpo" is not run: there is nothing to write but the other tables and summary.json
+    assert len(first) == 3 * (len(TABLES) - 1) + 1
+
+
+def test_a_table_of_nothing_but_not_run_is_not_kept(run_root, tmp_path):
+    old = tmp_path / "out" / "ablation_grpo.md"
+    old.parent.mkdir()
+    old.write_text("of an earlier run")
+    tables = build_tables([run_root], tmp_path / "out", draws=99)
+    assert not tables["ablation_grpo"].was_run and not old.exists()
+    build_tables([run_root], tmp_path / "out", draws=99, only=["ablation_grpo"])
+    assert "not run" in old.read_text()  # whoever asks for it by name gets it
+
+
+def test_what_the_paper_does_not_give_is_not_reported(run_root, tmp_path):
+    table = build_tables([run_root], tmp_path / "out", draws=99, only=["table9"])["table9"]
+    assert "not reported" in cells(table, table.rows[0].label, "paper")
+
+
+def odd_rows(run: Path) -> list[Path]:
+    """Adds to a run's files what killed processes and strangers leave in them."""
+    files = [*run.rglob("*.jsonl")]
+    for file in files:
+        with open(file, "ab") as torn:
+            torn.write(b'null\n[1]\n{"sample_id": "odd"}\n{"sample_id": "torn", "expr\xc3')
+    return files
+
+
+def test_odd_and_torn_rows_do_not_change_a_table(run_root, tmp_path, caplog):
+    write_rows(
+        run_root / "traces" / "vanilla.jsonl",
+        [{"sample_id": "t", "image_id": "1", "reasoning": "one two"}],
+    )
+    build_tables([run_root], tmp_path / "whole", draws=99)
+    assert odd_rows(run_root)
+    build_tables([run_root], tmp_path / "torn", draws=99)
+    for table in ("table4", "table5", "table11", "table1", "table4_latency", "table4_answers"):
+        whole, torn = ((tmp_path / name / f"{table}.csv").read_text() for name in ("whole", "torn"))
+        assert whole == torn, table
+    assert "left out" in caplog.text
+
+
+def test_a_manifest_of_the_wrong_shape_is_named(run_root, tmp_path):
+    (run_root / "manifest.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match="manifest.json holds a JSON list"):
+        build_tables([run_root], tmp_path / "out", draws=99)
 
 
 def test_csv_has_one_line_a_cell_with_profile_and_revision(run_root, tmp_path):

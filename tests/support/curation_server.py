@@ -1,9 +1,7 @@
-"""A local OpenAI-compatible server that misbehaves by seed, for tests and benchmarks of the
-curation client.
+"""A local OpenAI-compatible server that misbehaves by seed, for tests and benchmarks of curation.
 
-`python tests/curation_server.py --log paid.log` prints its port. Every answer that it generated
-(and would charge) is a line "<sample_id> <kind>" in the log, written before the first byte goes
-out.
+`python tests/support/curation_server.py --log paid.log` prints its port. Every answer that it made,
+and would charge for, is a line "<sample_id> <kind>" in the log, written before the answer is sent.
 """
 
 from __future__ import annotations
@@ -20,20 +18,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Share of requests, at --misbehave 1; the rest is answered well.
+# Share of the requests at --misbehave 1. The others are answered well.
 KINDS = {
     "429-retry-after": 0.05,
     "429": 0.03,
     "500": 0.04,
     "drop": 0.03,  # the connection is closed without a word
     "drop-half": 0.02,  # ... in the middle of a paid answer
-    "stall": 0.01,  # nothing comes for a minute
+    "stall": 0.01,  # nothing is sent for a minute
     "half-json": 0.03,  # a whole HTTP answer with half a JSON
     "empty": 0.02,
     "refusal": 0.02,
-    "pause": 0.02,  # five seconds, then well
+    "pause": 0.02,  # answered well after five seconds
 }
-BURST = 400  # of so many requests, the first BURST_429 after the first hundred get 429
+BURST = 400  # after the first hundred requests, the first BURST_429 of every BURST get 429
 BURST_429 = 40
 PAID = {"well", "drop-half", "half-json", "empty", "refusal", "pause"}
 
@@ -53,9 +51,7 @@ class Server:
         self.requests = 0
 
     def kind(self, sample_id: str) -> str:
-        """What happens to this attempt; decided by seed, sample and number of the attempt, and by
-        bursts.
-        """
+        """What happens to this attempt, by seed, sample, number of the attempt, and bursts."""
         self.attempts[sample_id] += 1
         self.requests += 1
         if self.misbehave and self.requests > 100 and self.requests % BURST < BURST_429:
@@ -78,7 +74,7 @@ class Server:
             writer.close()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """One request; False when the connection shall end."""
+        """Answer one request; False when the connection is to end."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {
             name.lower(): value.strip()
@@ -100,8 +96,10 @@ class Server:
             status, body = 500, b'{"error": {"message": "internal"}}'
         elif kind == "half-json":
             body = body[: len(body) // 2]
-        start = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n"
-        start += f"Content-Length: {len(body)}\r\n{extra}\r\n"
+        start = (
+            f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n{extra}\r\n"
+        )
         writer.write(start.encode() + (body[: len(body) // 2] if kind == "drop-half" else body))
         await writer.drain()
         return kind != "drop-half"
@@ -125,7 +123,7 @@ class Server:
 
 @contextmanager
 def running(*arguments: str) -> Iterator[str]:
-    """A server of its own process for a with-block; gives its base URL."""
+    """A server in a process of its own, for a with-block; gives its base URL."""
     command = [sys.executable, str(Path(__file__)), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,4 +1,4 @@
-"""A curation run that is killed again and again, beside an undisturbed one. Loopback only."""
+"""A curation run that is killed again and again, and an undisturbed one. Loopback only."""
 
 from __future__ import annotations
 
@@ -49,13 +49,10 @@ def make_samples(folder: Path, count: int, images: int = 50) -> Path:
 
 
 def command(folder: Path, url: str, out: Path, timeout_s: float) -> list[str]:
-    words = f"-m egm_lib.curation trace --input {folder / 'samples.jsonl'} --output {out}"
-    words += f" --base-url {url} --model fake"
-    return [
-        sys.executable,
-        *words.split(),
-        *f"--concurrency {CONCURRENCY} --timeout {timeout_s} --price 2 8".split(),
-    ]
+    files = ["--input", str(folder / "samples.jsonl"), "--output", str(out)]
+    asked = ["--base-url", url, "--model", "fake", "--concurrency", str(CONCURRENCY)]
+    limits = ["--timeout", str(timeout_s), "--price", "2", "8"]
+    return [sys.executable, "-m", "egm_lib.curation", "trace", *files, *asked, *limits]
 
 
 def paid(log: Path) -> Counter[str]:
@@ -64,7 +61,7 @@ def paid(log: Path) -> Counter[str]:
 
 
 def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
-    """SIGKILL at random moments, resumed each time; then compared with an undisturbed run."""
+    """Kill a run at random moments, resume it each time, and compare it with an undisturbed run."""
     make_samples(folder, count)
     rng, log, ledger = random.Random(1), folder / "paid.log", folder / "out.ledger.jsonl"
     lost, marks = 0, []
@@ -73,7 +70,7 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
         for _ in tqdm(range(number), mininterval=10):
             before = answered(ledger)
             process = subprocess.Popen(call, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            # Killed while it works, not while it starts
+            # Kill it while it works, not while it starts
             while not ledger.exists() or answered(ledger) <= before:
                 time.sleep(0.01)
                 if process.poll() is not None:
@@ -82,7 +79,7 @@ def kills(folder: Path, count: int = 2000, number: int = 20) -> dict:
             process.send_signal(signal.SIGKILL)
             process.wait()
             lost += len(before - answered(ledger))
-            time.sleep(0.2)  # the server logs what was still on its way to it
+            time.sleep(0.2)  # the server logs the requests that were still on their way
             marks.append((len(log.read_text().splitlines()), answered(ledger)))
         finished = subprocess.run(call, capture_output=True, text=True)
         charged = paid(log)

@@ -1,4 +1,4 @@
-"""Prediction rows with a known verdict: what tables and ablations are tested on."""
+"""Prediction rows that are known to hit or miss, for tests of tables and ablations."""
 
 import json
 

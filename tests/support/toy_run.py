@@ -1,4 +1,4 @@
-"""A whole run directory drawn by hand: every kind of file that figures and gallery read."""
+"""A complete run folder made by hand: every kind of file that figures and gallery read."""
 
 import json
 import random
@@ -32,10 +32,10 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
         if row["model"] == LARGE and rng.random() < 0.5:
             row |= answer_row(sample, LARGE, sample["gt_box"], None, seed)
     for model in (SMALL, EGM, LARGE):
-        own = [row for row in rows if row["model"] == model]
-        for split in sorted({(row["dataset"], row["split"]) for row in own}):
+        answered = [row for row in rows if row["model"] == model]
+        for split in sorted({(row["dataset"], row["split"]) for row in answered}):
             path = root / "predictions" / model / f"{split[0]}_{split[1]}.jsonl"
-            write_rows(path, [row for row in own if (row["dataset"], row["split"]) == split])
+            write_rows(path, [row for row in answered if (row["dataset"], row["split"]) == split])
         milliseconds = {SMALL: 20, EGM: 70, LARGE: 90}[model]
         write_rows(
             root / "latency" / f"{model}.jsonl",
@@ -50,7 +50,7 @@ def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path
                     "reasoning_tokens": row["reasoning_tokens"],
                     "answer_tokens": 10,
                 }
-                for row in own[:12]
+                for row in answered[:12]
             ],
         )
     for model, weights in ((SMALL, (12, 4, 1, 1, 1)), (LARGE, (4, 4, 2, 2, 2))):

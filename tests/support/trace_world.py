@@ -1,6 +1,4 @@
-"""A drawn world of a few shapes with prediction rows: what the tests of viewer, figures and gallery
-show.
-"""
+"""A drawn world of a few shapes with prediction rows, for tests of viewer, figures and gallery."""
 
 import json
 import random
@@ -15,9 +13,7 @@ SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
 
 
 def draw_world(root: Path, count: int = 6, size: int = 128, seed: int = 0) -> list[dict]:
-    """Samples of `count` images written under root/images: three like-coloured squares, one asked
-    for.
-    """
+    """Samples of `count` images written under root/images: one of three squares of one colour."""
     rng = random.Random(seed)
     (root / "images").mkdir(parents=True, exist_ok=True)
     samples = []
@@ -97,15 +93,20 @@ def answer_row(
 
 
 def predictions_of(samples: list[dict], seed: int = 0) -> list[dict]:
-    """Three models: the small one always takes the first square, EGM is always right, the large one
-    gives no box.
+    """Three models: the small one takes the first square, EGM is right, the large one has no box.
+
+    EGM's trace counts the squares up to the one that is asked for.
     """
     rows = []
     for sample in samples:
+        scale = 1000 / sample["width"]
+        counted = [
+            f"{word} at {round(scale * (x1 + x2) / 2)} {round(scale * (y1 + y2) / 2)}"
+            for word, (x1, y1, x2, y2) in zip(PLACES, sample["boxes_all"], strict=True)
+        ]
         trace = (
             "There are three squares of this colour. "
-            f"From the left, the {PLACES[sample['place']]} one is below the dot; the others do not "
-            "count."
+            f"From the left: {', '.join(counted[: sample['place'] + 1])}; the others do not count."
         )
         rows.append(answer_row(sample, SMALL, sample["boxes_all"][0], None, seed))
         rows.append(answer_row(sample, EGM, sample["gt_box"], trace, seed))

@@ -6,29 +6,33 @@ import json
 import shlex
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import requests
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl.scripts.vllm_serve import make_parser
 
 from egm_lib import grpo as grpo_module
+from egm_lib.files import project_root
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
 from egm_lib.grpo import make_grpo_trainer, make_reward, question_rows
 from egm_lib.loss import group_advantages
-from egm_lib.profile import Lora, load_profile
+from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
 from egm_lib.training import grpo_shared_prefix, grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
-from egm_lib.training.groups import read_groups
-from egm_lib.training.grpo_trainer import check_same_policy
+from egm_lib.training.groups import GroupKeeper, read_groups
+from egm_lib.training.grpo_trainer import answer_texts, check_same_policy
 from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.viewer import TraceViewer
@@ -72,6 +76,11 @@ def trainer_of(
         reward=reward,
     )
     return trainer, processor
+
+
+def trainer_image(world):
+    """The first sample's image; all have one size, so that all prompts have one length."""
+    return grpo_module.open_image(world[2] / world[1][0]["image"])
 
 
 def logged(log, key: str) -> list[float]:
@@ -150,6 +159,46 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
+def test_padded_prompts_get_the_log_probs_of_unpadded_ones(world, tmp_path):
+    """Qwen's tokenizer pads on the right, and TRL's prompts on the left: positions must agree."""
+    folder, samples, root = world
+    ragged = [
+        {**sample, "expression": "square" + " red" * (5 * number)}
+        for number, sample in enumerate(samples)
+    ]
+    assert stored(folder)[1].tokenizer.padding_side == "right"
+    trainer, _ = trainer_of((folder, ragged, root), tmp_path, shared=False, beta=0.0)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions(list(trainer.train_dataset))
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    lengths = batch["prompt_mask"].sum(dim=1)
+    assert lengths.unique().numel() == len(ragged)
+    vision = {
+        key: batch[key]
+        for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+    }
+    num_new = batch["completion_ids"].shape[1]
+    with torch.no_grad():
+        logps_B_T, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids, mask, num_new, **vision
+        )
+    patches = batch["image_grid_thw"].prod(dim=1).tolist()
+    for row, pixels in enumerate(batch["pixel_values"].split(patches)):
+        kept = mask[row].bool()
+        row_ids = ids[row][kept][None]
+        with torch.no_grad():
+            logits = trainer.model(
+                input_ids=row_ids,
+                pixel_values=pixels,
+                image_grid_thw=batch["image_grid_thw"][row : row + 1],
+                mm_token_type_ids=(row_ids == trainer.model.config.image_token_id).int(),
+            ).logits[0, :-1]
+        alone = logits.log_softmax(-1).gather(-1, row_ids[0, 1:, None])[:, 0]
+        count = int(batch["completion_mask"][row].sum())
+        torch.testing.assert_close(logps_B_T[row, :count], alone[-count:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("shared", "changes"),
     [
@@ -176,17 +225,16 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
     }
     first = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert names <= first.keys()
-    expected = {
-        "reward": 0.5,
-        "acc_at_50": 0.5,
-        "mean_iou": 0.5,
-        "group_std": (4 * 0.25 / 3) ** 0.5,
-    }
+    expected = {"reward": 0.5, "group_std": (4 * 0.25 / 3) ** 0.5}
     assert {name: first[name] for name in expected} == pytest.approx(expected)
     seconds = [first[f"time/{part}"] for part in ("rollout", "reward", "update")]
     assert min(seconds) > 0 and sum(seconds) <= first["elapsed_s"] + 0.01
     tokens = 16 * first["completions/mean_length"]
     assert first["tokens_per_second"] * first["time/rollout"] == pytest.approx(tokens)
+    question = trainer.train_dataset[0]["prompt"]
+    prompt = grpo_module.chat_text(processor, question)
+    ids = processor(images=[trainer_image(world)], text=[prompt])["input_ids"][0]
+    assert first["num_tokens"] == pytest.approx(16 * len(ids) + tokens)
     # Before the first step the policy is the reference
     assert first["kl"] == pytest.approx(0.0, abs=1e-6)
     if shared:
@@ -344,6 +392,54 @@ def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sampler_that_parts_from_the_trainer_later_is_stopped(world, tmp_path, monkeypatch):
+    """Old weights in the sampler show only after the first step."""
+
+    def stale(*args, **kwargs):
+        tokens, logps = plain(*args, **kwargs)
+        gap = 0.05 if trainer.state.global_step else 0.0
+        return tokens, [[value - gap for value in row] for row in logps]
+
+    plain = grpo_shared_prefix.sample
+    monkeypatch.setattr(grpo_shared_prefix, "sample", stale)
+    trainer, _ = trainer_of(world, tmp_path, max_steps=4, check_steps=2, reward=half_right)
+    with pytest.raises(TrainingError, match=r"mean difference 0\.0500"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_top_p_does_not_look_like_another_policy(world, tmp_path):
+    trainer, _ = trainer_of(world, tmp_path, top_p=0.5, reward=half_right, check_steps=1)
+    trainer.train()
+    gaps = logged(tmp_path / "log.jsonl", "sampling/sampling_logp_difference/mean")
+    assert len(gaps) == 2 and max(gaps) < 1e-4
+
+
+@pytest.mark.parametrize(("gap", "stops"), [(0.005, False), (0.03, True)])
+def test_the_limit_tells_half_precision_from_misplaced_images(gap, stops):
+    logps = torch.linspace(-2, 0, 50)
+    with pytest.raises(TrainingError, match="disagree") if stops else nullcontext():
+        check_same_policy(logps, logps - gap)
+
+
+def test_vllm_samples_a_compared_step_without_top_p(colocated, monkeypatch):
+    """vLLM states log-probs of the cut distribution, up to -log(top_p) above the trainer's."""
+
+    def rollout(trainer, prompts):
+        return trainer.vllm_generation.generate(prompts=prompts, images=None), [[1]]
+
+    monkeypatch.setattr(GRPOTrainer, "_generate", rollout)
+    trainer = colocated(top_p=0.7, top_k=5, check_steps=2)
+    logps, compared = torch.zeros(3), []
+    for trainer.state.global_step in range(4):
+        trainer._generate([])
+        compared.append(not trainer.checked)
+        if not trainer.checked:
+            trainer._check_policy(logps, logps)
+    assert compared == [True, False, True, False]
+    assert trainer.vllm_generation.calls == [(1.0, 0), (0.7, 5)] * 2
+
+
 def test_nan_is_no_agreement():
     with pytest.raises(TrainingError, match="disagree"):
         check_same_policy(torch.tensor([float("nan")]), torch.tensor([0.0]))
@@ -378,6 +474,37 @@ def test_reward_sees_what_the_template_has_begun(world):
     assert reward(answers, [[10, 10, 50, 50]] * 2, [[100, 100]] * 2) == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_accuracy_is_counted_from_boxes_at_any_reward_weight(world, tmp_path, shared, weight):
+    """Eq. 8 at weight 1 tells a success from a miss, and nothing of IoU; the log tells both."""
+    eq_8 = make_reward(stored(world[0])[1], FAMILY, weight)
+
+    def answered(completions, gt_box, image_wh, **kwargs):
+        """Of four answers one is right, one has 40 % of the box, and two have none."""
+        texts = [None] * len(completions)
+        for row, ((x1, y1, x2, y2), wh) in enumerate(zip(gt_box, image_wh, strict=True)):
+            right = (x2 - 0.6 * (x2 - x1) * (row % 4), y2)
+            if row % 4 < 2:
+                text = FAMILY.answer([x1, y1, *right], wh, "square", "red")
+                texts[row] = text.removeprefix(FAMILY.reasoning_opener)
+        return eq_8(texts, gt_box, image_wh, **kwargs)
+
+    trainer, _ = trainer_of(world, tmp_path, shared=shared, reward=answered, max_steps=1)
+    trainer.train()
+    log = tmp_path / "log.jsonl"
+    assert logged(log, "acc_at_50") == [0.25]
+    assert logged(log, "mean_iou") == [pytest.approx(1.4 / 4, abs=0.02)]  # the grid rounds
+    assert logged(log, "reward") == [pytest.approx((weight + (1 - weight) * 1.4) / 4, abs=0.02)]
+
+
+def test_a_completion_of_nothing_is_kept_as_an_empty_one(world, tmp_path):
+    assert answer_texts([None, [{"role": "assistant", "content": None}], "x"]) == ["", "", "x"]
+    keeper = GroupKeeper(tmp_path / "groups.jsonl", "<think>\n")
+    keeper.keep(1, world[1][:1] * 2, [None, "x"], torch.tensor([0.0, 1.0]), 2)
+    assert keeper.groups[0]["completions"] == ["<think>\n", "<think>\nx"]
+
+
 def test_profile_values_arrive_under_trl_s_names(tmp_path):
     options = trl_options(grpo_options(beta=0.005, top_k=50, prompts_per_step=16), tmp_path, seed=1)
     expected = {
@@ -391,6 +518,104 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
     json.dumps(options)
     with pytest.raises(TrainingError, match="does not divide"):
         trl_options(grpo_options(per_device_train_batch_size=7), tmp_path, seed=1)
+
+
+def test_a_step_has_the_profile_s_size_on_any_number_of_processes(tmp_path, monkeypatch):
+    """Eight processes divide a step's 16 completions among them; each does not sample all of it."""
+
+    def of_world(size):
+        def config(**options):
+            batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+            return SimpleNamespace(n_gpu=1, world_size=size, generation_batch_size=size * batch)
+
+        return config
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = grpo_options(per_device_train_batch_size=2)
+    monkeypatch.setattr(grpo_module, "GRPOConfig", of_world(8))
+    assert grpo_module.grpo_config(options, tmp_path, 0).generation_batch_size == 16
+    monkeypatch.setattr(grpo_module, "GRPOConfig", of_world(1))
+    with pytest.raises(TrainingError, match="would sample 2 completions instead of .* = 16"):
+        grpo_module.grpo_config(options, tmp_path, 0)
+
+
+class StandInVLLM:
+    """Records the calls of TRL's VLLMGeneration and of vLLM's LLM, which has its engine inside."""
+
+    def __init__(self, **options):
+        self.calls, self.llm, self.llm_engine = [], self, SimpleNamespace()
+        self.llm_engine.reset_encoder_cache = lambda: self.calls.append("encoder")
+        self.top_p, self.top_k = options.get("top_p", 1.0), options.get("top_k", 0)
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def reset_prefix_cache(self):
+        self.calls.append("prefix")
+
+    def generate(self, **kwargs):
+        self.calls.append((self.top_p, self.top_k))
+
+
+@pytest.fixture
+def colocated(world, tmp_path, monkeypatch):
+    """A trainer that believes a vLLM in its process; options of the profile as arguments."""
+
+    def make(**changes):
+        def start(trainer, *args, **kwargs):
+            plain(trainer, *args, **kwargs)
+            trainer.use_vllm, trainer.vllm_mode = True, "colocate"
+            trainer.vllm_generation = StandInVLLM(top_p=trainer.top_p, top_k=trainer.top_k)
+
+        plain = grpo_trl.TimedGRPO.__init__
+        monkeypatch.setattr(grpo_trl.TimedGRPO, "__init__", start)
+        return trainer_of(world, tmp_path, shared=False, **changes)[0]
+
+    return make
+
+
+def test_new_weights_empty_the_caches_of_the_old_ones(colocated):
+    """Features of images that come again would be those of the weights before."""
+    vllm = colocated().vllm_generation
+    vllm.sync_weights()
+    assert vllm.calls == ["sync", "encoder", "prefix"]
+    grpo_trl.reset_caches(SimpleNamespace())  # a vLLM without these calls
+
+
+def test_vllm_gets_a_context_of_prompt_and_completion_and_sleeps(world, tmp_path):
+    """32,768 tokens would be set aside for prompts of a few hundred."""
+    trainer, _ = trainer_of(world, tmp_path, shared=False, max_model_len=4096)
+    assert trainer.args.vllm_max_model_length == 4096
+    with pytest.raises(TrainingError, match="no room for a prompt"):
+        grpo_module.rollout_context(grpo_options(max_model_len=1024, max_completion_length=1024))
+    options = grpo_options(max_model_len=4096)
+    assert "--max-model-len 4096 " in grpo_module.server_command("model", options)
+    paper = load_profile("paper-qwen3vl-8b").grpo
+    assert trl_options(paper, tmp_path, 0)["vllm_enable_sleep_mode"]
+    served = replace(paper, rollout="vllm-server")
+    assert not trl_options(served, tmp_path, 0)["vllm_enable_sleep_mode"]
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("paper")])
+def test_paper_profiles_leave_room_for_an_image(name):
+    """13 tiles of InternVL-3, or a frame of 1920 x 1080 pixels and patches of 32 for Qwen3-VL."""
+    profile = load_profile(name)
+    image = {"internvl-3": 13 * 256, "qwen3-vl": 60 * 34}[profile.models.small.family]
+    text = 400  # the question and the template
+    needed = image + text + profile.grpo.max_completion_length
+    assert needed <= grpo_module.rollout_context(profile.grpo) <= 2 * needed
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
+    """DeepSpeed refuses a trainer whose bf16 is not what the accelerate configuration says."""
+    profile = load_profile(name)
+    if profile.launch.accelerate_config is None:
+        pytest.skip("no launcher")
+    file = project_root() / f"egm_lib/pipeline/configs/{profile.launch.accelerate_config}.yaml"
+    stated = yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"]
+    options = trl_options(profile.grpo, tmp_path, 0, profile.launch.num_processes)
+    assert options["bf16"] == (stated == "bf16") and not options["fp16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
@@ -450,6 +675,11 @@ def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_p
     )
     # Goes on to vLLM as it is
     assert others == ["--limit-mm-per-prompt", '{"image": 1, "video": 0}']
+
+
+def test_checkpoints_come_as_often_as_the_profile_says(world, tmp_path):
+    trainer, _ = trainer_of(world, tmp_path, save_minutes=7.0)
+    assert trainer.clock.save_seconds == 7 * 60
 
 
 def test_no_sample_is_said_in_one_sentence(world, tmp_path):

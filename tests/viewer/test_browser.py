@@ -1,7 +1,6 @@
-"""Viewer and gallery in a real headless Chromium (make test-browser): JupyterLab, boxes at the
-right pixels, a phone.
+"""Viewer and gallery in a headless Chromium (make test-browser): JupyterLab, exact pixels, a phone.
 
-Screenshots are left in build/browser to be looked at.
+Screenshots are left in build/browser for people to look at.
 """
 
 import json
@@ -28,7 +27,8 @@ from egm_lib.reports.gallery import build_gallery
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.viewer.comparison import Comparison, compare, rows_of
-from egm_lib.viewer.palette import look
+from egm_lib.viewer.page import steps_of
+from egm_lib.viewer.palette import style_of
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def drive(job: dict) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     command = [
         "node",
-        str(ROOT / "tests" / "browser" / "drive.mjs"),
+        str(Path(__file__).with_name("browser") / "drive.mjs"),
         json.dumps(job | {"out": str(out)}),
     ]
     done = subprocess.run(
@@ -83,6 +83,35 @@ def test_gallery_opens_from_disk_pages_and_fits_a_phone(tmp_path):
     for width in ("desktop", "phone"):
         assert seen[width]["paged"] and seen[width]["returned"] and seen[width]["chosen"] == "true"
         assert seen[width]["overflow_px"] <= 0
+        judge_steps(seen[width]["expression"], seen[width]["steps"], predictions_of_run(run))
+
+
+def predictions_of_run(run: Path) -> list[Comparison]:
+    return compare(rows_of([run / "predictions" / model for model in (SMALL, EGM)]))
+
+
+def judge_steps(expression: str, seen: dict, comparisons: list[Comparison]) -> None:
+    """Marks lie where the library found places; words and marks light each other; keys reveal."""
+    rows = [
+        sample.answers[EGM].row
+        for sample in comparisons
+        if sample.sample["expression"] in expression
+    ]
+    found = [{f"{EGM}/{n}": step.point for n, step in enumerate(steps_of(row), 1)} for row in rows]
+    assert any(
+        seen["marks"].keys() == points.keys()
+        and all(seen["marks"][name] == pytest.approx(points[name], abs=0.7) for name in points)
+        for points in found
+    ), (seen["marks"], found)
+    assert seen["lit_by_word"] == [seen["last"]] and seen["lit_by_mark"] == [seen["last"]]
+    count = len(seen["marks"])
+    assert (seen["all"], seen["one_back"], seen["again"], seen["none"]) == (
+        count,
+        count - 1,
+        count,
+        0,
+    )
+    assert seen["slider"] == f"{count - 1} of {count}"
 
 
 @pytest.fixture
@@ -112,7 +141,7 @@ def lab(tmp_path):
         tmp_path / "s" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     )
     news.parent.mkdir(parents=True)
-    # Else a question covers the corner of the page
+    # Else a dialog covers the corner of the page
     news.write_text('{"fetchNews": "false"}', encoding="utf-8")
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(
@@ -154,9 +183,7 @@ def test_viewer_in_jupyterlab(lab, tmp_path):
 
 
 def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
-    """The last notebook itself, all its cells, in a copy of the project: the run that is here stays
-    as it is.
-    """
+    """Notebook 07 with all its cells, in a copy of the project, so that the run stays as it is."""
     run = Run(load_profile("smoke"), 0)
     if not run.predictions("small-egm", "coco_amodal_test").is_file():
         pytest.skip("needs a run of the smoke profile: make reproduce PROFILE=smoke")
@@ -174,7 +201,7 @@ def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
     nbformat.write(notebook, path)
     comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
     seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
-    gained = sum(each.failed(SMALL) and each.solved(EGM) for each in comparisons)
+    gained = sum(sample.failed(SMALL) and sample.solved(EGM) for sample in comparisons)
     # As the notebook sets the filter
     assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"
 
@@ -182,22 +209,22 @@ def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
 def look_at_viewer(
     name: str, url: str, comparisons: list[Comparison], groups: bool = False
 ) -> dict:
-    """Drives the viewer of the notebook at url and judges what was seen by the rows it shows."""
+    """Drives the viewer of the notebook at url, and compares the page with the rows."""
     shows = {
-        "B solves what A misses": lambda each: each.failed(SMALL) and each.solved(EGM),
-        "A solves": lambda each: each.solved(SMALL),
-        "A misses": lambda each: each.failed(SMALL),
+        "B solves what A misses": lambda sample: sample.failed(SMALL) and sample.solved(EGM),
+        "A solves": lambda sample: sample.solved(SMALL),
+        "A misses": lambda sample: sample.failed(SMALL),
     }
-    left = {show: [each for each in comparisons if suits(each)] for show, suits in shows.items()}
+    left = {show: list(filter(accepted, comparisons)) for show, accepted in shows.items()}
     show, place = next(
         (show, place)
-        for show, own in left.items()
-        if 1 < len(own) < len(comparisons)
-        for place, each in enumerate(own)
-        if measurable(each)
+        for show, samples in left.items()
+        if 1 < len(samples) < len(comparisons)
+        for place, sample in enumerate(samples)
+        if measurable(sample)
     )
     chosen, word = left[show][place], comparisons[-1].sample["expression"].split()[0]
-    found = sum(word in each.sample["expression"] for each in comparisons)
+    found = sum(word in sample.sample["expression"] for sample in comparisons)
     seen = drive(
         {
             "what": "lab",
@@ -236,9 +263,7 @@ def look_at_viewer(
 
 
 def measurable(each: Comparison) -> bool:
-    """Both models' boxes lie well within the image and apart, so that their strokes can be
-    measured in a print.
-    """
+    """Both models' boxes lie well inside the image and apart: their strokes can be measured."""
     boxes = [each.answers[model].box for model in (SMALL, EGM)]
     right, bottom = each.sample["width"] - 4, each.sample["height"] - 4
     inside = (
@@ -249,9 +274,7 @@ def measurable(each: Comparison) -> bool:
 
 
 def assert_export_has_boxes(path: Path, each: Comparison) -> None:
-    """In the PNG export, each box's colour has its middle where the row says, measured from the
-    image's corner.
-    """
+    """In the PNG export, the pixels of each box's colour have their middle where the row says."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     pixels = pixels[:, : int(pixels.shape[1] * 0.44)]  # the image; the text is at its right
     drawn = (pixels.sum(axis=2) < 3 * 255).any(axis=1)
@@ -264,11 +287,15 @@ def assert_export_has_boxes(path: Path, each: Comparison) -> None:
 
     left, top, right, _ = extent(pixels.sum(axis=2) < 3 * 255)
     scale = (right - left) / each.sample["width"]
+    rows, columns = np.indices(pixels.shape[:2])
+    x_HW, y_HW = (columns + 0.5 - left) / scale, (rows + 0.5 - top) / scale
     for model in (SMALL, EGM):
-        colour = ImageColor.getrgb(look(model).colour)
-        at, (x1, y1, x2, y2) = (
-            extent(abs(pixels - colour).sum(axis=2) < 25),
-            each.answers[model].box,
-        )
+        x1, y1, x2, y2 = each.answers[model].box
+        # Steps of the trace have the colour too: only a ring around the box is looked at.
+        outer = (x_HW > x1 - 4) & (x_HW < x2 + 4) & (y_HW > y1 - 4) & (y_HW < y2 + 4)
+        inner = (x_HW > x1 + 1) & (x_HW < x2 - 1) & (y_HW > y1 + 1) & (y_HW < y2 - 1)
+        colour = ImageColor.getrgb(style_of(model).colour)
+        at = extent((abs(pixels - colour).sum(axis=2) < 25) & outer & ~inner)
         middle = ((at[0] + at[2]) / 2 - left) / scale, ((at[1] + at[3]) / 2 - top) / scale
         assert middle == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=1), model
+        assert (at[2] - at[0]) / scale >= x2 - x1 - 1, model  # strokes lie outside

@@ -1,6 +1,4 @@
-"""The viewer's Python side: joining, filtering, sorting, the still image, and rows that are
-broken.
-"""
+"""The viewer's Python side: joining, filtering, sorting, the still image, and broken rows."""
 
 import base64
 import io
@@ -13,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import traitlets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from trace_world import (
     EGM,
@@ -29,8 +29,9 @@ import egm_lib.viewer
 from egm_lib.training.groups import SAMPLE_FIELDS, GroupKeeper, read_groups
 from egm_lib.viewer import TraceViewer
 from egm_lib.viewer.comparison import compare
-from egm_lib.viewer.page import tint
-from egm_lib.viewer.palette import FAILED, SOLVED, TINTS
+from egm_lib.viewer.drawing import draw_image
+from egm_lib.viewer.page import enlarged, tint
+from egm_lib.viewer.palette import FAILED, SOLVED, TINTS, style_of, styled
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +194,16 @@ def test_an_error_in_one_row_shows_in_that_row(world):
     rows[2] |= {"image": "images/none.png"}
     rows[3] |= {"box": [5, float("nan"), 7, 8]}
     viewer = TraceViewer(rows, root=root)
-    said = []
+    messages = []
     for place in range(4):
         viewer.index = place
         [model] = viewer.view["models"]
-        said.append(model["error"] or viewer.view["error"])
+        messages.append(model["error"] or viewer.view["error"])
         image(viewer)  # the still image, too
     for text, words in zip(
-        said, ("engine said no", "gt_box must be four", "none.png", "must be finite"), strict=True
+        messages,
+        ("engine said no", "gt_box must be four", "none.png", "must be finite"),
+        strict=True,
     ):
         assert words in text
     viewer.index = 4
@@ -221,6 +224,101 @@ def test_a_field_of_a_wrong_kind_shows_in_its_row_alone(world, field):
     assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
     viewer.filter = {"show": "a row in error"}
     assert viewer.sample_ids == [samples[0]["sample_id"]]
+
+
+def test_an_id_of_zero_is_an_id(world):
+    root, samples = world
+    rows = [answer_row(samples[0] | {"sample_id": 0}, EGM, samples[0]["gt_box"], "the left one")]
+    viewer = TraceViewer(rows, root=root, groups=[group_of(samples[0] | {"sample_id": 0})])
+    assert viewer.total == 1 and viewer.sample["sample_id"] == 0
+    assert viewer.view["models"][0]["success"] and viewer.view["group"]
+    image(viewer)
+    sent = []
+    viewer.send = lambda message, buffers: sent.append(message)
+    viewer._answer_page(None, {"export": "png"}, [])
+    assert sent[0]["name"] == "0.png"
+
+
+def test_a_row_without_an_id_is_shown_with_its_error(world):
+    root, samples = world
+    row = answer_row(samples[0], EGM, samples[0]["gt_box"], "the left one")
+    viewer = TraceViewer([row | {"sample_id": None}, row], root=root)
+    assert viewer.sample_ids == ["(row 1)", "s0"]
+    assert "no sample_id" in viewer.view["models"][0]["error"]
+
+
+@pytest.mark.parametrize("box", [[0, 0, 0, 0], [5, 5, 5, 90]])
+def test_an_empty_box_is_a_miss_with_a_sentence(world, box):
+    root, samples = world
+    viewer = TraceViewer([answer_row(samples[0], EGM, box, "the left one")], root=root)
+    [model] = viewer.view["models"]
+    assert model["error"] is None and not model["success"] and "empty" in model["verdict"]
+    image(viewer)
+
+
+def test_a_torn_file_shows_its_whole_rows(world, tmp_path):
+    root, samples = world
+    path = write_rows(tmp_path / "rows.jsonl", predictions_of(samples))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 40] + "é".encode()[:1])
+    viewer = TraceViewer(path, root=root)
+    assert viewer.total == len(samples) and LARGE not in viewer._comparisons[-1].answers
+
+
+def test_a_null_completion_is_one_without_a_box(world):
+    root, samples = world
+    group = group_of(samples[0])
+    group["completions"][3] = None
+    shown = TraceViewer(groups=[group], root=root).view["group"]["completions"]
+    assert len(shown) == 16 and shown[3]["box"] is None and shown[0]["success"]
+
+
+def test_steps_of_a_trace_reach_the_page(world):
+    root, samples = world
+    sample = next(sample for sample in samples if sample["place"] > 0)
+    rows = predictions_of([sample])
+    viewer = TraceViewer(rows, root=root)
+    base, egm, _ = viewer.view["models"]
+    assert base["steps"] == [] and len(egm["steps"]) == sample["place"] + 1
+    for number, (step, box) in enumerate(zip(egm["steps"], sample["boxes_all"], strict=False), 1):
+        centre = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+        assert step["point"] == pytest.approx(centre, abs=0.1) and step["fault"] == ""
+        [words] = [text for text, kind in egm["reasoning"] if kind == f"step {number}"]
+        assert words.startswith("at ")
+    assert "".join(text for text, _ in egm["reasoning"]) == rows[1]["reasoning"]
+    known = {sample["sample_id"]: sample["boxes_all"][:1]}
+    egm = TraceViewer(rows, root=root, objects=known).view["models"][1]
+    assert [bool(step["fault"]) for step in egm["steps"]] == [False] + [True] * sample["place"]
+
+
+def test_strokes_lie_outside_their_boxes():
+    """A box hides nothing of what it bounds: inside it the image stays as it was."""
+    grey, size_px = Image.new("RGB", (100, 100), (128, 128, 128)), 400
+    sample = {"image": grey, "width": 100, "height": 100, "gt_box": [30, 30, 70, 70]}
+    with styled():
+        figure = Figure(figsize=(4, 4), dpi=100)
+        ax = figure.add_axes((0, 0, 1, 1))
+        draw_image(ax, sample, [((30, 30, 70, 70), style_of(EGM))], ".")
+        figure.canvas = FigureCanvasAgg(figure)
+        figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+    scale = size_px / 100
+    inside = slice(int(30 * scale) + 1, int(70 * scale) - 1)
+    assert (abs(pixels[inside, inside] - 128) < 6).all()
+    assert has_colour(pixels, style_of(EGM).colour)
+
+
+def test_a_small_image_is_enlarged_to_whole_squares():
+    small = Image.effect_noise((64, 48), 90).convert("RGB")
+    large = enlarged(small)
+    assert large.width % 64 == 0 and large.width >= 512
+    assert (
+        np.asarray(large.resize(small.size, Image.Resampling.NEAREST)) == np.asarray(small)
+    ).all()
+    colours = [np.unique(np.asarray(each).reshape(-1, 3), axis=0) for each in (small, large)]
+    assert np.array_equal(*colours)  # no colour is made up
+    photo = Image.new("RGB", (640, 480))
+    assert enlarged(photo) is photo
 
 
 @pytest.mark.parametrize(
@@ -282,9 +380,7 @@ def test_a_group_shows_rewards_and_standardised_advantages(world):
 
 
 def test_groups_that_training_kept_are_shown(world, tmp_path):
-    """What GRPO's keeper writes, read back: without predictions, its sample's fields and its own
-    numbers.
-    """
+    """What GRPO's keeper writes: a group without predictions holds its sample and its numbers."""
     root, samples = world
     keeper = GroupKeeper(tmp_path / "groups" / "vanilla.jsonl", "<think>")
     sample = {name: samples[0][name] for name in SAMPLE_FIELDS}
@@ -294,8 +390,8 @@ def test_groups_that_training_kept_are_shown(world, tmp_path):
     viewer = TraceViewer(groups=read_groups(keeper.path), root=root)
     assert viewer.view["expression"] == sample["expression"] and viewer.view["group"]["step"] == 7
     shown = viewer.view["group"]["completions"]
-    assert [each["reward"] for each in shown] == [1.0, 0.0, 1.0, 0.0]
-    assert [each["success"] for each in shown] == [True, False, True, False]
+    assert [answer["reward"] for answer in shown] == [1.0, 0.0, 1.0, 0.0]
+    assert [answer["success"] for answer in shown] == [True, False, True, False]
     assert (
         shown[0]["advantage"] == pytest.approx(-shown[1]["advantage"]) and shown[0]["advantage"] > 0
     )
@@ -314,9 +410,7 @@ def test_tint_marks_places_and_look_alikes_and_loses_no_letter():
 
 
 def test_hostile_text_stays_text(world):
-    """The page only ever makes text nodes: markup must reach it as it is, and never through
-    innerHTML.
-    """
+    """The page makes nothing but text nodes: markup reaches it unchanged, never by innerHTML."""
     root, samples = world
     attack = "<img src=x onerror=alert(1)>"
     viewer = TraceViewer(
@@ -334,7 +428,7 @@ def test_ten_thousand_samples_open_fast_and_stay_light(world):
         sample = samples[number % len(samples)] | {"sample_id": f"n{number}"}
         rows.append(answer_row(sample, SMALL, sample["boxes_all"][0], None))
         rows.append(answer_row(sample, EGM, sample["gt_box"], "so"))
-    start = time.process_time()  # what the viewer costs, not what else runs on this machine
+    start = time.process_time()  # the time of this process, whatever else runs here
     viewer = TraceViewer(rows, root=root)
     assert time.process_time() - start < 2
     assert len(json.dumps(viewer.view)) < 100_000 and len(json.dumps(viewer.choices)) < 10_000

@@ -1,1 +1,1 @@
-"""How the miniature's base models were made from nothing; the results stand in data/mini."""
+"""How the miniature's base models were trained from nothing; the models are in data/mini."""

@@ -1,12 +1,12 @@
 """Stages A and Base of the miniature's pretraining: alignment, then direct answers.
 
-A: the tower's blocks are frozen; merger and embeddings learn to spell each cell's thing (colour,
-shape, boxes, centre) in the language model's own embeddings, through throw-away square adapters.
-`small` and `large` both start from these.
-Base: some fifteen questions an image, packed so that each question sees the image and itself
-only: descriptions, detection lists, ordered lists of places, naming, plain and complex expressions,
-full boxes. Every answer is direct. Both sizes see the same images and questions in the same order
-with the same schedule.
+A: the tower's blocks are frozen. Merger and embeddings learn to spell the thing in each cell
+(colour, shape, boxes, centre) in the language model's embeddings, through temporary square
+adapters. `small` and `large` both start from these weights.
+Base: about fifteen questions for each image, packed so that a question sees only the image and
+itself: descriptions, detection lists, ordered lists of places, naming, plain and complex
+expressions, full boxes. All answers are direct. Both sizes see the same images and questions in the
+same order with the same schedule.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from egm_lib.mini.scenes import Thing
 from egm_lib.mini.tokens import build_tokenizer
 
 TRUNK_STEPS = 2000  # then `large` is grown out of `small`
-OCCLUSION = 0.25  # chance of a thing to be partly hidden: enough hidden ones to ask for full boxes
+OCCLUSION = 0.25  # chance of a thing to be partly hidden; gives enough questions about full boxes
 SHIPPED = project_root() / "data" / "mini"
 SPELLED = {
     "colour": " {}",
@@ -51,9 +51,7 @@ SPELLED = {
 
 
 def spelled_tokens(thing: Thing) -> list[str]:
-    """The words and numbers, spelt as in prompts, traces and answers, that a thing's cell must be
-    able to say.
-    """
+    """The words and numbers that a thing's cell learns, spelt as in prompts, traces and answers."""
     numbers = [
         level(v) * GRID_1000 for v in (*thing.visible_box_px, *thing.full_box_px, *thing.centre_px)
     ]
@@ -112,7 +110,7 @@ def align(args: argparse.Namespace) -> None:
 
 
 def load_aligned(size: str, out: Path, seed: int, tokenizer):
-    """A fresh language model on the aligned tower and embeddings."""
+    """A new language model on the aligned tower and embeddings."""
     model = build(size, tokenizer, seed)
     state = load_file(out / "aligned.safetensors")
     model.model.visual.load_state_dict(
@@ -124,8 +122,9 @@ def load_aligned(size: str, out: Path, seed: int, tokenizer):
 
 
 def base_batch(seed: int, index: int, size: int, tokenizer, step: int):
-    """Batch `index` of the base stage as asked at a step: packed tensors, images, each answer's
-    question group.
+    """Batch `index` of the base stage: packed tensors, images, and the group of each question.
+
+    step: decides which questions are asked.
     """
     scenes, images = scene_batch(seed, index, size, OCCLUSION)
     asked = [
@@ -138,8 +137,9 @@ def base_batch(seed: int, index: int, size: int, tokenizer, step: int):
 def first_coordinate_hits(
     batch, scores: Tensor, groups: list[str], tokenizer
 ) -> dict[str, list[float]]:
-    """Per question group, whether the first box's first coordinate is within two grid steps: the
-    right thing or not.
+    """By question group: is the first coordinate of the first box within two grid steps?
+
+    That tells whether the right thing was found.
     """
     opener = tokenizer.convert_tokens_to_ids('```json\n[\n\t{"bbox_2d": [')
     numbers = {tokenizer.convert_tokens_to_ids(str(n)): n for n in range(0, 1001, GRID_1000)}
@@ -163,11 +163,10 @@ def first_coordinate_hits(
 
 
 def grow(small: dict[str, Tensor], large) -> None:
-    """Load a small model's weights into the large one so that it computes the same function (LLaMA
-    Pro, Net2Net).
+    """Loads a small model's weights into the large one, which then computes the same function.
 
-    Every second layer is new and adds nothing (its output projections are zero), as do the new
-    units of the others.
+    As LLaMA Pro and Net2Net do. Every second layer is new and adds nothing, since its output
+    projections are zero; nor do the new units of the other layers.
     """
     state = large.state_dict()
     for name, value in state.items():
@@ -192,16 +191,16 @@ def grow(small: dict[str, Tensor], large) -> None:
 
 
 def base(args: argparse.Namespace) -> None:
-    """Stage Base for one size: writes <size>/state.pt, from which a stopped run goes on.
+    """Stage Base for one size: writes <size>/state.pt, from which a stopped run continues.
 
-    The first TRUNK_STEPS are common: `small` leaves its state there in trunk.pt, from which `large`
-    is grown. Trained from nothing, `large` did not find plain things yet after as many images as
-    `small` needed for it.
+    The first TRUNK_STEPS are common to both sizes: `large` is grown out of the state that `small`
+    leaves in trunk.pt. Trained from nothing, `large` did not find plain things yet after as many
+    images as `small` had needed.
     """
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
     model = load_aligned(args.size, args.out, args.seed, tokenizer)
-    model.model.visual.requires_grad_(False)  # so that both sizes look through the very same eyes
+    model.model.visual.requires_grad_(False)  # so that both sizes have the same tower
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     opts = optimizers(named, args.rate)
     folder = args.out / args.size
@@ -267,9 +266,7 @@ def base(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write the trained base of one size as a checkpoint (bfloat16, tokenizer and processor beside
-    it).
-    """
+    """Writes the trained base of one size as a checkpoint in bfloat16, with its processor."""
     model = build(args.size, build_tokenizer(), args.seed)
     model.load_state_dict(torch.load(args.out / args.size / "state.pt", weights_only=True)["model"])
     save(model.to(torch.bfloat16), args.to / args.size)
@@ -281,9 +278,7 @@ def export(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def evaluate(model, held_out, tokenizer) -> dict[str, float]:
-    """Held-out loss and, per question group, the share whose first coordinate points at the right
-    thing.
-    """
+    """Held-out loss and, by question group, how often the right thing is found."""
     losses, hits = [], {}
     for batch, images, groups in held_out:
         with torch.autocast("cpu", dtype=torch.bfloat16):

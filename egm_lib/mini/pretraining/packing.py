@@ -29,9 +29,7 @@ class Packed:
 
 
 def pack(prompts_answers: list[list[tuple[str, str]]], tokenizer, buckets: int = 4) -> Packed:
-    """Tokenise each image's (prompt, answer) pairs; positions restart after the image for every
-    question.
-    """
+    """Tokenises each image's (prompt, answer) pairs; every question follows the image."""
     ids = tokenizer.convert_tokens_to_ids
     opening = ids(["<|im_start|>", "user\n", "<|vision_start|>"])
     prefix = opening + [ids("<|image_pad|>")] * CELLS**2 + ids(["<|vision_end|>"])
@@ -80,8 +78,9 @@ def _bucket(spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _attend(q, k, v, scaling: float) -> Tensor:
-    """Causal attention, the last query at the last key; plain matrices beat the fused CPU kernel
-    here.
+    """Causal attention, with the last query at the last key.
+
+    Plain matrix products are faster here than the fused CPU kernel.
     """
     length, seen = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -93,8 +92,9 @@ def _attend(q, k, v, scaling: float) -> Tensor:
 def packed_attention(
     module, query, key, value, attention_mask, scaling, dropout=0.0, *, packed: Packed, **kwargs
 ):
-    """Attention in which each question sees its image's prefix and itself; query 1 x heads x N x
-    d.
+    """Attention in which a question sees its image's prefix and itself.
+
+    query: 1 x heads x N x d.
     """
     groups = query.shape[1] // key.shape[1]
     # N x heads x d
@@ -117,9 +117,7 @@ ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
 def packed_loss(
     model, packed: Packed, merged_B_64_W: Tensor, deepstack: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over answer tokens, and the scores at those tokens (M x vocabulary,
-    float32).
-    """
+    """Mean cross-entropy over answer tokens, and their scores (M x vocabulary, float32)."""
     lm = model.model.language_model
     lm.config._attn_implementation = "packed"
     image = packed.ids_N == model.config.image_token_id

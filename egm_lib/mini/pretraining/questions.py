@@ -19,8 +19,9 @@ from egm_lib.mini.language import (
 from egm_lib.mini.scenes import SIZE_PX, Scene
 from egm_lib.prompts import FAMILIES
 
-EASY_STEPS = 850  # describing and finding come before selecting; without, selection is never learnt
-# From here on places are also asked for, and told, in words, as reasoning will need it
+# Describing and finding come first; without them selection is never learned
+EASY_STEPS = 850
+# From this step on, places are also asked for and stated in words, as reasoning will need them
 WORDED_STEPS = 6000
 FAMILY = FAMILIES["qwen3-vl"]
 IMAGE_WH = (SIZE_PX, SIZE_PX)
@@ -32,9 +33,7 @@ def box_text(box_px) -> str:
 
 
 def ordered_list(scene: Scene, kind: Kind, axis: str) -> str | None:
-    """`first at 120 300, second at ...`: all of a kind in order, or None where the order is
-    unclear.
-    """
+    """`first at 120 300, second at ...`: all of a kind in order; None if that is unclear."""
     things = sorted(
         (scene.things[i] for i in kind.members(scene)), key=lambda t: sort_value(t, axis)
     )
@@ -74,9 +73,7 @@ def locate(
 
 
 def worded(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer): where a thing is, what is at a place and the box of what is
-    there.
-    """
+    """(group, prompt, answer): where a thing is, what is at a place, and its box."""
     found = []
     for drawn in (sample_query(rng, scene, 0), sample_query(rng, scene, 0)):
         if drawn:
@@ -103,9 +100,7 @@ def worded(scene: Scene, rng: Random) -> list[tuple[str, str, str]]:
 
 
 def questions(scene: Scene, rng: Random, step: int) -> list[tuple[str, str, str]]:
-    """(group, prompt, answer) for one image, in random order, as they are asked at a step of the
-    training.
-    """
+    """(group, prompt, answer) for one image at a step of the training, in random order."""
     easy, in_words = step < EASY_STEPS, step >= WORDED_STEPS
     found: list[tuple[str, str, str]] = []
     kinds = [Kind(*key) for key, members in scene.members.items() if len(members) <= MAX_CANDIDATES]

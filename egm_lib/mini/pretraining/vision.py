@@ -1,9 +1,8 @@
-"""Stage V of the miniature's pretraining: the shared vision tower learns to see shapes, colours and
-boxes.
+"""Stage V of the miniature's pretraining: the shared vision tower learns shapes, colours and boxes.
 
-A throw-away head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell:
-its colour, its shape and its visible and full box, each coordinate a class of GRID_1000 (classes
-learn faster than regression here).
+A temporary head on the merged 2 x 2 cells names the thing whose visible centre lies in the cell:
+its colour, its shape, and its visible and full box. Each coordinate is a class of GRID_1000,
+because classes are learned faster than regression here.
 """
 
 from __future__ import annotations
@@ -40,8 +39,9 @@ def cell_of(thing: Thing) -> int:
 
 
 def cell_targets(scene: Scene) -> np.ndarray:
-    """targets_64_S: for each cell the class of each slot, -100 where no thing is centred; the top
-    one wins a cell.
+    """targets_64_S: the class of each slot in each cell; -100 if no thing has its centre there.
+
+    Of two things in a cell, the upper one counts.
     """
     targets = np.full((CELLS * CELLS, len(SLOTS)), -100, dtype=np.int64)
     for thing in scene.things:
@@ -57,7 +57,7 @@ def cell_targets(scene: Scene) -> np.ndarray:
 
 
 class CellHead(nn.Module):
-    """Objectness and one classifier a slot, on merged cells."""
+    """Objectness and a classifier for each slot, on merged cells."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class CellHead(nn.Module):
 def head_loss(
     objectness: Tensor, slots: list[Tensor], targets_B_64_S: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the objectness and slot losses, with the accuracies worth watching."""
+    """Sum of the objectness and slot losses, and accuracies for the log."""
     present = targets_B_64_S[..., 0] >= 0
     loss = 3 * F.binary_cross_entropy_with_logits(objectness, present.float())
     log = {}
@@ -91,9 +91,7 @@ def head_loss(
 
 
 def optimizers(named_parameters, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices, AdamW on embeddings, convolutions and vectors (the mini-world study's
-    recipe).
-    """
+    """Muon for matrices; AdamW for embeddings, convolutions and vectors."""
     matrices, rest = [], []
     for name, p in named_parameters:
         (matrices if p.ndim == 2 and "embed" not in name else rest).append(p)
@@ -122,7 +120,7 @@ def scene_batch(
 
 
 def average_gradients(parameters: list[Tensor], world: int) -> None:
-    """Mean of the gradients over the processes, as one flat message."""
+    """Averages the gradients over the processes, in one message."""
     if world == 1:
         return
     flat = torch.cat([p.grad.flatten() for p in parameters])
@@ -170,7 +168,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
             minutes = (time.time() - start) / 60
             row = {"step": step, "loss": loss.item(), "minutes": minutes, **log}
             print(json.dumps({k: round(v, 3) for k, v in row.items()}), flush=True)
-        if rank == 0 and (step + 1) % 250 == 0 or step + 1 == args.steps and rank == 0:
+        if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == args.steps):
             args.out.mkdir(parents=True, exist_ok=True)
             save_file(
                 {k: v.contiguous() for k, v in visual.state_dict().items()},

@@ -20,7 +20,7 @@ def _draw(args: argparse.Namespace) -> None:
     runs = runs_of(args)
     out_dir, rule = runs[0].figures, runs[0].profile.evaluation.rule
     for drawn in build_figures([run.root for run in runs], out_dir, rule=rule, only=args.only):
-        result = f"not run, {drawn.not_run}" if drawn.not_run else f"{out_dir / drawn.name}.png"
+        result = f"not run: {drawn.not_run}" if drawn.not_run else f"{out_dir / drawn.name}.png"
         print(f"{drawn.name}: {result}")
 
 

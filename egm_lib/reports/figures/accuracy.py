@@ -11,16 +11,11 @@ from egm_lib.reports.figures.material import DRAWS, EGM, LARGE, SMALL, Material,
 from egm_lib.reports.figures.pieces import billions, down_up, draw_errors, millions
 from egm_lib.reports.tables.beyond_paper import latency_stats
 from egm_lib.reports.tables.cells import decimal_text
-from egm_lib.viewer.palette import (
-    FAINT,
-    INK,
-    SOLVED,
-    look,
-    new_figure,
-)
+from egm_lib.viewer.palette import FAINT, INK, SOLVED, new_figure, style_of
 
 
 def fig5(material: Material) -> tuple[Figure, str]:
+    """Accuracy against latency, the paper's models and the run's."""
     results = material.results
     points = {
         model: (latency, value)
@@ -29,14 +24,16 @@ def fig5(material: Material) -> tuple[Figure, str]:
         and (value := estimate(results.of(model), over_splits=True, draws=DRAWS))
     }
     if not points:
-        raise NotRun("no latency rows beside predictions (python -m egm_lib.generate --latency)")
+        raise NotRun(
+            "no latency rows beside predictions (python -m egm_lib.inference.predict --latency)"
+        )
     figure = new_figure(9.2, 4.0)
     left, right = figure.subplots(1, 2)
     _published_latency(left)
     sizes = [material.parameters.get(model) for model in points]
     largest = max((size for size in sizes if size), default=None)
     for (model, (latency, value)), size in zip(points.items(), sizes, strict=True):
-        style = look(model)
+        style = style_of(model)
         area = 380 * size / largest if size else 60
         draw_errors(right, latency["mean"], latency["ci95"], value, style.colour)
         right.scatter(
@@ -84,20 +81,22 @@ def _published_latency(ax: Axes) -> None:
     rows = paper("fig5")["rows"]
     for family, colour, marker in families:
         head, _, tail = family.partition(" ")
-        own = [row for row in rows if row["name"].startswith(head) and row["name"].endswith(tail)]
-        if not own:
+        members = [
+            row for row in rows if row["name"].startswith(head) and row["name"].endswith(tail)
+        ]
+        if not members:
             continue
-        x, y = zip(*(row["values"] for row in own), strict=True)
-        sizes = [billions(row["name"]) for row in own]
+        x, y = zip(*(row["values"] for row in members), strict=True)
+        sizes = [billions(row["name"]) for row in members]
         ax.plot(x, y, color=colour, linewidth=1, alpha=0.6)
         areas = [14 + 22 * size**0.5 for size in sizes]
         ax.scatter(
             x, y, s=areas, color=colour, marker=marker, edgecolor="white", zorder=3, label=family
         )
-        for row, size, area in zip(own, sizes, areas, strict=True):
-            off = area**0.5 / 2 + 1.5  # points; clear of the marker, at a side where no line goes
+        for row, size, area in zip(members, sizes, areas, strict=True):
+            off = area**0.5 / 2 + 1.5  # pt: clear of the marker, on a side without a line
             side = {"xytext": (-off, off), "ha": "right", "va": "center"}
-            if row is own[-1]:
+            if row is members[-1]:
                 side = {"xytext": (0, -off), "ha": "center", "va": "top"}
             ax.annotate(
                 f"{size:g}B",
@@ -126,6 +125,7 @@ def _published_latency(ax: Axes) -> None:
 
 
 def iou_histogram(material: Material) -> tuple[Figure, str]:
+    """IoU of the small base and of EGM."""
     tasks = [task for task in ("vanilla", "amodal") if not material.results.of(EGM, task).empty]
     if not tasks:
         raise NotRun(f"no predictions of {EGM}")
@@ -133,7 +133,7 @@ def iou_histogram(material: Material) -> tuple[Figure, str]:
     bins = np.linspace(0, 1, 21)
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for model in (SMALL, EGM):
-            rows, style = material.needed(model, task), look(model)
+            rows, style = material.needed(model, task), style_of(model)
             share_B = 100 * np.histogram(rows["iou"], bins)[0] / len(rows)
             line = (0, style.dash) if style.dash else "-"
             ax.stairs(
@@ -157,11 +157,12 @@ def iou_histogram(material: Material) -> tuple[Figure, str]:
         ax.grid(True, axis="y")
     return (
         figure,
-        "IoU before (small base) and after (small + EGM); right of the dotted line is a success.",
+        "IoU before (small base) and after (small + EGM). Successes lie right of the dotted line.",
     )
 
 
 def solved_share(material: Material) -> tuple[Figure, str]:
+    """How many of the base's failures EGM solves, by the base's IoU."""
     both = _paired(material)
     failed = both[~both["a"].astype(bool)]
     if failed.empty:
@@ -172,13 +173,13 @@ def solved_share(material: Material) -> tuple[Figure, str]:
     figure = new_figure(6.4, 3.1)
     ax = figure.subplots()
     groups = [(label, failed[bins == label]) for label in labels]
-    for place, (_, rows) in enumerate(groups):
+    for x, (_, rows) in enumerate(groups):
         value = estimate(rows, "b", draws=DRAWS)
         if value is None:
-            ax.text(place, 1, "none", ha="center", fontsize=7.5, color=FAINT)
+            ax.text(x, 1, "none", ha="center", fontsize=7.5, color=FAINT)
             continue
-        ax.bar(place, 100 * value.mean, 0.72, color=SOLVED, alpha=0.85)
-        ax.errorbar(place, 100 * value.mean, down_up([value]), fmt="none", color=INK, linewidth=0.9)
+        ax.bar(x, 100 * value.mean, 0.72, color=SOLVED, alpha=0.85)
+        ax.errorbar(x, 100 * value.mean, down_up([value]), fmt="none", color=INK, linewidth=0.9)
     overall = 100 * failed["b"].mean()
     published = paper("table11")["rows"][0]["values"][2]
     ax.axhline(
@@ -220,6 +221,7 @@ def _paired(material: Material) -> pd.DataFrame:
 
 
 def lookalikes(material: Material) -> tuple[Figure, str]:
+    """Accuracy by the number of look-alikes and by the kind of prompt."""
     models = [
         model
         for model in (SMALL, "small-sft", EGM, "small-direct-control", LARGE)
@@ -230,21 +232,21 @@ def lookalikes(material: Material) -> tuple[Figure, str]:
     strata = [name for name in ("num_lookalikes", "prompt_kind") if known[name].notna().any()]
     if not strata:
         raise NotRun(
-            "no predictions, or samples that tell neither look-alikes nor the kind of prompt"
+            "no predictions, or samples that state neither look-alikes nor the kind of prompt"
         )
     figure = new_figure(9.2, 3.5)
     axes = figure.subplots(1, len(strata), squeeze=False, width_ratios=[1, 1.5][: len(strata)])[0]
     for ax, stratum in zip(axes, strata, strict=True):
         values = sorted(known[stratum].dropna().unique())
         for number, model in enumerate(models):
-            style, own = look(model), known[known["model"] == model]
-            found = [
-                (place, value)
-                for place, key in enumerate(values)
-                if (value := estimate(own[own[stratum] == key], draws=DRAWS))
-            ]
+            style, rows = style_of(model), known[known["model"] == model]
             shift = (number - (len(models) - 1) / 2) * 0.12
-            x = [place + shift for place, _ in found]
+            found = [
+                (index + shift, value)
+                for index, key in enumerate(values)
+                if (value := estimate(rows[rows[stratum] == key], draws=DRAWS))
+            ]
+            x = [position for position, _ in found]
             joined = (0, style.dash) if style.dash else "-"
             ax.errorbar(
                 x,

@@ -1,13 +1,22 @@
 """Figures that show samples with their answers."""
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure, SubFigure
 
 from egm_lib.evaluation.statistics import estimate
 from egm_lib.files import read_jsonl
-from egm_lib.reports.figures.material import DRAWS, EGM, LARGE, SMALL, Material, NotRun, lot
+from egm_lib.reports.figures.material import (
+    DRAWS,
+    EGM,
+    LARGE,
+    SMALL,
+    Material,
+    NotRun,
+    outcome_title,
+    sample_fixed,
+)
 from egm_lib.reports.figures.pieces import down_up, draw_legend, say
 from egm_lib.reports.tables.cells import decimal_text
 from egm_lib.viewer.comparison import Comparison, reasoning_and_answer
@@ -18,118 +27,143 @@ from egm_lib.viewer.drawing import (
     draw_image,
     group_height_in,
     text_width_pt,
-    verdict,
 )
-from egm_lib.viewer.page import view_of
+from egm_lib.viewer.page import steps_of, view_of
 from egm_lib.viewer.palette import (
     FAILED,
     FAINT,
+    FAULT,
     GRID,
     INK,
     SOLVED,
-    look,
+    Look,
     new_figure,
+    style_of,
 )
+from egm_lib.viewer.steps import numbered
+
+TEACHER = Look("teacher", "#7B3294", (), "o")
+
+# One row of an example: how it is headed, and the sample.
+Example = tuple[str, Comparison]
 
 
 def fig3(material: Material) -> tuple[Figure, str]:
+    """Curated traces, two of each task, with the places that they name."""
     rows = []
     for task in ("vanilla", "amodal"):
         file = material.results.roots[0] / "traces" / f"{task}.jsonl"
         if file.is_file():
-            own = [
+            complete = [
                 row
                 for row in read_jsonl(file)
-                if row.get("reasoning") and row.get("gt_box") and row.get("image")
+                if all(row.get(name) for name in ("reasoning", "gt_box", "image", "expression"))
             ]
-            rows += [(task, row) for row in lot(own, 2)]
+            rows += [(task, row) for row in sample_fixed(complete, 2)]
     if not rows:
         raise NotRun("no curated traces (notebooks 02 and 03)")
-    figure = new_figure(8.6, 2.15 * ((len(rows) + 1) // 2))
-    axes = figure.subplots(
-        (len(rows) + 1) // 2, 4, width_ratios=(1, 1.15, 1, 1.15), squeeze=False
-    ).ravel()
+    lines = (len(rows) + 1) // 2
+    figure = new_figure(8.6, 2.15 * lines)
+    axes = figure.subplots(lines, 4, width_ratios=(1, 1.15, 1, 1.15), squeeze=False).ravel()
     for ax in axes[2 * len(rows) :]:
         ax.set_axis_off()
-    for place, (task, row) in enumerate(rows):
-        draw_image(axes[2 * place], row, [], material.root)
-        axes[2 * place].set_title(f"{task}", fontsize=8, color=FAINT, fontweight="normal")
+    for (task, row), first, text in zip(rows, axes[::2], axes[1::2], strict=False):
+        steps = steps_of(row)
+        draw_image(first, row, [], material.root, steps=[(steps, TEACHER)])
+        first.set_title(task, fontsize=8, color=FAINT, fontweight="normal")
         say(
-            axes[2 * place + 1],
+            text,
             [
                 (f"“{row['expression']}”", INK, 34, 8.5, "bold"),
-                (row["reasoning"], INK, 36, 7.5, "normal"),
+                (numbered(row["reasoning"], steps), INK, 36, 7.5, "normal"),
             ],
         )
     return (
         figure,
-        "Curated reasoning: the target's box (hatched where hidden) and the trace that the teacher "
-        "wrote.",
+        "Curated reasoning: the target's box (hatched where hidden), and the trace that the "
+        "teacher wrote, with the places that it names numbered in order.",
     )
 
 
 def _side_by_side(
-    material: Material, task: str, wanted: Sequence[tuple[str, Callable, int]]
+    material: Material, task: str, wanted: Sequence[tuple[str, int]]
 ) -> tuple[Figure, str]:
-    pool = [each for each in material.of(task) if SMALL in each.answers and EGM in each.answers]
-    if not pool:
+    """The small base beside EGM; wanted: outcomes, and how many samples of each."""
+    answered = [sample for sample in material.of(task) if {SMALL, EGM} <= sample.answers.keys()]
+    if not answered:
         raise NotRun(f"no {task} samples that both {SMALL} and {EGM} answered")
-    picked = []
-    for title, suits, count in wanted:
-        own = [each for each in pool if suits(each)]
-        picked += [(f"{title} ({len(own)} of {len(pool)})", each) for each in lot(own, count)]
-    if not picked:
-        raise NotRun(f"no {task} sample of the kinds to show")
-    figure = new_figure(9.0, 2.35 * len(picked))
-    axes = figure.subplots(len(picked), 3, width_ratios=(1, 1, 1.7), squeeze=False)
-    for (first, second, text), (title, each) in zip(axes, picked, strict=True):
-        lines = [
-            (title, FAINT, 60, 7.5, "normal"),
-            (f"“{each.sample['expression']}”", INK, 46, 9, "bold"),
-        ]
+    examples: list[Example] = []
+    for outcome, count in wanted:
+        samples = material.with_outcome(task, outcome)
+        heading = f"{outcome_title(outcome)} ({len(samples)} of {len(answered)})"
+        examples += [(heading, sample) for sample in sample_fixed(samples, count)]
+    if not examples:
+        raise NotRun(f"no {task} sample with an outcome to show")
+    figure = new_figure(9.0, 2.35 * len(examples))
+    axes = figure.subplots(len(examples), 3, width_ratios=(1, 1, 1.7), squeeze=False)
+    for (first, second, text), (heading, sample) in zip(axes, examples, strict=True):
         for ax, model in ((first, SMALL), (second, EGM)):
-            answer = each.answers[model]
-            draw_image(ax, each.sample, [(answer.box, look(model))], material.root)
-            said = textwrap.shorten(verdict(answer), 34)
+            answer, style = sample.answers[model], style_of(model)
+            steps = [(steps_of(answer.row), style)]
+            draw_image(ax, sample.sample, [(answer.box, style)], material.root, steps=steps)
             ax.set_title(
-                f"{look(model).label}: {said}",
+                f"{style.label}: {textwrap.shorten(answer.verdict, 34)}",
                 fontsize=8,
                 color=SOLVED if answer.success else FAILED,
             )
-        reasoning, _ = reasoning_and_answer(each.answers[EGM].row)
-        lines.append((textwrap.shorten(reasoning or "(no reasoning)", 520), INK, 56, 7.5, "normal"))
-        say(text, lines)
+        say(
+            text,
+            [
+                (heading, FAINT, 60, 7.5, "normal"),
+                (f"“{sample.sample['expression']}”", INK, 46, 9, "bold"),
+                *_reasoning(sample.answers[EGM].row, 520, 56, 7.5),
+            ],
+        )
     draw_legend(figure, [SMALL, EGM])
-    kinds = "; ".join(dict.fromkeys(title for title, _ in picked))
+    kinds = "; ".join(dict.fromkeys(heading for heading, _ in examples))
     return (
         figure,
-        f"Small base beside small + EGM and its reasoning, samples drawn by lot among: {kinds}.",
+        "Small base beside small + EGM and its reasoning, the places that it names numbered in "
+        f"order. Samples drawn at random among: {kinds}.",
     )
 
 
-_FIXED = ("EGM solves what the base misses", lambda each: each.failed(SMALL) and each.solved(EGM))
-_BROKEN = ("EGM misses what the base solves", lambda each: each.solved(SMALL) and each.failed(EGM))
-_BOTH_MISS = ("both miss", lambda each: each.failed(SMALL) and each.failed(EGM))
+def _reasoning(
+    row: Mapping, letters: int, per_line: int, size_pt: float
+) -> list[tuple[str, str, int, float, str]]:
+    """A row's reasoning with numbered steps, and what is wrong with them, as paragraphs."""
+    reasoning, _ = reasoning_and_answer(row)
+    steps = steps_of(row)
+    text = textwrap.shorten(numbered(reasoning or "(no reasoning)", steps), letters)
+    wrong = [f"step {number}: {step.fault}" for number, step in enumerate(steps, 1) if step.fault]
+    paragraphs = [(text, INK, per_line, size_pt, "normal")]
+    if wrong:
+        paragraphs.append((f"! {'; '.join(wrong)}", FAULT, per_line, size_pt, "normal"))
+    return paragraphs
 
 
 def fig4(material: Material) -> tuple[Figure, str]:
-    return _side_by_side(material, "vanilla", [(*_FIXED, 3)])
+    """What EGM solves."""
+    return _side_by_side(material, "vanilla", [("b solves what a misses", 3)])
 
 
 def fig6(material: Material) -> tuple[Figure, str]:
-    return _side_by_side(material, "amodal", [(*_FIXED, 2), (*_BROKEN, 1)])
+    """Amodal grounding."""
+    wanted = [("b solves what a misses", 2), ("b misses what a solves", 1)]
+    return _side_by_side(material, "amodal", wanted)
 
 
 def fig12(material: Material) -> tuple[Figure, str]:
-    return _side_by_side(material, "vanilla", [(*_BROKEN, 2), (*_BOTH_MISS, 2)])
+    """Where EGM still fails."""
+    return _side_by_side(material, "vanilla", [("b misses what a solves", 2), ("both miss", 2)])
 
 
 def overview(material: Material) -> tuple[Figure, str]:
     """The image at the top of the README."""
-    fixed = [each for each in material.of("vanilla") if _FIXED[1](each)]
-    if not fixed:
+    solved = material.with_outcome("vanilla", "b solves what a misses")
+    if not solved:
         raise NotRun(f"no vanilla sample that {EGM} solves and {SMALL} misses")
-    [each] = lot(fixed, 1)
+    [sample] = sample_fixed(solved, 1)
     models = (SMALL, "small-direct-control", "small-sft", "small-sft-control", EGM, LARGE)
     values = {
         model: value
@@ -138,41 +172,29 @@ def overview(material: Material) -> tuple[Figure, str]:
     }
     figure = new_figure(10.4, 3.3)
     first, text, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.35, 1.25))
-    shown = [(each.answers[model].box, look(model)) for model in (SMALL, EGM)]
-    draw_image(first, each.sample, shown, material.root)
-    reasoning, _ = reasoning_and_answer(each.answers[EGM].row)
+    boxes = [(sample.answers[model].box, style_of(model)) for model in (SMALL, EGM)]
+    row = sample.answers[EGM].row
+    steps = [(steps_of(row), style_of(EGM))]
+    draw_image(first, sample.sample, boxes, material.root, steps=steps)
+    direct, thought = (sample.answers[model].verdict for model in (SMALL, EGM))
     say(
         text,
         [
-            (f"“{each.sample['expression']}”", INK, 36, 11, "bold"),
-            (
-                f"small base answers at once: {verdict(each.answers[SMALL])}",
-                FAILED,
-                50,
-                8.5,
-                "bold",
-            ),
-            (
-                f"small + EGM thinks, then answers: {verdict(each.answers[EGM])}",
-                SOLVED,
-                50,
-                8.5,
-                "bold",
-            ),
-            (textwrap.shorten(reasoning or "", 330, placeholder=" ..."), INK, 46, 8.5, "normal"),
+            (f"“{sample.sample['expression']}”", INK, 36, 11, "bold"),
+            (f"small base answers at once: {direct}", FAILED, 50, 8.5, "bold"),
+            (f"small + EGM thinks, then answers: {thought}", SOLVED, 50, 8.5, "bold"),
+            *_reasoning(row, 330, 46, 8.5),
         ],
     )
-    for place, (model, value) in enumerate(values.items()):
-        style = look(model)
-        bars.barh(-place, 100 * value.mean, 0.66, color=style.colour)
-        bars.errorbar(
-            100 * value.mean, -place, xerr=down_up([value]), fmt="none", color=INK, linewidth=1
-        )
+    for y, (model, value) in zip(range(0, -len(values), -1), values.items(), strict=True):
+        mean = 100 * value.mean
+        bars.barh(y, mean, 0.66, color=style_of(model).colour)
+        bars.errorbar(mean, y, xerr=down_up([value]), fmt="none", color=INK, linewidth=1)
         end = 100 * (value.ci95[1] if value.ci95 else value.mean)
-        bars.text(end + 1.5, -place, decimal_text(100 * value.mean), va="center", fontsize=9)
+        bars.text(end + 1.5, y, decimal_text(mean), va="center", fontsize=9)
     bars.set(
-        yticks=[-place for place in range(len(values))],
-        yticklabels=[look(model).label for model in values],
+        yticks=range(0, -len(values), -1),
+        yticklabels=[style_of(model).label for model in values],
         xlabel="accuracy at IoU > 0.5, %",
         xlim=(0, 108),
     )
@@ -180,60 +202,64 @@ def overview(material: Material) -> tuple[Figure, str]:
     bars.grid(True, axis="x")
     draw_legend(figure, [SMALL, EGM])
     caption = (
-        "A small model that thinks before it points. A sample drawn by lot; mean over the "
-        "splits, 95 % intervals."
+        "A small model that thinks before it points. The sample is drawn at random; accuracy is "
+        "the mean over the splits, with 95 % intervals."
     )
     return figure, caption
 
 
 def viewer(material: Material) -> tuple[Figure, str]:
-    """How the trace viewer shows a sample, and a GRPO group where one was kept: for pages that run
-    no widgets.
-    """
-    fixed = [
-        each for task in ("amodal", "vanilla") for each in material.of(task) if _FIXED[1](each)
+    """The trace viewer as a still image: a sample, and a GRPO group where one was kept."""
+    solved = [
+        sample
+        for task in ("amodal", "vanilla")
+        for sample in material.with_outcome(task, "b solves what a misses")
     ]
-    if not fixed:
+    if not solved:
         raise NotRun(f"no sample that {EGM} solves and {SMALL} misses")
-    each, width_in = lot(fixed, 1)[0], 9.2
-    models = [model for model in (SMALL, EGM, LARGE) if model in each.answers]
-    heights_in = [0.42, comparison_height_in(each, models)]
-    if kept := _mixed_group(material):
-        group = view_of(Comparison(kept, {}), [], root=material.root, group=kept)["group"]
-        heights_in.append(group_height_in(group, kept, width_in))
+    [sample], width_in = sample_fixed(solved, 1), 9.2
+    models = [model for model in (SMALL, EGM, LARGE) if model in sample.answers]
+    heights_in = [0.42, comparison_height_in(sample, models)]
+    group = _mixed_group(material)
+    if group:
+        view = view_of(Comparison(group, {}), [], root=material.root, group=group)["group"]
+        heights_in.append(group_height_in(view, group, width_in))
     figure = new_figure(width_in, sum(heights_in))
     bar, main, *below = figure.subfigures(len(heights_in), 1, height_ratios=heights_in)
-    words = [
-        "‹",
-        f"{fixed.index(each) + 1} of {len(fixed)} (all: {len(material.comparisons)})",
-        "›",
-    ]
-    words += [
-        "B solves what A misses",
-        f"A {look(SMALL).label}",
-        f"B {look(EGM).label}",
-        "split: any",
-        "sort: as read",
-    ]
-    _controls(bar, [*words, "PNG", "SVG"])
-    draw_comparison(main, each, models, material.root)
-    if kept:
-        draw_group(below[0], group, kept, material.root)
-    caption = "The trace viewer, at a sample drawn by lot"
-    return (
-        figure,
-        f"{caption}; beneath it, a GRPO group: rewards r, advantages A." if kept else f"{caption}.",
+    _controls(
+        bar,
+        [
+            "‹",
+            f"{solved.index(sample) + 1} of {len(solved)} (all: {len(material.comparisons)})",
+            "›",
+            "B solves what A misses",
+            f"A {style_of(SMALL).label}",
+            f"B {style_of(EGM).label}",
+            "split: any",
+            "sort: as read",
+            "PNG",
+            "SVG",
+        ],
     )
+    draw_comparison(main, sample, models, material.root)
+    caption = "The trace viewer, at a sample drawn at random"
+    if not group:
+        return figure, f"{caption}."
+    draw_group(below[0], view, group, material.root)
+    return figure, f"{caption}; beneath it, a GRPO group: rewards r, advantages A."
 
 
 def _mixed_group(material: Material) -> Mapping | None:
-    """Of the kept GRPO groups in which some completions hit and some miss, one by lot."""
-    files = [
-        material.results.roots[0] / "groups" / f"{task}.jsonl" for task in ("vanilla", "amodal")
-    ]
+    """One of the kept GRPO groups in which some completions hit and some miss."""
+    folder = material.results.roots[0] / "groups"
+    files = [folder / f"{task}.jsonl" for task in ("vanilla", "amodal")]
     groups = [group for file in files if file.is_file() for group in read_jsonl(file)]
-    mixed = [group for group in groups if min(group["rewards"]) < 0.5 < max(group["rewards"])]
-    return lot(mixed, 1)[0] if mixed else None
+    mixed = [
+        group
+        for group in groups
+        if (rewards := group.get("rewards")) and min(rewards) < 0.5 < max(rewards)
+    ]
+    return sample_fixed(mixed, 1)[0] if mixed else None
 
 
 def _controls(figure: Figure | SubFigure, words: Sequence[str]) -> None:

@@ -6,20 +6,22 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from egm_lib.evaluation.results import paper
-from egm_lib.reports.figures.material import DRAWS, LARGE, SMALL, Material, NotRun, lot
+from egm_lib.reports.figures.material import (
+    DRAWS,
+    LARGE,
+    SMALL,
+    Material,
+    NotRun,
+    sample_fixed,
+)
 from egm_lib.reports.figures.pieces import down_up, draw_legend
 from egm_lib.reports.tables.paper import cause_shares, counted_failures
-from egm_lib.viewer.drawing import (
-    draw_image,
-)
-from egm_lib.viewer.palette import (
-    INK,
-    look,
-    new_figure,
-)
+from egm_lib.viewer.drawing import draw_image
+from egm_lib.viewer.palette import INK, new_figure, style_of
 
 
 def fig2(material: Material) -> tuple[Figure, str]:
+    """Shares of the causes, the paper's and ours."""
     results = material.results
     judged = {model: results.majority_causes(model) for model in (SMALL, LARGE)}
     shares = {
@@ -32,19 +34,19 @@ def fig2(material: Material) -> tuple[Figure, str]:
     figure = new_figure(7.6, 3.2)
     ax = figure.subplots()
     bars = 1 + len(shares)
-    places = np.arange(len(causes))[::-1].astype(float)
+    centres = np.arange(len(causes))[::-1].astype(float)
     height = 0.8 / bars
     ax.barh(
-        places + 0.4 - height / 2,
+        centres + 0.4 - height / 2,
         [row["values"][0] for row in source["rows"]],
         height,
         color="#CFCFCF",
         label="paper: InternVL-3-8B, judged by GPT-4",
     )
     for number, (model, by_cause) in enumerate(shares.items(), 1):
-        y = places + 0.4 - height * (number + 0.5)
+        y = centres + 0.4 - height * (number + 0.5)
         values = [by_cause[cause] for cause in causes]
-        style = look(model)
+        style = style_of(model)
         hatch = "///" if model == LARGE else ""
         total = counted_failures(values[0].n, judged[model]["seed"].nunique())
         ax.barh(
@@ -65,7 +67,7 @@ def fig2(material: Material) -> tuple[Figure, str]:
             linewidth=0.9,
         )
     ax.set(
-        yticks=places,
+        yticks=centres,
         yticklabels=causes,
         xlabel="share of a model's failures, %",
         title="Why the box is wrong",
@@ -81,31 +83,32 @@ def fig2(material: Material) -> tuple[Figure, str]:
 
 
 def fig2_examples(material: Material) -> tuple[Figure, str]:
+    """A failure of the small base for each cause."""
     causes = material.results.majority_causes(SMALL)
     seed = material.results.seeds[0]
     cause_of = {row.sample_id: row.cause for row in causes.itertuples() if row.seed == seed}
     if not cause_of:
         raise NotRun(f"no judged failures of {SMALL} (notebook 01)")
-    failed = [each for each in material.of("vanilla") if each.failed(SMALL)]
-    picked = []
-    for row in paper("table1")["rows"]:
-        own = [each for each in failed if cause_of.get(each.sample["sample_id"]) == row["name"]]
-        picked += [(row["name"], each) for each in lot(own, 1)]
-    if not picked:
+    failed = [sample for sample in material.of("vanilla") if sample.failed(SMALL)]
+    examples = []
+    for cause in (row["name"] for row in paper("table1")["rows"]):
+        samples = [sample for sample in failed if cause_of.get(sample.sample["sample_id"]) == cause]
+        examples += [(cause, sample) for sample in sample_fixed(samples, 1)]
+    if not examples:
         raise NotRun("the judged failures have no prediction rows")
-    figure = new_figure(2.2 * max(len(picked), 2), 3.2)
-    for ax, (cause, each) in zip(
-        figure.subplots(1, len(picked), squeeze=False)[0], picked, strict=True
-    ):
-        draw_image(ax, each.sample, [(each.answers[SMALL].box, look(SMALL))], material.root)
+    figure = new_figure(2.2 * max(len(examples), 2), 3.2)
+    axes = figure.subplots(1, len(examples), squeeze=False)[0]
+    for ax, (cause, sample) in zip(axes, examples, strict=True):
+        boxes = [(sample.answers[SMALL].box, style_of(SMALL))]
+        draw_image(ax, sample.sample, boxes, material.root)
         ax.set_title(cause, fontsize=8)
         ax.text(
             0,
             -0.03,
-            textwrap.fill(f"“{each.sample['expression']}”", 32),
+            textwrap.fill(f"“{sample.sample['expression']}”", 32),
             va="top",
             fontsize=7.5,
             transform=ax.transAxes,
         )
     draw_legend(figure, [SMALL])
-    return figure, "A failure of the small base by cause, drawn by lot."
+    return figure, "A failure of the small base for each cause, drawn at random."

@@ -11,19 +11,19 @@ import pandas as pd
 
 from egm_lib.evaluation.results import Results
 from egm_lib.profile import ProfileError, load_profile
-from egm_lib.viewer.comparison import Comparison, compare, rows_of
+from egm_lib.viewer.comparison import OUTCOMES, Comparison, compare, rows_of
 
 SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
 DRAWS = 1000  # of a bootstrap
 
 
 class NotRun(Exception):
-    """The files that a figure needs are not there; the message says which."""
+    """The files that a figure needs are absent; the message says which."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure that was made (files) or was not (not_run says why)."""
+    """A figure that was made (files), or the reason why it was not (not_run)."""
 
     name: str
     title: str
@@ -33,9 +33,7 @@ class Drawn:
 
 
 class Material:
-    """What figures are made of: scored results, whole prediction rows where text or images are
-    shown, parameters.
-    """
+    """Scored results, whole prediction rows where text or images are shown, and parameters."""
 
     def __init__(self, results: Results, root: Path, parameters: Mapping[str, int]):
         self.results, self.root, self.parameters = results, root, parameters
@@ -49,25 +47,36 @@ class Material:
         )
 
     def of(self, task: str) -> list[Comparison]:
-        return [each for each in self.comparisons if each.sample["task"] == task]
+        """The samples of a task."""
+        return [sample for sample in self.comparisons if sample.sample.get("task") == task]
+
+    def with_outcome(self, task: str, outcome: str) -> list[Comparison]:
+        """The samples of a task with an outcome of OUTCOMES, where a is the base and b EGM."""
+        return [sample for sample in self.of(task) if OUTCOMES[outcome](sample, SMALL, EGM)]
 
     def needed(self, model: str, task: str = "vanilla") -> pd.DataFrame:
+        """Scored rows of a model; raises NotRun where there are none."""
         rows = self.results.of(model, task)
         if rows.empty:
             raise NotRun(f"no {task} predictions of {model}")
         return rows
 
 
-def lot(items: Sequence, count: int) -> list:
-    """`count` of the items by a fixed lot, in their order."""
+def outcome_title(outcome: str) -> str:
+    """An outcome of OUTCOMES in words: "EGM solves what the base misses"."""
+    if outcome.startswith("b "):
+        outcome = f"EGM {outcome.removeprefix('b ')}"
+    return outcome.replace("what a ", "what the base ")
+
+
+def sample_fixed(items: Sequence, count: int) -> list:
+    """`count` of the items, drawn at random but the same in every call, in their order."""
     chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
-    return [items[place] for place in chosen]
+    return [items[index] for index in chosen]
 
 
 def data_root(results: Results) -> Path:
-    """Where the images of the runs' profile lie; the current folder for a profile that is no
-    more.
-    """
+    """Where the images of the profile lie; the working directory for an unknown profile."""
     try:
         return load_profile(results.profile).data.path
     except ProfileError:
@@ -75,9 +84,7 @@ def data_root(results: Results) -> Path:
 
 
 def parameters_of(results: Results) -> dict[str, int]:
-    """Parameters by model, counted in the headers of the profile's safetensors files; none where
-    they are not here.
-    """
+    """Parameters by model, counted in the headers of the safetensors files that are here."""
     from safetensors import safe_open
 
     try:
@@ -93,8 +100,5 @@ def parameters_of(results: Results) -> dict[str, int]:
                 total += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
         if total:
             counts[name] = total
-    return {
-        model: counts[size]
-        for model in results.models
-        if (size := model.partition("-")[0]) in counts
-    }
+    sizes = {model: model.partition("-")[0] for model in results.models}
+    return {model: counts[size] for model, size in sizes.items() if size in counts}

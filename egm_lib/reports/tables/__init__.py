@@ -1,18 +1,15 @@
-"""Tables 1-12, the comparisons that the paper lacks, and summary.json: functions of a run's files,
-no model needed.
+"""Tables 1-12, comparisons that the paper lacks, and summary.json, from a run's files alone.
 
     python -m egm_lib.reports.tables --profile mini [--rule vlmevalkit] [--only table4]
 
-Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX; the same files give the same
-bytes.
+Every table goes to figures/<profile>/ as Markdown, CSV and LaTeX. The same files give the same
+bytes. A table whose every cell is "not run" is not written, and an older one is removed.
 """
 
 import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import pandas as pd
 
 from egm_lib.evaluation.results import MODELS, Results
 from egm_lib.evaluation.scoring import split_keys
@@ -47,11 +44,10 @@ def build_tables(
     draws: int = 2000,
     only: Sequence[str] | None = None,
 ) -> dict[str, Table]:
-    """Writes every table (or those named in `only`) and summary.json to out_dir; returns them by
-    name.
+    """Writes every table (or those named in `only`) and summary.json to out_dir.
 
-    run_roots: the runs of one profile, one a seed; several are pooled, and intervals cover seeds as
-    well as images.
+    run_roots: the runs of one profile, one a seed. Several are pooled; intervals then cover seeds
+    as well as images. Returns the tables by name, also those that were not run and not written.
     """
     results = Results(run_roots, rule, draws)
     stamp = (
@@ -68,7 +64,11 @@ def build_tables(
             ("csv", to_csv(table, results)),
             ("tex", to_latex(table, stamp)),
         ):
-            write_text(out_dir / f"{name}.{suffix}", text)
+            path = out_dir / f"{name}.{suffix}"
+            if table.was_run or only is not None:  # who asks for a table by name, gets it
+                write_text(path, text)
+            else:
+                path.unlink(missing_ok=True)
     if only is None:
         write_text(
             out_dir / "summary.json",
@@ -78,7 +78,7 @@ def build_tables(
 
 
 def summary(results: Results) -> dict:
-    """The headline numbers, shares in 0..1; a model that was not run is null."""
+    """The headline numbers, shares in 0..1; null for a model that was not run."""
     names = list(dict.fromkeys([*MODELS, *results.models]))
 
     def accuracy(model: str, task: str) -> dict | None:
@@ -98,7 +98,7 @@ def summary(results: Results) -> dict:
         rows = results.of(model)
         if rows.empty:
             return None
-        means = [pd.to_numeric(rows[name]).mean() for name in ("reasoning_tokens", "answer_tokens")]
+        means = [rows[name].mean() for name in ("reasoning_tokens", "answer_tokens")]
         if any(map(math.isnan, means)):
             return None
         return {

@@ -1,19 +1,16 @@
-"""Tables that the paper lacks: paired differences with their controls, kinds of samples, scorers,
-answers, latency.
-"""
+"""Tables that the paper lacks: differences, kinds of samples, rules, answers, decoding, latency."""
 
 import math
 
 import numpy as np
-import pandas as pd
 
 from egm_lib.evaluation.metrics import metrics
 from egm_lib.evaluation.results import Results, paper
 from egm_lib.evaluation.scoring import with_strata
-from egm_lib.evaluation.statistics import estimate, holm, paired_difference
+from egm_lib.evaluation.statistics import Difference, estimate, holm, paired_difference
 from egm_lib.inference.latency import CONCURRENCIES
 from egm_lib.parsing import RULES
-from egm_lib.reports.tables.cells import UNKNOWN, Number, Row, Table, count, p_text, percent
+from egm_lib.reports.tables.cells import NOT_REPORTED, Number, Row, Table, count, p_text, percent
 from egm_lib.reports.tables.paper import accuracy_cells, gain
 from egm_lib.training.variants import STEPS, VARIANTS
 
@@ -30,6 +27,29 @@ COMPARISONS = (
 )
 
 
+def differences(
+    results: Results,
+) -> list[tuple[str, str, str, Difference | None, float | None]]:
+    """(model a, model b, task, a - b, its p after Holm) of every comparison; None: not run."""
+    tests = [
+        (a, b, task, gain(results, a, b, task))
+        for task in ("vanilla", "amodal")
+        for a, b in COMPARISONS
+    ]
+    with_p = [test for *_, test in tests if test is not None and test.p_value is not None]
+    adjusted = iter(holm([test.p_value for test in with_p]))
+    return [
+        (
+            a,
+            b,
+            task,
+            test,
+            next(adjusted) if test is not None and test.p_value is not None else None,
+        )
+        for a, b, task, test in tests
+    ]
+
+
 def table_differences(results: Results) -> Table:
     """The hypothesis and its controls: paired differences, Holm-corrected within the table."""
     table = Table(
@@ -37,18 +57,7 @@ def table_differences(results: Results) -> Table:
         "Differences, paired on samples",
         ["points", "n", "p (clustered)", "p (Holm)", "only first", "only second", "p (McNemar)"],
     )
-    tests = [
-        (f"{a} - {b}, {task}", gain(results, a, b, task))
-        for task in ("vanilla", "amodal")
-        for a, b in COMPARISONS
-    ]
-    with_p = [
-        index
-        for index, (_, test) in enumerate(tests)
-        if test is not None and test.p_value is not None
-    ]
-    adjusted = dict(zip(with_p, holm([tests[index][1].p_value for index in with_p]), strict=True))
-    for index, (label, test) in enumerate(tests):
+    for a, b, task, test, adjusted_p in differences(results):
         cells = (
             [None] * 7
             if test is None
@@ -56,13 +65,13 @@ def table_differences(results: Results) -> Table:
                 percent(test),
                 count(test.n),
                 p_text(test.p_value),
-                p_text(adjusted.get(index)),
+                p_text(adjusted_p),
                 count(test.only_a),
                 count(test.only_b),
                 p_text(test.mcnemar_p) or "several seeds",
             ]
         )
-        table.rows.append(Row(label, "ours", cells))
+        table.rows.append(Row(f"{a} - {b}, {task}", "ours", cells))
     table.notes.append(
         "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first "
         "/ only second: "
@@ -74,9 +83,7 @@ def table_differences(results: Results) -> Table:
 
 
 def table_kinds(results: Results) -> Table:
-    """Accuracy by kind of prompt, number of look-alikes, size of the object and length of the
-    expression.
-    """
+    """Accuracy by kind of prompt, number of look-alikes, size of the object, and length."""
     models = results.models
     table = Table("table4_kinds", "Accuracy by kind of sample", ["n", *models])
     if not models:
@@ -96,15 +103,13 @@ def table_kinds(results: Results) -> Table:
             ]
             table.rows.append(Row(name, "ours", [count(group["sample_id"].nunique()), *cells]))
     table.notes.append(
-        "All vanilla splits together; n: samples; kinds and look-alikes where the data tells them."
+        "All vanilla splits together; n: samples; kinds and look-alikes where the data states them."
     )
     return table
 
 
 def table_rules(results: Results) -> Table:
-    """The same answers scored as other evaluators would: how much of a difference is the
-    scorer's.
-    """
+    """The same answers scored as other evaluators would score them."""
     models = results.models
     table = Table("table4_rules", "The same answers under other evaluators' rules", models)
     for rule in RULES if models else ():
@@ -155,9 +160,7 @@ def table_answers(results: Results) -> Table:
 
 
 def table_decoding(results: Results) -> Table:
-    """Accuracy against the number of generated tokens and the way of decoding (variants of
-    `egm_lib.inference.decoding`).
-    """
+    """Accuracy by way of decoding and number of tokens (`egm_lib.inference.decoding`)."""
     columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
     table = Table("table4_decoding", "Other ways to decode", columns)
     plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or [
@@ -166,13 +169,13 @@ def table_decoding(results: Results) -> Table:
     for model in plain:
         for name in [
             model,
-            *(each for each in results.variants if each.partition("@")[0] == model),
+            *(name for name in results.variants if name.partition("@")[0] == model),
         ]:
             rows = results.of(name)
             if rows.empty:
                 table.rows.append(Row(name, "ours", [None] * 4))
                 continue
-            tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
+            tokens = rows["reasoning_tokens"] + rows["answer_tokens"]
             difference = "" if name == model else percent(gain(results, name, model))
             accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
             table.rows.append(
@@ -188,9 +191,7 @@ def table_decoding(results: Results) -> Table:
 
 
 def table_ablations(results: Results) -> Table:
-    """GRPO taken apart (`make ablations`): short runs beside each other, on one validation
-    split.
-    """
+    """GRPO taken apart (`make ablations`): short runs compared on one validation split."""
     columns = [
         "accuracy",
         "difference",
@@ -226,9 +227,7 @@ def table_ablations(results: Results) -> Table:
                 if name == "sft-and-grpo"
                 else [percent(tests.get(name)), p_text(adjusted.get(name))]
             )
-            tokens = pd.to_numeric(rows[name]["reasoning_tokens"]) + pd.to_numeric(
-                rows[name]["answer_tokens"]
-            )
+            tokens = rows[name]["reasoning_tokens"] + rows[name]["answer_tokens"]
             table.rows.append(
                 Row(
                     name,
@@ -253,7 +252,7 @@ def table_ablations(results: Results) -> Table:
 
 
 def table_latency(results: Results) -> Table:
-    """Fig. 5's numbers: latency by the protocol beside accuracy."""
+    """The numbers of Fig. 5: latency, measured by the protocol, and accuracy."""
     columns = [
         "at a time",
         "ms, mean",
@@ -269,11 +268,11 @@ def table_latency(results: Results) -> Table:
     for row in paper("fig5")["rows"]:
         milliseconds, accuracy = row["values"]
         cells = [
-            UNKNOWN,
+            NOT_REPORTED,
             Number(milliseconds, decimals=0),
-            *[UNKNOWN] * 4,
+            *[NOT_REPORTED] * 4,
             Number(accuracy),
-            UNKNOWN,
+            NOT_REPORTED,
             "L20 GPUs",
         ]
         table.rows.append(Row(row["name"], "paper", cells))
@@ -314,9 +313,7 @@ def table_latency(results: Results) -> Table:
 
 
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
-    """Mean (with interval), p50 and p95 in ms of a model's rows of the latency protocol; None where
-    it was not run.
-    """
+    """Mean (with interval), p50 and p95 of a model's latency in ms; None where it was not run."""
     rows = results.latency
     if len(rows):
         asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)
@@ -324,9 +321,9 @@ def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | 
     if rows.empty:
         return None
     mean = estimate(rows.assign(image_id=rows["sample_id"]), "latency_ms", draws=results.draws)
-    first = pd.to_numeric(rows["first_token_ms"]).mean()
-    tokens = pd.to_numeric(rows["reasoning_tokens"]) + pd.to_numeric(rows["answer_tokens"])
-    p50, p95 = np.percentile(rows["latency_ms"].astype(float), [50, 95])
+    first = rows["first_token_ms"].mean()
+    tokens = rows["reasoning_tokens"] + rows["answer_tokens"]
+    p50, p95 = np.percentile(rows["latency_ms"], [50, 95])
     return {
         "mean": round(mean.mean, 2),
         "ci95": mean.ci95 and [round(value, 2) for value in mean.ci95],

@@ -1,6 +1,4 @@
-"""What a table is made of, and how it is written: Markdown for people, CSV for programs, LaTeX for
-papers.
-"""
+"""Tables and their cells, written as Markdown for people, CSV for programs and LaTeX for papers."""
 
 import csv
 import io
@@ -12,13 +10,14 @@ from decimal import ROUND_HALF_UP, Decimal
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import Difference, Estimate
 
-NOT_RUN = "not run"
-UNKNOWN = "not at hand"  # the paper's number, in no text that we have
+NOT_RUN = "not run"  # ours: the files are absent
+NOT_REPORTED = "not reported"  # the paper's: it does not give this number
 
 
 def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
-    """A number as people round it, halves away from zero: 49.05 is 49.1, though its double lies a
-    hair below.
+    """A number rounded as people do, halves away from zero: 49.05 is 49.1.
+
+    (The double that stands for 49.05 is a little smaller, and would become 49.0.)
     """
     exact = Decimal(str(round(float(value), 9)))
     rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP) + 0  # + 0: no "-0.0"
@@ -27,7 +26,7 @@ def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Number:
-    """A value with what is known of it; percent and points carry one decimal, counts none."""
+    """A value with its interval, n and p where known; percents have one decimal, counts none."""
 
     value: float
     ci95: tuple[float, float] | None = None
@@ -42,8 +41,8 @@ class Number:
     def texts(self) -> tuple[str, str]:
         """The value, and its interval in brackets or nothing."""
         value, *ends = (
-            decimal_text(each, self.decimals, self.signed)
-            for each in (self.value, *(self.ci95 or ()))
+            decimal_text(number, self.decimals, self.signed)
+            for number in (self.value, *(self.ci95 or ()))
         )
         return value, f"[{', '.join(ends)}]" if ends else ""
 
@@ -53,7 +52,7 @@ Cell = Number | str | None  # None: not run
 
 @dataclass(frozen=True)
 class Row:
-    """source: "paper" | "ours" | "ours, difference" | ..."""
+    """A labelled row; source: "paper" | "ours" | "ours, gain" | ..."""
 
     label: str
     source: str
@@ -70,9 +69,14 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def was_run(self) -> bool:
+        """Whether any cell holds something: of ours, or of the paper's."""
+        return any(cell not in (None, NOT_RUN, "") for row in self.rows for cell in row.cells)
+
 
 def percent(value: Estimate | Difference | None, signed: bool = False) -> Cell:
-    """An estimate in 0..1 as percent (a difference: as points)."""
+    """An estimate in 0..1 as percent; a difference as signed points."""
     if value is None:
         return None
     ci95 = None if value.ci95 is None else (100 * value.ci95[0], 100 * value.ci95[1])
@@ -87,7 +91,8 @@ def summarised(value: dict | None) -> Cell:
 
 
 def published(value: float | None, decimals: int = 1) -> Cell:
-    return UNKNOWN if value is None else Number(value, decimals=decimals)
+    """A number of the paper."""
+    return NOT_REPORTED if value is None else Number(value, decimals=decimals)
 
 
 def count(value: int | None) -> Cell:
@@ -118,7 +123,7 @@ def to_markdown(table: Table, stamp: str) -> str:
 
 
 def to_csv(table: Table, results: Results) -> str:
-    """One line a cell, so that a program needs no parsing of brackets."""
+    """One line a cell, so that a program need not take brackets apart."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
@@ -203,11 +208,9 @@ def to_latex(table: Table, stamp: str) -> str:
 
 
 def stated_text(value) -> str:
-    """What manifests state, as one line; a list where several runs state different things."""
+    """What manifests state, as one line; a list where runs state different things."""
     if isinstance(value, list):
         return ", ".join(map(stated_text, value))
-    return (
-        "not recorded"
-        if value is None
-        else (value if isinstance(value, str) else json.dumps(value, sort_keys=True))
-    )
+    if value is None:
+        return "not recorded"
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

@@ -8,14 +8,14 @@ import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation.results import Results, paper
+from egm_lib.evaluation.results import Results, paper, read_object
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate, paired_difference
-from egm_lib.files import iter_jsonl, read_json
+from egm_lib.files import iter_jsonl
 from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.reports.tables.cells import (
+    NOT_REPORTED,
     NOT_RUN,
-    UNKNOWN,
     Cell,
     Number,
     Row,
@@ -28,6 +28,7 @@ from egm_lib.reports.tables.cells import (
 
 
 def cause_shares(failures: pd.DataFrame, draws: int) -> dict[str, Estimate]:
+    """The share of each of the paper's causes among failures with a majority cause."""
     causes = [row["name"] for row in paper("table12")["rows"]]
     seeds = failures.assign(dataset="", split="")
     return {
@@ -39,8 +40,9 @@ def cause_shares(failures: pd.DataFrame, draws: int) -> dict[str, Estimate]:
 
 
 def counted_failures(number: int, seeds: int) -> str:
-    """How many failures a share is of. A base fails alike in every seed, so a sum over seeds says
-    that it is one.
+    """How many failures a share refers to, and of how many seeds their sum is.
+
+    (A base fails on the same samples in every seed.)
     """
     return f"{number:,} failures" + (f", {seeds} seeds together" if seeds > 1 else "")
 
@@ -86,7 +88,8 @@ def table2(results: Results) -> Table:
     source = paper("table2")
     table = Table("table2", source["title"], ["accuracy", "n"])
     table.rows += [
-        Row(row["name"], "paper", [published(row["values"][0]), UNKNOWN]) for row in source["rows"]
+        Row(row["name"], "paper", [published(row["values"][0]), NOT_REPORTED])
+        for row in source["rows"]
     ]
     complex_ids = results.majority_causes("small-base").query("cause == 'COMPLEX-PROMPT'")[
         ["seed", "sample_id"]
@@ -150,8 +153,8 @@ def _agreement(failures: pd.DataFrame) -> str:
     )
 
 
-# What is dropped on the way to the SFT data: the stage of the run's curation, by column of Table 3;
-# no number is the paper's, in no text that we have.
+# What is dropped on the way to the SFT data: the stage of the run's curation, by column of Table 3.
+# The paper does not report these shares.
 DROPPED = {
     "expressions dropped by filters, %": ("", "amodal-expression-train"),
     "expressions not verified, %": ("", "verify-train"),
@@ -172,7 +175,7 @@ def table3(results: Results) -> Table:
     for label in ("samples", "images", "words a trace, mean"):
         table.rows.append(Row(label, "ours", [counts and counts[label] for counts in counted]))
     for label, stages in DROPPED.items():
-        table.rows.append(Row(label, "paper", [UNKNOWN if stage else "" for stage in stages]))
+        table.rows.append(Row(label, "paper", [NOT_REPORTED if stage else "" for stage in stages]))
         table.rows.append(
             Row(label, "ours", [_dropped(results, stage) if stage else "" for stage in stages])
         )
@@ -181,14 +184,14 @@ def table3(results: Results) -> Table:
 
 
 def _first_seed_note(results: Results) -> list[str]:
-    """Said under counts of data, which are of one seed: the others' differ by chance alone."""
+    """The note below counts of data: they are those of one seed, and the others hardly differ."""
     return [f"Ours: seed {results.seeds[0]}."] if len(results.seeds) > 1 else []
 
 
 def _dropped(results: Results, stage: str) -> Cell:
     """Share of a curation stage's answers that its filters dropped, in the first seed."""
     outcomes = Counter(
-        row["status"] for row in _first_seeds_rows(results, f"curation/{stage}.jsonl")
+        row.get("status") for row in _first_seeds_rows(results, f"curation/{stage}.jsonl")
     )
     answered = outcomes["ok"] + outcomes["filtered"]
     return Number(100 * outcomes["filtered"] / answered, n=answered) if answered else None
@@ -198,8 +201,8 @@ def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
     """Table 3's counts of the samples with traces of a task, None where there are none."""
     samples, words, images = 0, 0, set()
     for row in _first_seeds_rows(results, f"traces/{task}.jsonl"):
-        samples, words = samples + 1, words + len(row["reasoning"].split())
-        images.add(row["image_id"])
+        samples, words = samples + 1, words + len(str(row.get("reasoning") or "").split())
+        images.add(row.get("image_id"))
     if not samples:
         return None
     return {
@@ -210,7 +213,7 @@ def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
 
 
 def _first_seeds_rows(results: Results, relative: str) -> Iterator[dict]:
-    """Rows of a file of the first seed, one at a time; none where it has no such file."""
+    """Rows of a file of the first seed, one at a time; none where there is no such file."""
     path = results.roots[0] / relative
     return iter_jsonl(path) if path.is_file() else iter(())
 
@@ -239,7 +242,7 @@ def table7(results: Results) -> Table:
         Row(row["name"], "paper", [count(value) for value in row["values"]])
         for row in source["rows"]
     ]
-    stats = read_json(results.roots[0] / "selection.json")
+    stats = read_object(results.roots[0] / "selection.json")
     table.rows += [
         Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])
     ]
@@ -248,14 +251,11 @@ def table7(results: Results) -> Table:
 
 
 def table6(results: Results) -> Table:
-    """GRPO's hyperparameters: the paper's and those that the run began with, each value once where
-    seeds differ.
-    """
+    """GRPO's hyperparameters: the paper's, and those that the run began with."""
     trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
-    manifests = [read_json(root / "manifest.json") or {} for root in trained]
-    return _settings(
-        "table6", [manifest["values"]["grpo"] for manifest in manifests if "values" in manifest]
-    )
+    manifests = [read_object(root / "manifest.json") or {} for root in trained]
+    stated = [manifest.get("values") for manifest in manifests]
+    return _settings("table6", [values["grpo"] for values in stated if values])
 
 
 def table8(results: Results) -> Table:
@@ -287,9 +287,7 @@ def _setting(value) -> str:
 
 
 def accuracy_cells(results: Results, model: str, task: str = "vanilla") -> list[Cell]:
-    """Accuracy of a model on each split of a task, then the plain mean of the splits where all were
-    run.
-    """
+    """Accuracy of a model on each split of a task; last, their mean where all were run."""
     splits = EVAL_SPLITS if task == "vanilla" else AMODAL_SPLITS
     rows = results.of(model, task)
     keys = split_keys(rows)
@@ -341,19 +339,17 @@ def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
 
 
 def miniature(results: Results) -> str:
-    """The warning that belongs below a table whose models are not the paper's."""
-    return (
-        ""
-        if results.same_models
-        else " A miniature stands beside the paper's models: compare directions, not numbers."
-    )
+    """The warning below a table whose models are not the paper's."""
+    if results.same_models:
+        return ""
+    return " A miniature stands beside the paper's models: compare directions, not numbers."
 
 
 def _published_row(row: dict) -> Row:
     return Row(
         row["name"],
         "paper",
-        [*map(published, row["values"]), published(row["mean_of_splits"]), UNKNOWN],
+        [*map(published, row["values"]), published(row["mean_of_splits"]), NOT_REPORTED],
     )
 
 
@@ -361,7 +357,7 @@ def _published_gain(above: dict, below: dict) -> Row:
     values = [x - y for x, y in zip(above["values"], below["values"], strict=True)]
     values.append(above["mean_of_splits"] - below["mean_of_splits"])
     gains = [Number(value, signed=True) for value in values]
-    return Row(f"{above['name']} - {below['name']}", "paper, gain", [*gains, UNKNOWN])
+    return Row(f"{above['name']} - {below['name']}", "paper, gain", [*gains, NOT_REPORTED])
 
 
 def _split_gains(results: Results, a: str, b: str) -> Row:
@@ -410,7 +406,13 @@ def table5(results: Results) -> Table:
         ["COCO-Amodal val", "COCO-Amodal test", "mean of 2", "gain over small-base", "n"],
     )
     for row in source["rows"]:
-        cells = [UNKNOWN, UNKNOWN, UNKNOWN, Number(row["values"][0], signed=True), UNKNOWN]
+        cells = [
+            NOT_REPORTED,
+            NOT_REPORTED,
+            NOT_REPORTED,
+            Number(row["values"][0], signed=True),
+            NOT_REPORTED,
+        ]
         table.rows.append(Row(row["name"], "paper", cells))
     for model in dict.fromkeys(
         ["small-base", "small-sft", "small-egm", "large-base", *results.models]
@@ -438,8 +440,8 @@ def table9(results: Results) -> Table:
             published(base),
             published(sft),
             published(rl),
-            UNKNOWN,
-            UNKNOWN,
+            NOT_REPORTED,
+            NOT_REPORTED,
             Number(rl - base, signed=True),
         ]
         table.rows.append(Row(row["name"], "paper", cells))
@@ -454,15 +456,13 @@ def table9(results: Results) -> Table:
 
 
 def table11(results: Results) -> Table:
-    """Of the samples that the small base fails, how many another model solves; and how many it
-    loses.
-    """
+    """How many of the small base's failures another model solves, and what it loses."""
     source = paper("table11")
     table = Table("table11", source["title"], [*source["columns"], "lost of what the base solved"])
     for row in source["rows"]:
         failed, solved, share = row["values"]
         table.rows.append(
-            Row(row["name"], "paper", [count(failed), count(solved), Number(share), UNKNOWN])
+            Row(row["name"], "paper", [count(failed), count(solved), Number(share), NOT_REPORTED])
         )
     base = results.of("small-base")
     models = [model for model in results.models if model != "small-base"] or ["small-egm"]

@@ -1,4 +1,4 @@
-// Drives a headless Chromium for tests/test_browser.py: node drive.mjs '{"what": "gallery" | "lab", "url": ..., "out": folder}'
+// Drives a headless Chromium for tests/viewer/test_browser.py: node drive.mjs '{"what": "gallery" | "lab", "url": ..., "out": folder}'
 // Prints what was seen as one JSON object; the judging is done in Python. Needs playwright-core (`npm install --no-save
 // playwright-core`, or PLAYWRIGHT_CORE=its folder) and a Chromium (CHROMIUM=path, default: the one in PATH).
 import { mkdtempSync } from "node:fs";
@@ -34,6 +34,39 @@ const boxes = () => page.evaluate(() => {
   }));
 });
 
+// Marks of the steps: where the browser put them, in pixels of the original image.
+const marks = () => page.evaluate(() => {
+  const drawing = document.querySelector(".egm-stage .egm-image");
+  const image = drawing.querySelector("image").getBoundingClientRect();
+  const x = drawing.dataset.width / image.width, y = drawing.dataset.height / image.height;
+  return Object.fromEntries([...drawing.querySelectorAll(".egm-mark")].map((mark) => {
+    const at = mark.querySelector(".egm-dot circle:last-of-type").getBoundingClientRect();
+    return [mark.dataset.step, [((at.left + at.right) / 2 - image.left) * x, ((at.top + at.bottom) / 2 - image.top) * y]];
+  }));
+});
+const lit = (kind) => page.evaluate((selector) => [...document.querySelectorAll(selector)].map((node) => node.dataset.step), `${kind}.egm-on`);
+const shown = () => page.evaluate(() => [...document.querySelectorAll(".egm-mark:not(.egm-later)")].length);
+
+async function steps() {
+  const seen = { marks: await marks() }, names = Object.keys(seen.marks), last = names.at(-1);
+  await page.hover(`.egm-word[data-step="${last}"]`);
+  seen.last = last;
+  seen.lit_by_word = await lit(".egm-mark");
+  await page.hover(`.egm-mark[data-step="${last}"] .egm-dot circle`, { force: true });
+  seen.lit_by_mark = await lit(".egm-word");
+  await page.focus(".egm-viewer");
+  seen.all = await shown();
+  await page.keyboard.press(",");
+  seen.one_back = await shown();
+  seen.slider = await text(".egm-slider span");
+  await page.keyboard.press(".");
+  seen.again = await shown();
+  await page.fill(".egm-slider input", "0");
+  seen.none = await shown();
+  await page.fill(".egm-slider input", String(names.length));
+  return seen;
+}
+
 async function gallery() {
   for (const [name, width, height] of [["desktop", 1280, 900], ["phone", 390, 844]]) {
     await page.setViewportSize({ width, height });
@@ -52,6 +85,8 @@ async function gallery() {
       overflow_px: await page.evaluate(() => document.documentElement.scrollWidth - innerWidth),
     };
     await page.click("#kinds button:first-child");
+    seen[name].expression = await text(".egm-expression");
+    seen[name].steps = await steps();
     await shot(name);
     await shot(`${name}-whole`, { fullPage: true });
   }

@@ -1,0 +1,133 @@
+"""A paper profile's rehearsal: the same profile with stand-ins, few samples and three steps.
+
+`build_standins` makes what stands in; `rehearsal_profile` writes the profile that names it. What
+they leave alone is what is rehearsed: every other value of the profile, and all the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import yaml
+
+from egm_lib.pipeline.rehearsal.annotations import write_downloads
+from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl
+from egm_lib.pipeline.rehearsal.services import service_url
+from egm_lib.profile import Model, Models, Profile, load_profile
+
+PREFIX = "rehearse-"
+SERVICES_URL = "http://127.0.0.1:8765"
+STEPS = 3
+SAMPLES = {  # per split
+    "train_limit": 48,
+    "train_amodal_limit": 12,
+    "selection_limit": 16,
+    "selection_amodal_limit": 8,
+    "eval_limit": 4,
+}
+
+
+def rehearsal_profile(
+    name: str, folder: str | Path, *, full: bool, services_url: str = SERVICES_URL
+) -> Path:
+    """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
+
+    full: two processes, launched as the profile says, with its engine; else one process in float32,
+    and transformers as engine. services_url: where `services.running` listens. Returns the file's
+    path. Raises ProfileError for an unknown name.
+    """
+    folder, profile = Path(folder).resolve(), load_profile(name)
+    changes = {
+        "extends": name,
+        "title": f"rehearsal of {profile.title}",
+        "models": {
+            role: {"path": str(_place(folder, model)), "revision": None}
+            for role, model in _models(profile).items()
+        },
+        "data": {"root": str(folder / "data"), **SAMPLES},
+        "curation": _curation(profile, services_url),
+        "evaluation": {"bootstrap_samples": 100},
+        **_budgets(profile, full),
+    }
+    if profile.generation.engine == "openai":
+        changes["generation"]["base_url"] = service_url("vllm", services_url)
+    path = folder / "profiles" / f"{PREFIX}{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(changes, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def build_standins(name: str, folder: str | Path, *, seed: int = 0) -> Path:
+    """Makes the checkpoints that the profile `name` names, and the files that `prepare` reads.
+
+    A checkpoint is called as the real one: rehearsals of several profiles can share a folder.
+    Returns folder.
+    """
+    folder = Path(folder).resolve()
+    for model in _models(load_profile(name)).values():
+        place = _place(folder, model)
+        own_seed = seed + zlib.crc32(place.name.encode())
+        if model.family == "internvl-3":
+            make_internvl3(place, seed=own_seed)
+        else:
+            make_qwen3vl(place, thinking="Instruct" not in place.name, seed=own_seed)
+    write_downloads(folder / "data", seed=seed)
+    return folder
+
+
+def _models(profile: Profile) -> dict[str, Model]:
+    """The profile's checkpoints by role."""
+    roles = {
+        field.name: getattr(profile.models, field.name) for field in dataclasses.fields(Models)
+    }
+    return {role: model for role, model in roles.items() if model is not None}
+
+
+def _place(folder: Path, model: Model) -> Path:
+    return folder / "models" / Path(model.path).name
+
+
+def _curation(profile: Profile, services_url: str) -> dict:
+    """Teacher and judges at the local server, with the names, limits and prices of the profile."""
+
+    def moved(teacher) -> dict:
+        service = "gemini" if "googleapis" in teacher.base_url else "openai"
+        return dataclasses.asdict(teacher) | {"base_url": service_url(service, services_url)}
+
+    curation = profile.curation
+    return {
+        "teacher": moved(curation.teacher),
+        "judges": [moved(judge) for judge in curation.judges],
+    }
+
+
+def _budgets(profile: Profile, full: bool) -> dict:
+    """Three steps of each training, with few rows, and short answers."""
+    processes = min(2, profile.launch.num_processes) if full else 1
+    sft = {"max_steps": STEPS}
+    grpo = {
+        "max_steps": STEPS,
+        "prompts_per_step": 2 * processes,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 1,
+        "max_completion_length": 48,
+    }
+    generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
+    if not full:  # a laptop has neither half precision to train in nor vLLM
+        sft |= {"dtype": "float32"}
+        grpo |= {"dtype": "float32", "compute_dtype": None}
+        grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
+        if profile.generation.engine == "vllm":
+            generation |= {"engine": "transformers"}
+    selection = {"fill_to": 4 * processes}  # the stand-ins solve next to nothing
+    launch = {"num_processes": processes} | ({} if full else {"accelerate_config": None})
+    return {
+        "sft": sft,
+        "selection": selection,
+        "grpo": grpo,
+        "generation": generation,
+        "launch": launch,
+    }

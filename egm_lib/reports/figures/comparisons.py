@@ -1,0 +1,99 @@
+"""The wide tables as figures: differences as a forest plot, accuracy by split as a dot plot."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
+from egm_lib.evaluation.scoring import split_keys
+from egm_lib.evaluation.statistics import estimate
+from egm_lib.reports.figures.curves import TASKS
+from egm_lib.reports.figures.material import DRAWS, EGM, LARGE, SMALL, Material, NotRun
+from egm_lib.reports.figures.pieces import down_up
+from egm_lib.reports.tables.beyond_paper import differences
+from egm_lib.reports.tables.cells import Number, p_text, percent
+from egm_lib.viewer.palette import FAINT, INK, new_figure, style_of
+
+SPLIT_MODELS = (SMALL, "small-sft", EGM, "small-direct-control", "small-sft-control", LARGE)
+
+
+def forest(material: Material) -> tuple[Figure, str]:
+    """Paired differences between models with their intervals."""
+    tests = [row for row in differences(material.results) if row[3] is not None]
+    if not tests:
+        raise NotRun("no two models to compare")
+    figure = new_figure(8.2, 0.8 + 0.26 * len(tests))
+    ax = figure.subplots()
+    heights = np.arange(len(tests))[::-1]
+    for y, (_, _, task, test, adjusted_p) in zip(heights, tests, strict=True):
+        points = percent(test)
+        decided = test.ci95 is not None and (test.ci95[0] > 0) == (test.ci95[1] > 0)
+        ax.errorbar(
+            points.value,
+            y,
+            xerr=down_up([test]),
+            fmt="o" if task == "vanilla" else "s",
+            color=TASKS[task][0],
+            # Hollow: the interval holds zero.
+            markerfacecolor=TASKS[task][0] if decided else "white",
+            markersize=5,
+            elinewidth=1.2,
+        )
+        text = f"{Number(points.value, points.ci95, signed=True)}"
+        if adjusted_p is not None:
+            p = p_text(adjusted_p)
+            text += f"   p {p}" if p.startswith("<") else f"   p = {p}"
+        written = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+        ax.text(1.02, y, text, **written)
+    ax.axvline(0, color=FAINT, linewidth=0.9)
+    labels = [f"{style_of(a).label} − {style_of(b).label}" for a, b, *_ in tests]
+    ax.set_yticks(heights, labels, fontsize=8)
+    ax.tick_params(axis="y", length=0)
+    first_amodal = next((i for i, test in enumerate(tests) if test[2] == "amodal"), None)
+    if first_amodal:
+        ax.axhline(heights[first_amodal] + 0.5, color=FAINT, linewidth=0.5, linestyle=":")
+    for task, marker in (("vanilla", "o"), ("amodal", "s")):
+        ax.plot([], [], marker, color=TASKS[task][0], label=task)
+    ax.set_xlabel("difference in accuracy at IoU > 0.5, points")
+    ax.grid(True, axis="x")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return (
+        figure,
+        "Differences paired on samples, mean over the splits, with 95 % intervals; p after Holm's "
+        "correction over all of them. Hollow: the interval holds zero.",
+    )
+
+
+def splits(material: Material) -> tuple[Figure, str]:
+    """Accuracy of each model on each split, with intervals."""
+    wanted = [f"{dataset}_{split}" for dataset, split in (*EVAL_SPLITS, *AMODAL_SPLITS)]
+    scored = material.results.scored
+    keys = split_keys(scored)
+    models = [model for model in SPLIT_MODELS if model in material.results.models]
+    names = [name for name in wanted if (keys == name).any()]
+    if not models or not names:
+        raise NotRun("no predictions on the evaluation splits")
+    figure = new_figure(9.2, 3.6)
+    ax = figure.subplots()
+    for number, model in enumerate(models):
+        style, rows = style_of(model), scored[scored["model"] == model]
+        shift = (number - (len(models) - 1) / 2) * 0.12
+        found = [
+            (index + shift, value)
+            for index, name in enumerate(names)
+            if (value := estimate(rows[keys[rows.index] == name], draws=DRAWS))
+        ]
+        if found:
+            x, values = zip(*found, strict=True)
+            y = [100 * value.mean for value in values]
+            marks = {"color": style.colour, "marker": style.marker, "markersize": 5}
+            ax.errorbar(x, y, down_up(values), fmt="none", elinewidth=1, color=style.colour)
+            ax.plot(x, y, linestyle="none", label=style.label, **marks)
+    for edge in np.arange(len(names) - 1) + 0.5:
+        ax.axvline(edge, color=FAINT, linewidth=0.4, alpha=0.5)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    ax.tick_params(axis="x", length=0, labelcolor=INK)
+    ax.set_ylabel("accuracy at IoU > 0.5, %")
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.grid(True, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
+    return figure, "Accuracy by split (Tables 4 and 5 drawn); bars: 95 %, clustered on images."
