@@ -10,6 +10,7 @@ on the 0..1000 grid of egm_lib.mini.pretraining.vision.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from random import Random
 
@@ -55,6 +56,8 @@ PARAPHRASES = {
         "{side} the {anchor} the {ordinal} {kind}",
     ),
 }
+# How a trace reasons: step by step; only with what it comes to; or not at all.
+WAYS = ("worked", "concluding", "restating")
 MAX_CANDIDATES = 7  # keeps traces short enough for a tiny model
 # One token each
 TOWARDS = {"upward": "up", "downward": "down", "to the left": "left", "to the right": "right"}
@@ -324,6 +327,45 @@ def amodal_steps(query: Query, scene: Scene, index: int) -> str:
         extend = ", ".join(f"{direction} {degree}" for direction, degree in parts)
         return f"{text} the {Kind(cover.colour, cover.shape).name()} hides it. extend {extend}."
     return f"{text} nothing hides it."
+
+
+_PLACE = re.compile(r"\bat \d+ \d+")
+_HIDDEN_PART = re.compile(r"(?:extend [^.]+|nothing hides it)\.$")
+
+
+def retell(worked: str, expression: str, way: str) -> str:
+    """A worked trace in one of WAYS: "concluding" keeps the last place only, "restating" none.
+
+    What an amodal trace says of the hidden part stays, as the curation prompt asks for it.
+    """
+    if way == "worked":
+        return worked
+    if way == "concluding":
+        told = f"{expression} is {_PLACE.findall(worked)[-1]}."
+    elif way == "restating":
+        told = f"it is {expression}."
+    else:
+        raise ValueError(f"unknown way {way!r}: use one of {', '.join(WAYS)}")
+    hidden_part = _HIDDEN_PART.search(worked)
+    return f"{told} {hidden_part[0]}" if hidden_part else told
+
+
+def way_of(reasoning: str | None, expression: str) -> str | None:
+    """In which of WAYS a text reasons, told by its form; nothing is said on whether it is right.
+
+    None where there is no reasoning, as in a direct answer.
+    No place is restating. One place, nothing listed, is concluding, except for an expression that
+    needs no steps: its worked trace has that form too, and begins with "the".
+    """
+    text = (reasoning or "").strip()
+    if not text:
+        return None
+    places = _PLACE.findall(text)
+    if not places:
+        return "restating"
+    if len(places) > 1 or ":" in text or text.startswith(f"the {expression} is"):
+        return "worked"
+    return "concluding"
 
 
 def _pick_kind(rng: Random, scene: Scene, sizes: range) -> Kind | None:

@@ -6,6 +6,10 @@ in `teacher.jsonl`, one object a sample: sample_id, reasoning, amodal_reasoning 
 amodal_expression | null, verify "YES" | "NO", planted_cause | null, gt_box and lookalike_boxes_px
 (xyxy px). It errs at known rates, decided by a hash, and marks nothing in its answers;
 `planted_error` tells afterwards, so that the filters' precision and recall can be measured.
+
+It works every trace out, unless the request has a field `ways`: shares of the ways to reason, since
+the traces of real teachers are not all alike. A hash of the sample decides which way it gets. In a
+profile: `extra_body: {ways: {worked: 0.6, concluding: 0.3, restating: 0.1}}`, of the teacher.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from math import isclose
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,6 +28,7 @@ import httpx2
 from egm_lib.boxes import iou
 from egm_lib.curation.ledger import OffsetIndex
 from egm_lib.curation.tasks import CAUSES
+from egm_lib.mini.language import WAYS, retell
 
 # Share of a task's answers that are spoilt in each way.
 ERROR_RATES = {
@@ -98,7 +104,11 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         prompt = "".join(
             part["text"] for part in body["messages"][-1]["content"] if part["type"] == "text"
         )
-        text, finish_reason = self.answer(task, truth, prompt, body["model"])
+        ways = body.get("ways")
+        if ways is not None and not _are_shares(ways):
+            message = f"`ways` are shares of {', '.join(WAYS)}: from 0 to 1, and 1 in all"
+            return httpx2.Response(400, json={"error": {"message": message}}, request=request)
+        text, finish_reason = self.answer(task, truth, prompt, body["model"], ways)
         if text is None:
             message = f"the teacher has no answer to task {task!r} for this sample"
             return httpx2.Response(400, json={"error": {"message": message}}, request=request)
@@ -133,13 +143,25 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
             line = json.loads(file.readline())
         return line if line["sample_id"] == sample_id else None
 
-    def answer(self, task: str, truth: Mapping, prompt: str, model: str) -> tuple[str | None, str]:
-        """(text, finish reason) of a reply; text None where teacher.jsonl holds none."""
+    def answer(
+        self,
+        task: str,
+        truth: Mapping,
+        prompt: str,
+        model: str,
+        ways: Mapping[str, float] | None = None,
+    ) -> tuple[str | None, str]:
+        """(text, finish reason) of a reply; text None where teacher.jsonl holds none.
+
+        ways: shares of the ways to reason (WAYS); None: every trace is worked out.
+        """
         if task == "verify":
             return truth["verify"], "stop"
         if task == "failure":
             return self._judgement(truth, prompt, model), "stop"
         text = _true_text(task, truth)
+        if text is not None and task in ("trace", "amodal-trace"):
+            text = retell(text, _expression(prompt), self.way(truth["sample_id"], ways))
         error = self.planted_error(truth["sample_id"], task)
         if text is None or error is None:
             return text, "stop"
@@ -155,6 +177,18 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
             if task == "amodal-expression"
             else f"{text} {mention}"
         ), "stop"
+
+    def way(self, sample_id: str, ways: Mapping[str, float] | None) -> str:
+        """How the teacher reasons about a sample, by the shares of the ways.
+
+        A sample that is worked out stays so when the share of "worked" grows.
+        """
+        draw = self._uniform("way", sample_id)
+        for way in WAYS if ways else ():
+            if draw < ways[way]:
+                return way
+            draw -= ways[way]
+        return "worked"
 
     def planted_error(self, sample_id: str, task: str) -> str | None:
         """Which error the teacher makes for a sample: a key of `error_rates[task]`, or None."""
@@ -211,6 +245,18 @@ def _true_text(task: str, truth: Mapping) -> str | None:
             "amodal-trace": "amodal_reasoning",
         }[task]
     ]
+
+
+def _are_shares(ways: object) -> bool:
+    if not isinstance(ways, dict) or ways.keys() != set(WAYS):
+        return False
+    shares = ways.values()
+    return all(isinstance(s, int | float) and s >= 0 for s in shares) and isclose(sum(shares), 1)
+
+
+def _expression(prompt: str) -> str:
+    """The expression asked about; reads `prompts.TRACE` and `prompts.AMODAL_TRACE`."""
+    return re.search(r'^  "(.+)"$', prompt, re.MULTILINE)[1]
 
 
 def _opposite(text: str) -> str:

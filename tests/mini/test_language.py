@@ -6,7 +6,17 @@ from random import Random
 import numpy as np
 import pytest
 
-from egm_lib.mini.language import Kind, Query, amodal_steps, extension, place, sample_query
+from egm_lib.mini.language import (
+    WAYS,
+    Kind,
+    Query,
+    amodal_steps,
+    extension,
+    place,
+    retell,
+    sample_query,
+    way_of,
+)
 from egm_lib.mini.scenes import Scene, Thing, sample_scene, with_visibility
 from egm_lib.mini.tokens import build_tokenizer
 
@@ -132,3 +142,72 @@ def test_extension_names_direction_and_degree():
     assert extension(scene.things[0]) == [("right", "moderately")]
     trace = amodal_steps(Query(Kind("red", "square")), scene, 0)
     assert trace.endswith("the blue square hides it. extend right moderately.")
+
+
+# --- ways to reason -------------------------------------------------------------------------------
+
+COUNTED = "red squares from the right: first at 880 180, second at 600 160."
+COVERED = (
+    "the blue circle is at 380 400. it is seen from 300 320 to 460 480. the green star hides it. "
+    "extend right a bit, down slightly."
+)
+
+
+@pytest.mark.parametrize("worked, expression, way, told", [
+    (COUNTED, "second red square from the right", "worked", COUNTED),
+    # the last place is the answer's: the first is that of another red square
+    (COUNTED, "second red square from the right", "concluding",
+     "second red square from the right is at 600 160."),
+    (COUNTED, "second red square from the right", "restating",
+     "it is second red square from the right."),
+    # what is hidden is said in every way; the corners after "from" and "to" are no places
+    (COVERED, "blue circle", "concluding",
+     "blue circle is at 380 400. extend right a bit, down slightly."),
+    (COVERED, "blue circle", "restating", "it is blue circle. extend right a bit, down slightly."),
+    ("the ring is at 20 40. it is seen from 0 0 to 60 80. nothing hides it.", "ring", "restating",
+     "it is ring. nothing hides it."),
+])  # fmt: skip
+def test_a_trace_is_told_in_another_way(worked, expression, way, told):
+    assert retell(worked, expression, way) == told
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="unknown way 'guessing'"):
+        retell(COUNTED, "second red square from the right", "guessing")
+
+
+@pytest.mark.parametrize("reasoning, expression, way", [
+    (None, "ring", None),                                                 # a direct answer
+    ("\n", "ring", None),                                                 # an empty thought
+    ("it is third ring from the left.", "second ring from the left", "restating"),  # misquoted
+    ("rings from the left: first at 20 40.", "leftmost ring", "worked"),  # one place, but a list
+    ("the star is at 20 40. the ring nearest to it is at 60 40.", "ring nearest to the star",
+     "worked"),
+    ("the ring is at 20 40.", "ring", "worked"),                          # needs no steps
+    ("the ring is at 20 40.", "ring nearest to the star", "concluding"),  # the steps are left out
+    ("ring nearest to the star is at 20 40.", "ring nearest to the star", "concluding"),
+    ("the star has this ring closest is at 20 40.", "the star has this ring closest",
+     "concluding"),
+    ("it is ring. extend left a bit.", "ring", "restating"),              # amodal
+])  # fmt: skip
+def test_the_way_of_a_text_is_told_by_its_form(reasoning, expression, way):
+    assert way_of(reasoning, expression) == way
+
+
+def test_every_trace_is_recognised_in_every_way_and_stays_sayable():
+    tokenizer, rng, seen = build_tokenizer(), Random(2), 0
+    for seed in range(80):
+        scene = sample_scene(np.random.default_rng(seed), occlusion=0.5)
+        for hops in range(4):
+            drawn = sample_query(rng, scene, hops)
+            if drawn is None:
+                continue
+            query, index = drawn
+            expression = query.words(rng)
+            for worked in (query.steps(scene), amodal_steps(query, scene, index)):
+                for way in WAYS:
+                    told = retell(worked, expression, way)
+                    assert way_of(told, expression) == way, told
+                    assert tokenizer.unk_token_id not in tokenizer(told).input_ids, told
+                    seen += 1
+    assert seen > 600

@@ -144,18 +144,22 @@ def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
     assert new and not new[0].any(), "a new layer starts silent"
 
 
-@pytest.mark.parametrize("size", ["small", "large"])
-def test_the_shipped_bases_speak_the_language_of_this_code(size):
-    folder = pretrain.SHIPPED / size
+SHIPPED = ["small", "large", "reference"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_models_speak_the_language_of_this_code(name):
+    folder = pretrain.SHIPPED / name
     assert load_processor(folder, "qwen3-vl").tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_the_shipped_bases_look_through_the_same_eyes():
-    small, large = (
-        load_model(pretrain.SHIPPED / size).model.visual.state_dict() for size in ("small", "large")
+def test_the_shipped_models_look_through_the_same_eyes():
+    small, *others = (
+        load_model(pretrain.SHIPPED / name).model.visual.state_dict() for name in SHIPPED
     )
-    assert small.keys() == large.keys()
-    assert all(torch.equal(small[name], large[name]) for name in small)
+    for other in others:
+        assert small.keys() == other.keys()
+        assert all(torch.equal(small[name], other[name]) for name in small)
 
 
 @pytest.mark.parametrize(
