@@ -187,10 +187,12 @@ def _corner_lists(answer: str) -> list[list[str]]:
 
     The four stand side by side: a sentence that mentions corners here and there names no box.
     """
+    if not _CORNER.search(answer):
+        return []
+    answer = _QUOTED_TEXT.sub(" ", answer)
     lists: list[list[str]] = []
     corners: dict[str, str] = {}
     end = 0
-    answer = _QUOTED_TEXT.sub(" ", answer)
     for match in islice(_CORNER.finditer(answer), 4 * MAX_GROUPS):
         axis, side, number = match.groups()
         side = side.lower().lstrip("_")
