@@ -38,7 +38,7 @@ from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
 from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
-from egm_lib.prompts import FAMILIES, Family
+from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
 from egm_lib.reward import grounding_reward
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import (
@@ -140,12 +140,17 @@ def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
     return config
 
 
-def question_rows(samples: Iterable[Mapping], family: Family, root: Path) -> Iterator[dict]:
+def question_rows(
+    samples: Iterable[Mapping], family: Family, root: Path, prompt: str = DEFAULT_PROMPT
+) -> Iterator[dict]:
     """TRL's prompt rows of samples: `image` is a file, and what the reward needs stands beside."""
     for sample in samples:
         yield {
             "prompt": [
-                {"role": "user", "content": family.prompt(sample["expression"], sample["task"])}
+                {
+                    "role": "user",
+                    "content": family.prompt(sample["expression"], sample["task"], name=prompt),
+                }
             ],
             "image": str(resolve_image(sample, root)),
             "gt_box": list(sample["gt_box"]),
@@ -278,7 +283,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
         trainer = make_grpo_trainer(
             model,
             processor,
-            question_rows(samples, family, profile.data.path),
+            question_rows(samples, family, profile.data.path, profile.grpo.prompt),
             family,
             options,
             work=work,

@@ -31,7 +31,7 @@ from egm_lib.inference.loading import load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.profile import SFT, Profile
-from egm_lib.prompts import FAMILIES, Family
+from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import (
     is_finished,
@@ -89,11 +89,12 @@ def answer_rows(
     reasoning: bool,
     grid: int = 1,
     label: bool = True,
+    prompt: str = DEFAULT_PROMPT,
 ) -> Iterator[dict]:
     """TRL's prompt/completion rows of samples with traces; `image` is a file.
 
     reasoning False: the answer alone. grid, label: the profile's `sft.answer_grid` and
-    `sft.answer_label`.
+    `sft.answer_label`. prompt: the name of a prompt, the profile's `sft.prompt`.
     """
     for sample in samples:
         text = family.answer(
@@ -105,7 +106,10 @@ def answer_rows(
         )
         yield {
             "prompt": [
-                {"role": "user", "content": family.prompt(sample["expression"], sample["task"])}
+                {
+                    "role": "user",
+                    "content": family.prompt(sample["expression"], sample["task"], name=prompt),
+                }
             ],
             "completion": [{"role": "assistant", "content": text}],
             "image": str(resolve_image(sample, root)),
@@ -205,6 +209,7 @@ def _answer_rows(traces: list[dict], profile: Profile, *, reasoning: bool) -> It
         reasoning=reasoning,
         grid=options.answer_grid,
         label=options.answer_label,
+        prompt=options.prompt,
     )
 
 

@@ -13,6 +13,7 @@ from egm_lib.files import write_jsonl
 from egm_lib.inference.engine import Answer, Engine, Request
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.profile import Sampling
+from egm_lib.prompts import DEFAULT_PROMPT
 
 CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 
@@ -26,6 +27,7 @@ def measure_latency(
     root: Path,
     sampling: Sampling,
     reasoning: bool = True,
+    prompt: str = DEFAULT_PROMPT,
     num_samples: int = 64,
     concurrencies: Sequence[int] = CONCURRENCIES,
     warmup: int = 3,
@@ -60,7 +62,7 @@ def measure_latency(
         requests = [
             Request(
                 open_image(resolve_image(sample, root)),
-                engine.family.prompt(sample["expression"], sample["task"]),
+                engine.family.prompt(sample["expression"], sample["task"], name=prompt),
             )
             for sample in chosen
         ]

@@ -30,6 +30,7 @@ from egm_lib.inference.from_profile import NO_REASONING, make_engine, model_of
 from egm_lib.inference.latency import CONCURRENCIES, measure_latency
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import Sampling
+from egm_lib.prompts import DEFAULT_PROMPT
 from egm_lib.run import Run
 
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
@@ -78,6 +79,7 @@ def predict(
     root: Path,
     sampling: Sampling,
     reasoning: bool = True,
+    prompt: str = DEFAULT_PROMPT,
     retry_errors: bool = False,
 ) -> Path:
     """Answers every sample into `out`, in their order; a sample that has its row already is not
@@ -85,8 +87,8 @@ def predict(
 
     root: the data root that images are relative to. An image that cannot be read, or an engine
     error, marks its row ("error") and the run goes on; retry_errors asks those rows again. Rows are
-    appended a window of samples at a time, and windows do not move, so that a resumed run batches
-    as an uninterrupted one does.
+    appended a window of samples at a time. Window boundaries are the same when a run is resumed, so
+    that it batches as an uninterrupted one does. prompt: the name of one of the family's prompts.
     Raises ValueError where `out` holds another model's rows or samples, EngineFailure where a whole
     window failed.
     """
@@ -108,7 +110,7 @@ def predict(
             missing = {sample["sample_id"] for sample in part} - done
             if not missing:
                 continue
-            rows = list(_answer_rows(part, engine, stamp, root, sampling, reasoning))
+            rows = list(_answer_rows(part, engine, stamp, root, sampling, reasoning, prompt))
             if all(row["status"] == "error" for row in rows) and len(rows) > 1:
                 first = rows[0]["error"]
                 raise EngineFailure(
@@ -157,7 +159,13 @@ def _put_in_order(out: Path, samples: Sequence[Mapping]) -> None:
 
 
 def _answer_rows(
-    samples, engine: Engine, stamp: Mapping, root: Path, sampling: Sampling, reasoning: bool
+    samples,
+    engine: Engine,
+    stamp: Mapping,
+    root: Path,
+    sampling: Sampling,
+    reasoning: bool,
+    prompt: str,
 ):
     answers: dict[int, Answer] = {}
     requests: dict[int, Request] = {}
@@ -167,16 +175,15 @@ def _answer_rows(
         except (OSError, ValueError) as error:
             answers[index] = Answer.failed(error)
         else:
-            requests[index] = Request(
-                image, engine.family.prompt(sample["expression"], sample["task"])
-            )
+            text = engine.family.prompt(sample["expression"], sample["task"], name=prompt)
+            requests[index] = Request(image, text)
     given = engine.answer(list(requests.values()), sampling, reasoning=reasoning)
     answers |= dict(zip(requests, given, strict=True))
     for index, sample in enumerate(samples):
-        yield _row(sample, answers[index], engine, stamp)
+        yield _row(sample, answers[index], engine, stamp, prompt)
 
 
-def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping) -> dict:
+def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping, prompt: str) -> dict:
     frame, image_wh = engine.family.frame, (sample["width"], sample["height"])
     reasoning, boxes, box, status = None, [], None, "error"
     num_reasoning, num_answer = answer.reasoning_tokens, answer.answer_tokens
@@ -188,7 +195,7 @@ def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping) -> dic
     return {
         **{name: sample.get(name) for name in FEATURES},
         **stamp,
-        "prompt": engine.family.prompt(sample["expression"], sample["task"]),
+        "prompt": engine.family.prompt(sample["expression"], sample["task"], name=prompt),
         "raw_answer": answer.raw_answer,
         "frame": frame.name,
         "reasoning": reasoning,
@@ -264,6 +271,7 @@ def _use_engine(
     profile, root = run.profile, run.profile.data.path
     limit = profile.data.eval_limit if args.limit is None else args.limit
     common = {"model": model, "root": root, "sampling": profile.generation.sampling}
+    common["prompt"] = profile.evaluation.prompt
     common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]

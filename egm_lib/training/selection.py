@@ -62,6 +62,7 @@ def answer_pool(run: Run, role: str) -> Path:
         seed=run.seed,
         root=data.path,
         sampling=run.profile.generation.sampling,
+        prompt=run.profile.grpo.prompt,
     )
 
 

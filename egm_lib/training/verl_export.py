@@ -22,7 +22,7 @@ from egm_lib.data import read_samples, resolve_image
 from egm_lib.files import write_text
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.profile import GRPO, Profile
-from egm_lib.prompts import FAMILIES, Family
+from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import require_file
 from egm_lib.training.command import stage_command
@@ -39,11 +39,12 @@ def verl_rows(
     root: Path,
     weight: float,
     max_pixels: int | None = None,
+    prompt_name: str = DEFAULT_PROMPT,
 ) -> Iterator[dict]:
     """Samples as VeRL's RLHFDataset reads them; `<image>` in the prompt stands for the image."""
     limit = {} if max_pixels is None else {"max_pixels": max_pixels}
     for number, sample in enumerate(samples):
-        prompt = family.prompt(sample["expression"], sample["task"])
+        prompt = family.prompt(sample["expression"], sample["task"], name=prompt_name)
         yield {
             "data_source": f"egm/{sample['dataset']}",
             "prompt": [{"role": "user", "content": f"<image>\n{prompt}"}],
@@ -143,6 +144,7 @@ def export(run: Run, task: str) -> Path:
         profile.data.path,
         profile.grpo.reward_weight,
         profile.models.small.max_pixels,
+        profile.grpo.prompt,
     )
     Dataset.from_list(list(rows)).to_parquet(str(temporary))
     os.replace(temporary, train)
