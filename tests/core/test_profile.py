@@ -78,7 +78,6 @@ def test_released_differs_only_where_the_scripts_do():
     assert differing == {
         "grpo.num_train_epochs",
         "grpo.max_completion_length",
-        "grpo.max_model_len",  # follows from the length
         "grpo.ratio_level",
         "grpo.prompt",
         "evaluation.prompt",
