@@ -127,6 +127,8 @@ class AnswerForm:
         for token in tokens:
             if token in self.eos_ids:
                 good = self.pattern.fullmatch(before)
+            elif pieces and token >= len(pieces.texts):
+                good = False  # a row of the head without a token, as Qwen's vocabulary has some
             else:
                 text = before + pieces.texts[token] if pieces else self.decode([*written, token])
                 good = len(text) > len(before) and self.pattern.fullmatch(text, partial=True)
