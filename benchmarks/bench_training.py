@@ -1,13 +1,14 @@
 """Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache,
 ours (shared prefix).
 
-    python benchmarks/bench_training.py grpo --way plain|cache|ours [--dtype bfloat16] [--steps 2]
+    python benchmarks/bench_training.py                      # SFT and GRPO, each in three ways
+    python benchmarks/bench_training.py grpo --way ours --steps 2
     python benchmarks/bench_training.py grpo --way plain --size 8b --lora 16 --rows 16
 
-One way a process, so that each has its own peak memory. On a CPU its time is taken, not the wall's:
-other work does not count. Rewards are drawn at random in half of the groups and equal in the
-others: the share of mixed groups is the same. Sizes of Qwen3-VL have its shapes and vocabulary and
-random weights; without LoRA there is no KL (no reference).
+Each way runs in a process of its own, so that its peak is its own. On a CPU its time is taken, not
+the wall's: other work does not count. Rewards are drawn at random in half of the groups and equal
+in the others: the share of mixed groups is the same. Sizes of Qwen3-VL have its shapes and
+vocabulary and random weights; without LoRA there is no KL (no reference).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import argparse
 import json
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -35,6 +38,9 @@ from egm_lib.mini.world import write_split
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.training.clock import logged_minutes
+
+STAGES = ("sft", "grpo")
+WAYS = ("plain", "cache", "ours")
 
 
 class Stopwatch(TrainerCallback):
@@ -175,10 +181,24 @@ def peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
+def measure_all(stages: tuple[str, ...], ways: tuple[str, ...], options: list[str]) -> None:
+    """A row for each stage and way, each measured in a process of its own."""
+    for stage in stages:
+        for way in ways:
+            command = [sys.executable, __file__, stage, "--way", way, *options]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"{stage:4} {way:5} {row['s_step']:8.2f} s a step, the first {row['s_first']:.2f}; "
+                f"peak {row['peak_mb']:,} MiB; {row['size']}, {row['dtype']}, {row['device']}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=("sft", "grpo"))
-    parser.add_argument("--way", choices=("plain", "cache", "ours"), required=True)
+    parser.add_argument("stage", nargs="?", choices=STAGES, help="default: both")
+    parser.add_argument("--way", choices=WAYS, help="default: all, one after another")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a GRPO step")
@@ -189,6 +209,16 @@ def main() -> None:
     parser.add_argument("--size", choices=("mini", *SIZES), default="mini")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters alone")
     args = parser.parse_args()
+    if args.stage is None or args.way is None:
+        stages = STAGES if args.stage is None else (args.stage,)
+        ways = WAYS if args.way is None else (args.way,)
+        options = [
+            f"--{name}={value}"
+            for name, value in vars(args).items()
+            if name not in ("stage", "way") and value is not None
+        ]
+        measure_all(stages, ways, options)
+        return
     torch.set_num_threads(1)
     profile, family = load_profile("mini"), FAMILIES["qwen3-vl"]
     model, processor = random_model(args.size, args.dtype if args.lora else "float32")

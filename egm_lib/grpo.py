@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from datasets import Dataset, Image
+from datasets import Dataset
 from trl import GRPOConfig
 
 from egm_lib.data import open_image, read_samples, resolve_image
@@ -103,6 +103,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
+        "log_multimodal": False,  # TRL would send the images of all processes to each other
         "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
     }
 
@@ -253,7 +254,9 @@ def make_grpo_trainer(
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
-    return PlainGRPO(train_dataset=dataset.cast_column("image", Image()), **arguments)
+    return PlainGRPO(
+        train_dataset=dataset, micro_batch_tokens=options.micro_batch_tokens, **arguments
+    )
 
 
 def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:

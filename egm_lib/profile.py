@@ -183,6 +183,9 @@ class GRPO:
     prompts_per_step: int
     num_generations: int
     per_device_train_batch_size: int
+    # Tokens of a forward and backward pass, padding included: those rows are divided further where
+    # they have more. null: they are not
+    micro_batch_tokens: int | None = None
     beta: float
     epsilon: float
     entropy_coef: float

@@ -8,10 +8,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import torch
+from accelerate import DistributedType
+from torch import Tensor
 from trl.generation import vllm_generation
 
+from egm_lib.data import open_image
 from egm_lib.inference.vllm_engine import vllm_images
 from egm_lib.training.grpo_trainer import TimedGRPO, answer_texts
+from egm_lib.training.micro_batches import micro_batches, row_lengths
 from egm_lib.training.model_setup import TrainingError
 
 
@@ -76,10 +81,13 @@ def reset_caches(llm) -> None:
 class PlainGRPO(TimedGRPO):
     """TRL's own rollouts and loss, which equals ours (a test), with what vLLM needs.
 
-    The step whose sampler is compared with the trainer is sampled without top-p and top-k.
+    The step whose sampler is compared with the trainer is sampled without top-p and top-k. Images
+    are opened once a step. With micro_batch_tokens, the rows of an accumulation step go through the
+    model in micro-batches of at most so many tokens.
     """
 
-    def __init__(self, *args, rollout_dtype: str, **kwargs):
+    def __init__(self, *args, rollout_dtype: str, micro_batch_tokens: int | None = None, **kwargs):
+        self.micro_batch_tokens = micro_batch_tokens
         with vllm_options(dtype=rollout_dtype, **vllm_images(kwargs["processing_class"])):
             super().__init__(*args, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":
@@ -122,9 +130,19 @@ class PlainGRPO(TimedGRPO):
         finally:
             sampler.top_p, sampler.top_k = cut
 
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        """TRL's, on rows whose `image` is a file. It is called once a step, while the loader brings
+        each row once for every accumulation step; so images are opened here.
+        """
+        images = {file: open_image(file) for file in {row["image"] for row in inputs}}
+        rows = [{**row, "image": images[row["image"]]} for row in inputs]
+        return super()._generate_and_score_completions(rows)
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()
         rewards_B_1 = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # TRL next gathers these from all ranks for its log, with the images that it has put there
+        prompts[:] = [row["prompt"] for row in inputs]
         self._note_rewards(
             inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began
         )
@@ -147,13 +165,73 @@ class PlainGRPO(TimedGRPO):
         return read, *sampled
 
     def _compute_loss(self, model, inputs):
-        if not self.checked and "sampling_per_token_logps" in inputs:
-            sampler_logps = inputs["sampling_per_token_logps"]
-            keep = inputs["completion_mask"].bool() & ~sampler_logps.isnan()
-            if keep.any():  # not so where all completions of this part are masked
-                self._check_policy(inputs["old_per_token_logps"][keep], sampler_logps[keep])
+        self._compare_policies(inputs)
         # TRL brings the trainer's log-probs along where it also weights the loss by exp(trainer -
         # sampler), summed over a completion. Eq. 3 has no such weight, and with top-p below 1 it is
         # far below 1: the sampler's are those of a cut and renormalised distribution.
         self.vllm_importance_sampling_correction = False
-        return super()._compute_loss(model, inputs)
+        if self.micro_batch_tokens is None:
+            return super()._compute_loss(model, inputs)
+        return self._loss_of_micro_batches(super()._compute_loss, model, inputs)
+
+    def _compare_policies(self, inputs: dict) -> None:
+        """Checks trainer against sampler on the tokens of all ranks, so that all go on or none."""
+        if self.checked or "sampling_per_token_logps" not in inputs:
+            return
+        sampler_logps = inputs["sampling_per_token_logps"]
+        keep = inputs["completion_mask"].bool() & ~sampler_logps.isnan()
+        pair = inputs["old_per_token_logps"].masked_fill(~keep, torch.nan), sampler_logps
+        padded = [self.accelerator.pad_across_processes(logps, 1, torch.nan) for logps in pair]
+        trainer_logps, sampler_logps = map(self.accelerator.gather, padded)
+        keep = ~trainer_logps.isnan()
+        if keep.any():  # not so where all completions of this part are masked
+            self._check_policy(trainer_logps[keep], sampler_logps[keep])
+
+    def _loss_of_micro_batches(self, loss_of: Callable, model, inputs: dict) -> Tensor:
+        """The loss of all micro-batches; the gradient of all but the last is already computed."""
+        entropy_coef, loss = self.entropy_coef, 0.0
+        num_tokens = inputs["completion_mask"].sum().clamp(min=1)
+        lengths_2_B = self.accelerator.gather(row_lengths(inputs)[None]).amax(dim=0)
+        parts = micro_batches(inputs, lengths_2_B, self.micro_batch_tokens)
+        for number, part in enumerate(parts, start=1):
+            # TRL's entropy bonus is a mean over the tokens of a call
+            self.entropy_coef = entropy_coef * (part["completion_mask"].sum() / num_tokens).item()
+            if number < len(parts):
+                with self._no_optimizer_step():
+                    part_loss = loss_of(model, part)
+                    self._backward(part_loss)
+                loss += part_loss.detach()
+            else:
+                loss = loss_of(model, part) + loss
+        self.entropy_coef = entropy_coef
+        if "entropy_coef" in self._metrics["train"]:
+            self._metrics["train"]["entropy_coef"] = [entropy_coef]
+        return loss
+
+    @contextmanager
+    def _no_optimizer_step(self) -> Iterator[None]:
+        """Within it a backward pass is not the last of a step. DeepSpeed's backward asks for it."""
+        state = self.accelerator.gradient_state
+        last = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(last)
+
+    def _backward(self, loss: Tensor) -> None:
+        """As transformers' Trainer calls it; the loss is already that of the whole step."""
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        """TRL's; where it computes without gradient, in batches of rows within the budget."""
+        if self.micro_batch_tokens is not None and batch_size is not None:
+            width = torch.tensor([input_ids.shape[1]], device=input_ids.device)
+            widest = int(self.accelerator.gather(width).max())  # the same number on every rank
+            batch_size = max(1, min(batch_size, self.micro_batch_tokens // widest))
+        return super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+        )

@@ -2,6 +2,7 @@
 not one policy.
 """
 
+import itertools
 import json
 import shlex
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl.scripts.vllm_serve import make_parser
+from trl.trainer.utils import split_pixel_values_by_grid
 
 from egm_lib import grpo as grpo_module
 from egm_lib.files import project_root
@@ -34,6 +36,7 @@ from egm_lib.training.checkpoints import train_to, work_folder
 from egm_lib.training.groups import GroupKeeper, read_groups
 from egm_lib.training.grpo_trainer import answer_texts, check_same_policy
 from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
+from egm_lib.training.micro_batches import row_counts
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.viewer import TraceViewer
 
@@ -159,44 +162,141 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, changes):
             torch.testing.assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-3, msg=name)
 
 
-def test_padded_prompts_get_the_log_probs_of_unpadded_ones(world, tmp_path):
-    """Qwen's tokenizer pads on the right, and TRL's prompts on the left: positions must agree."""
+@pytest.fixture(scope="module")
+def ragged(world):
+    """The world with prompts of unlike lengths."""
     folder, samples, root = world
-    ragged = [
+    longer = [
         {**sample, "expression": "square" + " red" * (5 * number)}
         for number, sample in enumerate(samples)
     ]
-    assert stored(folder)[1].tokenizer.padding_side == "right"
-    trainer, _ = trainer_of((folder, ragged, root), tmp_path, shared=False, beta=0.0)
+    return folder, longer, root
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory):
+    return store_model(tmp_path_factory.mktemp("internvl") / "model", "internvl-3")
+
+
+@pytest.mark.parametrize("family", [FAMILY, INTERNVL], ids=lambda family: family.name)
+def test_padded_prompts_get_the_log_probs_of_unpadded_ones(ragged, internvl, tmp_path, family):
+    """Qwen's tokenizer pads on the right, and TRL's prompts on the left: positions must agree."""
+    folder = ragged[0] if family is FAMILY else internvl
+    assert stored(folder, family.name)[1].tokenizer.padding_side == "right"
+    trainer, _ = trainer_of((folder, *ragged[1:]), tmp_path, shared=False, beta=0.0, family=family)
     trainer.model.train()
     batch = trainer._generate_and_score_completions(list(trainer.train_dataset))
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    lengths = batch["prompt_mask"].sum(dim=1)
-    assert lengths.unique().numel() == len(ragged)
-    vision = {
-        key: batch[key]
-        for key in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-    }
-    num_new = batch["completion_ids"].shape[1]
+    assert batch["prompt_mask"].sum(dim=1).unique().numel() == len(ragged[1])
+    names = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "mm_token_type_ids")
     with torch.no_grad():
         logps_B_T, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, mask, num_new, **vision
+            trainer.model,
+            ids,
+            mask,
+            batch["completion_ids"].shape[1],
+            **{name: batch[name] for name in names if name in batch},
         )
-    patches = batch["image_grid_thw"].prod(dim=1).tolist()
-    for row, pixels in enumerate(batch["pixel_values"].split(patches)):
-        kept = mask[row].bool()
-        row_ids = ids[row][kept][None]
+    for row, pixels in enumerate(split_pixel_values_by_grid(batch)["pixel_values"]):
+        row_ids = ids[row][mask[row].bool()][None]
+        inputs = {"input_ids": row_ids, "pixel_values": pixels}
+        if family is FAMILY:
+            inputs["image_grid_thw"] = batch["image_grid_thw"][row : row + 1]
+            image = row_ids == trainer.model.config.image_token_id
+            inputs["mm_token_type_ids"] = image.int()
         with torch.no_grad():
-            logits = trainer.model(
-                input_ids=row_ids,
-                pixel_values=pixels,
-                image_grid_thw=batch["image_grid_thw"][row : row + 1],
-                mm_token_type_ids=(row_ids == trainer.model.config.image_token_id).int(),
-            ).logits[0, :-1]
+            logits = trainer.model(**inputs).logits[0, :-1]
         alone = logits.log_softmax(-1).gather(-1, row_ids[0, 1:, None])[:, 0]
         count = int(batch["completion_mask"][row].sum())
         torch.testing.assert_close(logps_B_T[row, :count], alone[-count:], atol=1e-5, rtol=0)
+
+
+def test_rows_fill_micro_batches_of_so_many_tokens():
+    # 2 x (10 + 5) = 30 fits; a third row of 10 + 5 would make 45
+    assert row_counts([10, 10, 10], [5, 4, 3], 30) == [2, 1]
+    # As wide as the longest prompt and the longest completion together: 2 x (10 + 9) = 38
+    assert row_counts([10, 2], [1, 9], 37) == [1, 1]
+    assert row_counts([10, 2], [1, 9], 38) == [2]
+    assert row_counts([50, 10, 10], [50, 5, 5], 30) == [1, 2]  # one beyond the budget stands alone
+
+
+@pytest.mark.parametrize("family", [FAMILY, INTERNVL], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "changes",
+    [{"beta": 0.01}, {"beta": 0.0, "entropy_coef": 0.05}, {"mask_truncated_completions": True}],
+    ids=["kl", "entropy", "masked"],
+)
+def test_micro_batches_change_neither_loss_nor_gradient(
+    ragged, internvl, tmp_path, monkeypatch, family, changes
+):
+    """Eight rows at once, and the same rows within a budget of tokens that all passes keep."""
+    folder = ragged[0] if family is FAMILY else internvl
+    budget, sizes, losses, gradients = 400, {}, {}, {}
+    plain = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def watched(trainer, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kw):
+        rows = min(batch_size or len(input_ids), len(input_ids))
+        sizes[trainer.micro_batch_tokens].append(rows * input_ids.shape[1])
+        arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size)
+        return plain(trainer, *arguments, **kw)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", watched)
+    for tokens in (None, budget):
+        sizes[tokens] = []
+        trainer, processor = trainer_of(
+            (folder, *ragged[1:]),
+            tmp_path,
+            shared=False,
+            family=family,
+            micro_batch_tokens=tokens,
+            reward=half_right,
+            **changes,
+        )
+        end, ids = processor.tokenizer.eos_token_id, itertools.count(1)
+
+        def single_turn(prompt_ids, *args, end=end, ids=ids, **kwargs):
+            """Completions of 2 to 9 tokens; some are cut off."""
+            lengths = [2 + next(ids) % 8 for _ in prompt_ids]
+            return [[40] * (n - 1) + [end if n < 8 else 41] for n in lengths], None
+
+        monkeypatch.setattr(trainer, "_generate_single_turn", single_turn)
+        if trainer.ref_model is not None:  # a reference that differs: the KL is not zero
+            with torch.no_grad():
+                trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
+        trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+        rows = [row for row in trainer.train_dataset for _ in range(4)]
+        torch.manual_seed(0)
+        losses[tokens] = [trainer.training_step(trainer.model, rows).item() for _ in range(2)]
+        gradients[tokens] = {
+            name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None
+        }
+        if changes.get("entropy_coef"):
+            assert set(trainer._metrics["train"]["entropy_coef"]) <= {0.05}
+    assert max(sizes[None]) > 2 * budget >= 2 * max(sizes[budget])
+    assert len(sizes[budget]) > len(sizes[None])
+    assert losses[budget] == pytest.approx(losses[None], abs=1e-6)
+    assert gradients[budget].keys() == gradients[None].keys()
+    for name, gradient in gradients[None].items():
+        torch.testing.assert_close(gradients[budget][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_an_image_is_opened_once_a_step_and_stays_on_its_rank(world, tmp_path, monkeypatch):
+    """TRL's loader brings each row once for every accumulation step and completion."""
+    opened = []
+
+    def spy(file):
+        opened.append(file)
+        return grpo_module.open_image(file)
+
+    monkeypatch.setattr(grpo_trl, "open_image", spy)
+    trainer, _ = trainer_of(world, tmp_path, shared=False, max_steps=2)
+    assert trainer.args.gradient_accumulation_steps == 2
+    trainer.train()
+    assert len(opened) == 2 * len(world[1])
+    # What TRL gathers from all ranks to log it
+    assert all(isinstance(row[0]["content"], str) for row in trainer._logs["prompt"])
+    assert len(trainer._logs["prompt"]) == 16 and not trainer._logs["images"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""GRPO on two processes (gloo, on a CPU): a step has the profile's size, and all ranks do the same.
+
+Each rank writes what it saw as JSON; the test compares the two.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import multiprocessing
+from training_world import grpo_options, make_samples, moved_names, store_model, stored
+from transformers import TrainerCallback
+
+from egm_lib.grpo import make_grpo_trainer, question_rows
+from egm_lib.prompts import FAMILIES
+from egm_lib.training import ranks
+from egm_lib.training.checkpoints import train_to, work_folder
+from egm_lib.training.model_setup import TrainingError
+
+FAMILY = FAMILIES["qwen3-vl"]
+PORT = "29541"
+
+
+class Weights(TrainerCallback):
+    """The sum of all weights after each step: equal weights have equal sums."""
+
+    def __init__(self):
+        self.sums: list[float] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.sums.append(sum(p.double().sum().item() for p in model.parameters()))
+
+
+def _compare(trainer, gap: float) -> str:
+    """What comparing trainer and sampler says on this rank, where they differ by `gap`."""
+    logps = torch.zeros(2, 3)
+    batch = {
+        "completion_mask": torch.ones(2, 3),
+        "old_per_token_logps": logps,
+        "sampling_per_token_logps": logps - gap,
+    }
+    trainer.checked = False
+    try:
+        trainer._compare_policies(batch)
+    except TrainingError as error:
+        return str(error).partition("mean difference ")[2][:6]
+    return "same policy"
+
+
+def _train(rank: int, folder: str) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": PORT,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    torch.set_num_threads(1)
+    root = Path(folder)
+    samples = [
+        {**sample, "expression": "square" + " red" * (4 * number)}
+        for number, sample in enumerate(json.loads((root / "samples.json").read_text()))
+    ]
+    scored: list[str] = []
+
+    def alternating(completions, sample, **kwargs) -> list[float]:
+        scored.extend(row["sample_id"] for row in sample)
+        return [float(number % 2) for number in range(len(completions))]
+
+    trainer = make_grpo_trainer(
+        *stored(root / "model"),
+        question_rows(samples, FAMILY, root),
+        FAMILY,
+        # 16 completions a step on 2 processes: 2 accumulation steps of 4 rows each
+        grpo_options(per_device_train_batch_size=4, micro_batch_tokens=300),
+        work=work_folder(root / "out"),
+        log=root / "log.jsonl",
+        groups=root / "groups.jsonl",
+        seed=0,
+        reward=alternating,
+    )
+    weights = Weights()
+    trainer.add_callback(weights)
+    train_to(trainer, trainer.processing_class, root / "out")
+    told = [_compare(trainer, gap) for gap in (0.0, (0.0, 0.1)[rank])]
+    seen = {"scored": scored, "sums": weights.sums, "policy": told}
+    (root / f"{rank}.json").write_text(json.dumps(seen))
+    ranks.leave()
+
+
+def test_two_processes_divide_a_step_and_keep_the_same_weights(tmp_path):
+    store_model(tmp_path / "model")
+    (tmp_path / "samples.json").write_text(json.dumps(make_samples(tmp_path, per_image=1)))
+    multiprocessing.spawn(_train, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    # Two steps of 4 prompts x 4 completions, half of them on each rank
+    assert len(first["scored"]) == len(second["scored"]) == 16
+    for step in (slice(8), slice(8, 16)):
+        scored = first["scored"][step] + second["scored"][step]
+        assert sorted(scored) == sorted(f"{number}-0" for number in range(4) for _ in range(4))
+    assert first["sums"] == second["sums"] and len(first["sums"]) == 2
+    assert first["sums"][0] != first["sums"][1]
+    assert moved_names(tmp_path / "model", tmp_path / "out")
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in log[:2]] == [0.5, 0.5]
+    # The sampler of one rank alone has other weights: both stop, with the same number
+    assert first["policy"] == second["policy"] == ["same policy", "0.0500"]
