@@ -24,6 +24,7 @@ from transformers import AutoConfig
 
 import egm_lib
 from egm_lib.cli import ends
+from egm_lib.mini.scenes import SIZE_PX
 from egm_lib.model_shapes import ModelShape, QwenVision, shape_from_config, shape_of
 from egm_lib.profile import Model, Profile, load_profile
 from egm_lib.prompts import FAMILIES, TASKS, Task
@@ -46,7 +47,9 @@ from egm_lib.training.plan_memory import (
 STAGES = ("sft", "grpo")
 CONFIGS = Path(egm_lib.__file__).parent / "pipeline" / "configs"
 FREE_SHARE = 0.1  # ours: of a GPU's memory, for what the allocator cannot use
-IMAGE_WH = (640, 480)  # the commonest size of COCO; 4:3 makes the most tiles of InternVL-3
+# The commonest size of COCO; its ratio makes the most tiles of InternVL-3
+IMAGE_WH = (640, 480)
+MINI_WH = (SIZE_PX, SIZE_PX)
 QUESTION_TOKENS = 48  # ours: the chat template, a prompt of Fig. 7 and an expression
 ANSWER_TOKENS = 100  # EGM-8B's mean is 101 (the paper's first figure)
 LONGEST_SFT = 2  # ours: the longest answer of a batch, in means
@@ -158,9 +161,15 @@ def sharding_of(accelerate_config: str | None) -> Sharding:
     )
 
 
-def row_of(profile: Profile, stage: str, shape: ModelShape, image_wh: tuple[int, int]) -> Row:
-    """Tokens of a row of the stage: the image's by the family's own processor."""
+def row_of(
+    profile: Profile, stage: str, shape: ModelShape, image_wh: tuple[int, int] | None = None
+) -> Row:
+    """Tokens of a row of the stage, the image's as the family's own processor makes them.
+
+    image_wh: px; None: a common one of the profile's data.
+    """
     options, small = getattr(profile, stage), profile.models.small
+    image_wh = image_wh or (MINI_WH if profile.data.source == "mini" else IMAGE_WH)
     limits = (small.max_pixels, getattr(options, "max_pixels", None))
     max_pixels = min((limit for limit in limits if limit is not None), default=None)
     longest = getattr(options, "max_completion_length", LONGEST_SFT * ANSWER_TOKENS)
@@ -208,7 +217,7 @@ def make_setting(
     return Setting(
         options=options,
         shape=shape,
-        row=row or row_of(profile, stage, shape, IMAGE_WH),
+        row=row or row_of(profile, stage, shape),
         hardware=on,
         sharding=sharding,
         shared_prefix=shared_prefix,
@@ -233,9 +242,9 @@ def make_plan(
     on: Hardware,
     *,
     task: Task = "vanilla",
-    image_wh: tuple[int, int] = IMAGE_WH,
+    image_wh: tuple[int, int] | None = None,
 ) -> Plan:
-    """The plan of a stage ("sft" or "grpo")."""
+    """The plan of a stage ("sft" or "grpo"). image_wh: as in `row_of`."""
     shape = model_shape(profile.models.small)
     row = row_of(profile, stage, shape, image_wh)
     setting = make_setting(profile, stage, on, shape=shape, row=row)
@@ -256,10 +265,9 @@ def as_text(plan: Plan) -> str:
     """A plan to read: a line for each part, with its arithmetic."""
     setting, row = plan.setting, plan.setting.row
     phases = [phase for phase in ALL if plan.stage == "grpo" or phase != "rollout"]
-    device = setting.hardware.device
     lines = [
-        f"{plan.stage.upper()} of {setting.shape.parameters / 1e9:.2f} billion parameters "
-        f"({setting.trained / 1e9:.2f} trained) on {setting.hardware}",
+        f"{plan.stage.upper()} of {setting.shape.parameters:,} parameters on {setting.hardware}; "
+        f"{setting.trained:,} are trained",
         f"A row: {row.image:,} tokens of the image, {row.question} of the question, "
         f"{row.answer} to {row.longest:,} of the answer. "
         f"A pass: {setting.rows} rows, {setting.tokens:,} tokens at most.",
@@ -275,7 +283,7 @@ def as_text(plan: Plan) -> str:
         if amount.value:
             lines.append(f"  {amount.name:26}{amount.value:10,.1f} {amount.unit:4} {amount.how}")
     steps = plan_work.steps_of(setting, plan.samples)
-    lines += ["", f"Hours: {plan.samples:,} samples, {steps:,} steps of {device.name}s"]
+    lines += ["", f"Hours for {plan.samples:,} samples in {steps:,} steps"]
     for amount in plan_work.hours(setting, plan.samples):
         lines.append(f"  {amount.name:26}{amount.value:10,.1f}      {amount.how}".rstrip())
     return "\n".join(lines)
@@ -314,9 +322,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--image",
         type=_image_wh,
-        default=IMAGE_WH,
         metavar="WxH",
-        help="px of an image; default: 640x480",
+        help="px of an image; default: 640x480, the commonest size of COCO",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
     args = parser.parse_args(argv)

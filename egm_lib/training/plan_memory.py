@@ -196,7 +196,7 @@ def block_bytes(vision: QwenVision | InternVision, value: int) -> int:
 
 def memory_parts(setting: Setting) -> list[Part]:
     """Every part of the memory of one GPU."""
-    parts = _states(setting) + _buffers(setting) + _activations(setting) + _rollout(setting)
+    parts = states(setting) + _buffers(setting) + _activations(setting) + _rollout(setting)
     return [part for part in parts if part.bytes]
 
 
@@ -209,7 +209,7 @@ def fullest(parts: list[Part]) -> Phase:
     return max(ALL, key=lambda phase: total_bytes(parts, phase))
 
 
-def _states(setting: Setting) -> list[Part]:
+def states(setting: Setting) -> list[Part]:
     """What lives as long as the training does."""
     sharding, lora, shards = setting.sharding, setting.options.lora, setting.shards
     all_of, trained = setting.shape.parameters, setting.trained
@@ -342,7 +342,7 @@ def rollout_context(options: GRPO, text: TextShape) -> int:
 
 
 def vllm_need(setting: Setting) -> tuple[float, float]:
-    """Bytes that a colocated vLLM cannot do without, and its share: weights and one whole context."""
+    """Bytes that a colocated vLLM cannot do without (weights, one whole context), and its share."""
     options, shape = setting.options, setting.shape
     value = BYTES[options.rollout_dtype]
     context = rollout_context(options, shape.text) * shape.text.kv_bytes(value)

@@ -140,8 +140,8 @@ def disk(setting: Setting) -> list[Amount]:
             "checkpoints",
             2 * checkpoint / 1e9,
             "GB",
-            f"2 x ({trained:,} trained x {STATE_BYTES} + {frozen:,} frozen x {WEIGHT_BYTES} bytes): "
-            "the older goes when the newer is whole; with less room, before it is written",
+            f"2 x ({trained:,} trained x {STATE_BYTES} + {frozen:,} x {WEIGHT_BYTES} bytes): "
+            "the older goes when the newer is whole, or before it where the disk is short",
         ),
         Amount(
             "finished model",
