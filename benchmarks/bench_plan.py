@@ -36,7 +36,7 @@ from egm_lib.prompts import FAMILIES
 from egm_lib.training.hardware import GIB, hardware
 from egm_lib.training.model_setup import load_start
 from egm_lib.training.plan import Plan, make_setting
-from egm_lib.training.plan_memory import Row
+from egm_lib.training.plan_memory import Row, fullest
 from egm_lib.training.sft_trainers import PlainCollator
 
 # Width, layers, heads, keys, width of the MLP, and whether the head is the embedding
@@ -54,7 +54,7 @@ CASES = (
     ("grpo-budget", "0.2b"),
     ("grpo-shared", "0.2b"),
 )
-ROWS = 4  # of a pass
+ROWS = 2  # of a pass
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -122,7 +122,7 @@ def noise_samples(folder: Path, count: int) -> list[dict]:
             "task": "vanilla",
             "gt_box": [10.0, 20.0, 300.0, 400.0],
             "modal_box": None,
-            "reasoning": " ".join(["the red circle is on the left ."] * 8),
+            "reasoning": " ".join(["the red circle is on the left ."] * 4),
         }
         for number in range(count)
     ]
@@ -144,7 +144,6 @@ def measure(case: str, size: str) -> dict:
     scratch, stage = Path(tempfile.mkdtemp()), case.partition("-")[0]
     base, family = load_profile("paper-qwen3vl-8b"), FAMILIES["qwen3-vl"]
     samples = noise_samples(scratch, 2 * ROWS)
-    Qwen3VLForConditionalGeneration  # noqa: B018  imported before memory is read
     before = resident_bytes()
     model, processor = random_model(size)
     shared = case == "grpo-shared"
@@ -182,8 +181,8 @@ def measure(case: str, size: str) -> dict:
             prompts_per_step=2,
             num_generations=ROWS,
             per_device_train_batch_size=ROWS,
-            max_completion_length=96,
-            micro_batch_tokens=900 if case == "grpo-budget" else None,
+            max_completion_length=48,
+            micro_batch_tokens=400 if case == "grpo-budget" else None,
             freeze_vision=shared,
             freeze_merger=shared,
         )
@@ -198,7 +197,7 @@ def measure(case: str, size: str) -> dict:
             sft.answer_rows(samples, family, scratch, reasoning=False, label=False, grid=20)
         )
         asked = row_tokens(processor, answered)
-        row = replace(asked, answer=96, longest=96)
+        row = replace(asked, answer=48, longest=48)
         common |= {"groups": scratch / "groups.jsonl", "reward": half_rewarded}
         trainer = grpo.make_grpo_trainer(model, processor, rows, family, options, **common)
     trainer.train()
@@ -218,6 +217,8 @@ def measure(case: str, size: str) -> dict:
         "tokens": setting.tokens,
         "predicted_gib": plan.peak_gib,
         "measured_gib": (peak_bytes() - before) / GIB,
+        "base_gib": before / GIB,
+        "phase": fullest(plan.parts),
         "parts": {part.name: part.bytes / GIB for part in plan.parts},
     }
 

@@ -35,7 +35,7 @@ from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.inference.loading import image_token_ids
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
+from egm_lib.inference.vllm_engine import VLLM_LIMITS
 from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
@@ -62,6 +62,7 @@ from egm_lib.training.model_setup import (
     freeze_tower,
     load_start,
     lora_config,
+    rollout_context,
     use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
@@ -106,20 +107,6 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "log_multimodal": False,  # TRL would send the images of all processes to each other
         "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
     }
-
-
-def rollout_context(options: GRPO) -> int:
-    """Tokens of prompt and completion that vLLM has room for.
-
-    Raises TrainingError where none is left for a prompt.
-    """
-    length = options.max_model_len or MAX_MODEL_LEN
-    if length <= options.max_completion_length:
-        raise TrainingError(
-            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
-            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
-        )
-    return length
 
 
 def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:

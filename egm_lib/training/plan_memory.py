@@ -15,10 +15,10 @@ from typing import Literal
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
 from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.model_shapes import InternVision, ModelShape, QwenVision, TextShape
 from egm_lib.profile import GRPO, SFT
 from egm_lib.training.hardware import GIB, Hardware
+from egm_lib.training.model_setup import rollout_context
 from egm_lib.training.prefix_logps import SMALL_LOGITS, VOCABULARY_CHUNK
 
 Phase = Literal["rollout", "update", "optimizer"]
@@ -336,16 +336,12 @@ def _head(setting: Setting) -> tuple[float, str]:
     return tile + hidden + norm + trains_head * 4, how
 
 
-def rollout_context(options: GRPO, text: TextShape) -> int:
-    """Tokens of prompt and completion that vLLM has room for."""
-    return min(options.max_model_len or MAX_MODEL_LEN, text.context)
-
-
 def vllm_need(setting: Setting) -> tuple[float, float]:
     """Bytes that a colocated vLLM cannot do without (weights, one whole context), and its share."""
     options, shape = setting.options, setting.shape
     value = BYTES[options.rollout_dtype]
-    context = rollout_context(options, shape.text) * shape.text.kv_bytes(value)
+    tokens = min(rollout_context(options), shape.text.context)
+    context = tokens * shape.text.kv_bytes(value)
     share = options.vllm_gpu_memory_utilization * setting.hardware.device.memory_gib * GIB
     return shape.parameters * value + context, share
 
