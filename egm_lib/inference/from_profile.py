@@ -18,7 +18,7 @@ def model_of(run: Run, model: str, task: str) -> Model:
     models, plain = (
         run.profile.models,
         model.partition("@")[0],
-    )  # after the @: inference/decoding.py
+    )  # after the @: `decoding`
     bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
     if models.egm is not None:
         bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}
