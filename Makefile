@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse setup reproduce evaluate ablations submit lab tables restore figures gallery test format \
+.PHONY: help rehearse setup reproduce evaluate ablations experiment submit lab tables restore figures gallery test format \
         bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
@@ -46,6 +46,9 @@ evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-bas
 
 ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode
 	@$(RUN) -m egm_lib.pipeline.ablations --profile $(PROFILE)
+
+experiment: $(ENV) ## the registered experiment of docs/protocol.md: mini-full, mini-uniform, three seeds; many hours
+	@$(RUN) -m egm_lib.pipeline.experiment
 
 submit: $(ENV) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
 	@$(RUN) -m egm_lib.pipeline.submit --profile $(PROFILE)

@@ -3,6 +3,7 @@ clear sentence.
 """
 
 import fcntl
+import hashlib
 import json
 import subprocess
 import time
@@ -210,6 +211,15 @@ def test_the_manifest_says_what_ran(project):
     assert set(manifest["wall_seconds"]) == {"00_a", "01_b", "02_c"}
     assert {"git", "versions", "hardware", "models", "data"} <= manifest.keys()
     assert "torch" in manifest["versions"]
+
+
+def test_the_manifest_states_the_protocol_that_a_run_followed(project):
+    """A protocol that is edited after the answers is no registration."""
+    run, _, _, root = project
+    write_text(root / "docs" / "protocol.md", "frozen")
+    reproduce(run)
+    digest = hashlib.sha256(b"frozen").hexdigest()
+    assert json.loads(run.manifest.read_text())["protocol"] == digest
 
 
 def test_clean_strips_widget_state_and_keeps_the_image(tmp_path):
