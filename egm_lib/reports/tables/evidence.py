@@ -16,13 +16,17 @@ PAIR = {"varied": "mini-full", "uniform": "mini-uniform"}  # profiles, by their 
 
 
 def teacher_of(results: Results) -> str:
-    """ "varied" where the manifests declare ways of reasoning for the teacher, else "uniform"."""
-    values = [manifest.get("values") or {} for manifest in results.manifests]
-    declared = [
-        ((value.get("curation") or {}).get("teacher") or {}).get("extra_body") or {}
-        for value in values
-    ]
-    return "varied" if declared and all("ways" in body for body in declared) else "uniform"
+    """ "varied" where the manifests declare several ways of reasoning for the teacher, else
+    "uniform".
+    """
+    declared = []
+    for manifest in results.manifests:
+        value = manifest
+        for key in ("values", "curation", "teacher", "extra_body", "ways"):
+            value = value.get(key) or {}
+        declared.append(value)
+    varied = [0 < ways.get("worked", 0) < 1 for ways in declared]
+    return "varied" if varied and all(varied) else "uniform"
 
 
 def by_teacher(results: Results) -> dict[str, Results]:
