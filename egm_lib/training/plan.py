@@ -24,6 +24,7 @@ from transformers import AutoConfig
 
 import egm_lib
 from egm_lib.cli import ends
+from egm_lib.files import read_json
 from egm_lib.mini.scenes import SIZE_PX
 from egm_lib.model_shapes import ModelShape, QwenVision, shape_from_config, shape_of
 from egm_lib.profile import Model, Profile, load_profile
@@ -129,11 +130,11 @@ def model_shape(model: Model) -> ModelShape:
 
 def _image_size(folder: Path) -> dict:
     """`size` of a checkpoint's image processor; empty where it states none."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            stated = json.loads((folder / name).read_text(encoding="utf-8"))
-            return stated.get("image_processor", stated).get("size") or {}
-    return {}
+    stated = read_json(folder / "processor_config.json", shape=dict) or {}
+    images = stated.get("image_processor") or read_json(
+        folder / "preprocessor_config.json", shape=dict
+    )
+    return (images or {}).get("size") or {}
 
 
 def sharding_of(accelerate_config: str | None) -> Sharding:
