@@ -1,12 +1,12 @@
 """What `egm_lib.training.plan` predicts beside what a real step takes: peak memory on this CPU.
 
     python benchmarks/bench_plan.py                    # every case
-    python benchmarks/bench_plan.py grpo --size 0.2b
+    python benchmarks/bench_plan.py grpo --size 0.1b
 
-Each case is two steps, of two passes each, of the trainer that a stage really uses, in a process of
-its own. Its peak is the process's largest resident memory, less what it held before the model was
-built: Python, torch and the samples. Models have random weights, Qwen3-VL's vocabulary and shapes
-of their own; images are of 640 x 480 px, 300 tokens.
+A case is two steps, of two passes each, of the trainer that a stage really uses, in a process of
+its own. Its peak is the process's largest resident memory, less that of the same training of a tiny
+model: Python, libraries and samples. Models have random weights, Qwen3-VL's vocabulary, and shapes
+of their own. Images are of 640 x 480 px, 300 tokens.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from egm_lib.training.sft_trainers import PlainCollator
 
 # Width, layers, heads, keys, width of the MLP, and whether the head is the embedding
 SIZES = {
+    "tiny": (128, 1, 1, 1, 128, True),  # what stays when the model is taken away
     "0.1b": (512, 6, 4, 2, 1536, True),
     "0.2b": (768, 8, 6, 2, 2304, True),
     "0.3b": (768, 8, 6, 2, 2304, False),
@@ -55,6 +56,7 @@ CASES = (
     ("grpo-shared", "0.2b"),
 )
 ROWS = 2  # of a pass
+COMPLETION = 48  # tokens of a GRPO completion
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -71,7 +73,7 @@ def random_model(size: str):
     }
     shape = Qwen3VLConfig(
         text_config={
-            "vocab_size": 151_936,
+            "vocab_size": len(tokenizer) if size == "tiny" else 151_936,
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
@@ -84,12 +86,12 @@ def random_model(size: str):
             "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={
-            "depth": 6,
-            "hidden_size": 512,
+            "depth": 1 if size == "tiny" else 6,
+            "hidden_size": 128 if size == "tiny" else 512,
             "num_heads": 8,
-            "intermediate_size": 2048,
+            "intermediate_size": 128 if size == "tiny" else 2048,
             "out_hidden_size": width,
-            "deepstack_visual_indexes": [1, 3, 4],
+            "deepstack_visual_indexes": [0] if size == "tiny" else [1, 3, 4],
         },
         tie_word_embeddings=tied,
         **{name: getattr(ids, name) for name in TOKENS},
@@ -128,23 +130,45 @@ def noise_samples(folder: Path, count: int) -> list[dict]:
     ]
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(case: str, size: str) -> dict:
     """Runs one case in this process; returns predicted and measured GiB."""
     torch.set_num_threads(1)
-    scratch, stage = Path(tempfile.mkdtemp()), case.partition("-")[0]
+    stage = case.partition("-")[0]
+    run_case(case, "tiny")  # what it holds beside the model: libraries, samples, buffers
+    base = peak_bytes()
+    profile, row, trainer = run_case(case, size)
+    setting = make_setting(
+        profile,
+        stage,
+        hardware("cpu"),
+        shape=shape_from_config(trainer.model.config),
+        row=row,
+        shared_prefix=case == "grpo-shared",
+    )
+    plan = Plan(stage, setting, samples=1)
+    return {
+        "case": case,
+        "size": size,
+        "parameters": setting.shape.parameters,
+        "tokens": setting.tokens,
+        "phase": fullest(plan.parts),
+        "predicted_gib": plan.peak_gib,
+        "measured_gib": (peak_bytes() - base) / GIB,
+        "base_gib": base / GIB,
+        "parts": {part.name: part.bytes / GIB for part in plan.parts},
+    }
+
+
+def run_case(case: str, size: str):
+    """Trains two steps; returns the profile, the tokens of a row and the trainer."""
+    scratch = Path(tempfile.mkdtemp())
     base, family = load_profile("paper-qwen3vl-8b"), FAMILIES["qwen3-vl"]
     samples = noise_samples(scratch, 2 * ROWS)
-    before = resident_bytes()
     model, processor = random_model(size)
     shared = case == "grpo-shared"
     common = {
@@ -154,7 +178,7 @@ def measure(case: str, size: str) -> dict:
         "shared_prefix": shared,
     }
     launch = replace(base.launch, accelerate_config=None, num_processes=1)
-    if stage == "sft":
+    if case == "sft":
         options = replace(
             base.sft,
             dtype="float32",
@@ -165,10 +189,10 @@ def measure(case: str, size: str) -> dict:
             dataloader_num_workers=0,
             max_pixels=None,
         )
-        profile = replace(base, sft=options, launch=launch)
         rows = list(sft.answer_rows(samples, family, scratch, reasoning=True, label=False, grid=20))
         row = row_tokens(processor, rows)
         trainer = sft.make_sft_trainer(model, processor, rows, family, options, **common)
+        profile = replace(base, sft=options, launch=launch)
     else:
         options = replace(
             base.grpo,
@@ -181,46 +205,24 @@ def measure(case: str, size: str) -> dict:
             prompts_per_step=2,
             num_generations=ROWS,
             per_device_train_batch_size=ROWS,
-            max_completion_length=48,
+            max_completion_length=COMPLETION,
             micro_batch_tokens=400 if case == "grpo-budget" else None,
             freeze_vision=shared,
             freeze_merger=shared,
         )
-        profile = replace(base, grpo=options, launch=launch)
-        model.save_pretrained(scratch / "model")
+        model.save_pretrained(scratch / "model")  # the KL's reference is loaded from a folder
         processor.save_pretrained(scratch / "model")
         del model
         start = replace(base.models.small, path=str(scratch / "model"))
         model, _ = load_start(str(scratch / "model"), start, "float32")
+        answers = sft.answer_rows(samples, family, scratch, reasoning=False, label=False, grid=20)
+        row = replace(row_tokens(processor, list(answers)), answer=COMPLETION, longest=COMPLETION)
         rows = list(grpo.question_rows(samples, family, scratch))
-        answered = list(
-            sft.answer_rows(samples, family, scratch, reasoning=False, label=False, grid=20)
-        )
-        asked = row_tokens(processor, answered)
-        row = replace(asked, answer=48, longest=48)
         common |= {"groups": scratch / "groups.jsonl", "reward": half_rewarded}
         trainer = grpo.make_grpo_trainer(model, processor, rows, family, options, **common)
+        profile = replace(base, grpo=options, launch=launch)
     trainer.train()
-    setting = make_setting(
-        profile,
-        stage,
-        hardware("cpu"),
-        shape=shape_from_config(trainer.model.config),
-        row=row,
-        shared_prefix=shared,
-    )
-    plan = Plan(stage, setting, samples=1)
-    return {
-        "case": case,
-        "size": size,
-        "parameters": setting.shape.parameters,
-        "tokens": setting.tokens,
-        "predicted_gib": plan.peak_gib,
-        "measured_gib": (peak_bytes() - before) / GIB,
-        "base_gib": before / GIB,
-        "phase": fullest(plan.parts),
-        "parts": {part.name: part.bytes / GIB for part in plan.parts},
-    }
+    return profile, row, trainer
 
 
 def half_rewarded(completions, **kwargs) -> list[float]:
