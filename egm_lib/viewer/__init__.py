@@ -30,7 +30,7 @@ from egm_lib.viewer.comparison import (
     rows_of,
 )
 from egm_lib.viewer.drawing import comparison_figure
-from egm_lib.viewer.page import view_of
+from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import save, style_of, styled
 
 MAX_MODELS = 4  # more boxes on one image cannot be told apart
@@ -81,7 +81,7 @@ class TraceViewer(anywidget.AnyWidget):
     filter or sort.
     """
 
-    _esm = Path(__file__).parent / "viewer.js"
+    _esm = page_script("viewer")
     _css = Path(__file__).parent / "viewer.css"
 
     index = traitlets.Int(0).tag(sync=True)
