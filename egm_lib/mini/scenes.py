@@ -73,8 +73,7 @@ class Scene:
                 found.setdefault(key, []).append(i)
         return found
 
-
-    # What a playground arranges (egm_lib.viewer.Arrangement)
+    # What a playground arranges (`Arrangement` in egm_lib/viewer/playground.py)
 
     @property
     def objects(self) -> list[tuple[str, Box]]:

@@ -143,12 +143,13 @@ function card(m, place, { off, toggle, light }) {
     swatch(m.colour, m.dash), m.label), verdict);
   if (!m.run) return node;
   const facts = [m.reward === null ? null : `reward ${m.reward.toFixed(2)}`, m.tokens === null ? null : `${m.tokens} tokens`,
-    typeof m.latency_ms === "number" ? `${Math.round(m.latency_ms)} ms` : null, m.truncated ? "cut at the token limit" : null,
+    typeof m.latency_ms === "number" ? `${Math.round(m.latency_ms)} ms` : null,
+    typeof m.first_token_ms === "number" ? `first token after ${Math.round(m.first_token_ms)} ms` : null, m.note, m.truncated ? "cut at the token limit" : null,
     m.num_boxes > 1 ? `${m.num_boxes} boxes, the first counts` : null].filter(Boolean);
   node.append(html("div", { class: "egm-facts" }, facts.join(" · ")));
   if (m.error) node.append(html("p", { class: "egm-error" }, m.error));
   if (m.reasoning.length) node.append(html("p", { class: "egm-reasoning" }, ...tinted(m.reasoning, m)));
-  else if (!m.error) node.append(html("p", { class: "egm-reasoning egm-faint" }, "(answers without reasoning)"));
+  else if (!m.error && m.answer) node.append(html("p", { class: "egm-reasoning egm-faint" }, "(answers without reasoning)"));
   if (m.answer) node.append(html("details", { class: "egm-answer" }, html("summary", {}, "answer"), html("pre", {}, m.answer)));
   return node;
 }

@@ -229,6 +229,8 @@ def answer_view(
         "answer": text,
         "tokens": _sum(row.get("reasoning_tokens"), row.get("answer_tokens")),
         "latency_ms": row.get("latency_ms"),
+        "first_token_ms": row.get("first_token_ms"),
+        "note": row.get("note"),
         "truncated": row.get("finish_reason") == "length",
     }
 
