@@ -214,6 +214,13 @@ def paired_difference(
     both = pair(a, b, column)
     if both.empty:
         return None
+    return difference_of(both, over_splits=over_splits, draws=draws, rng_seed=rng_seed)
+
+
+def difference_of(
+    both: pd.DataFrame, *, over_splits: bool = False, draws: int = 2000, rng_seed: int = 0
+) -> Difference:
+    """The difference between the columns a and b of a table that `pair` made."""
     delta_N = both["a"].to_numpy(float) - both["b"].to_numpy(float)
     groups_N, seeds_N = (split_keys(both) if over_splits else None), seed_codes(both)
     draws_D = bootstrap_means(

@@ -1,6 +1,6 @@
 """A playground on the models of a run, in a notebook or in JupyterLab.
 
-python -m egm_lib.pipeline.playground --profile mini-full
+python -m egm_lib.pipeline.playground --profile mini
 """
 
 import subprocess

@@ -627,6 +627,22 @@ def test_a_majority_outvotes_a_stray_sample():
     assert most_agreed([None, None]) == 0
 
 
+def test_samples_are_drawn_warm_and_each_with_numbers_of_its_own():
+    """pass@N of N equal samples would be accuracy again."""
+    asked = []
+
+    class Recorder(Thinker):
+        def answer(self, requests, sampling, *, reasoning=True):
+            asked.append((self.seed, sampling.temperature, sampling.top_k, sampling.top_p))
+            return iter(())
+
+    engine = Recorder()
+    for number in (1, 2):
+        list(decoded_as(engine, f"small-egm@sample-{number}").answer([], GREEDY))
+    assert [rest for _, *rest in asked] == [[1.0, None, 1.0]] * 2
+    assert len({seed for seed, *_ in asked}) == 2 and engine.seed == 0
+
+
 @pytest.mark.parametrize("name", ["small-egm@beam-4", "small-egm@budget", "small-egm@majority-0"])
 def test_an_unknown_way_of_decoding_is_refused(name):
     with pytest.raises(ValueError, match="unknown way of decoding"):
