@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
+import torch
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import eval_splits, read_eval, split_id
 from egm_lib.errors import InputError
 from egm_lib.files import atomic_open, project_root
+from egm_lib.inference.engine import Engine
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.mini.world import recipes, samples
 from egm_lib.profile import Model
@@ -48,7 +50,7 @@ def playground(
         raise InputError(f"no checkpoint of {profile.name} is on this machine")
     mini = profile.data.source == "mini"
     return Playground(
-        {name: partial(make_engine, profile, model, run.seed) for name, model in here.items()},
+        {name: partial(_engine, run, model) for name, model in here.items()},
         profile.generation.sampling,
         samples=_scenes(task) if mini else _first_samples(run, task),
         arrangement=(lambda sample: sample["scene"]) if mini else lambda sample: None,
@@ -58,6 +60,13 @@ def playground(
         engines_held=1 if profile.generation.engine == "vllm" else MAX_MODELS,
         **traits,
     )
+
+
+def _engine(run: Run, model: Model) -> Engine:
+    if run.profile.data.source == "mini":
+        # Its matrices are too small for several threads, which on a busy machine only wait
+        torch.set_num_threads(1)
+    return make_engine(run.profile, model, run.seed)
 
 
 def _checkpoint(run: Run, name: str, task: str) -> Model | None:

@@ -39,33 +39,42 @@ function render({ model, el }) {
   const stop = button("stop", "end the answer that is being written", () => send({ do: "stop" }));
   asking.append(words, plain, without, stop, ...boxes.map(([, label]) => label));
 
-  // Objects of a scene can be dragged, or moved with the arrow keys.
-  let grabbed = null;
+  // Objects of a scene can be dragged, or moved with the arrow keys. A mark may lie above an object: what counts is
+  // whose box the pointer is in.
   function things(drawing) {
-    const toImage = (event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse());
-    return model.get("view").objects.map(({ name, box: xyxy }, number) => {
-      const node = svg("rect", { ...rectOf(xyxy), class: "egm-thing", tabindex: "0", "aria-label": `${name}: drag it, or move it with the arrow keys`, "data-number": number });
-      node.append(svg("title", {}, `${name}: drag it`));
-      let from = null;
-      const by = (event) => { const at = toImage(event); return [at.x - from.x, at.y - from.y]; };
-      node.addEventListener("pointerdown", (event) => { if (!model.get("busy")) { from = toImage(event); node.setPointerCapture(event.pointerId); } });
-      node.addEventListener("pointermove", (event) => { if (from) node.setAttribute("transform", `translate(${by(event).join(" ")})`); });
-      node.addEventListener("pointerup", (event) => {
-        if (!from) return;
-        const by_px = by(event);
-        from = null;
-        if (Math.hypot(...by_px) >= 1) send({ do: "move", number, by_px });
-      });
+    const objects = model.get("view").objects, nodes = objects.map(({ name, box: xyxy }, number) => {
+      const node = svg("rect", { ...rectOf(xyxy), class: "egm-thing", tabindex: "0", "aria-label": `${name}: drag it, or move it with the arrow keys`, "data-number": number },
+        svg("title", {}, `${name}: drag it`));
       node.addEventListener("keydown", (event) => {
         const by_px = { ArrowLeft: [-4, 0], ArrowRight: [4, 0], ArrowUp: [0, -4], ArrowDown: [0, 4] }[event.key];
         if (!by_px || model.get("busy")) return;
         event.preventDefault();
         event.stopPropagation();
-        grabbed = number;
         send({ do: "move", number, by_px });
       });
       return node;
     });
+    let from = null, dragged = -1;
+    const at = (event) => new DOMPoint(event.clientX, event.clientY).matrixTransform(drawing.getScreenCTM().inverse());
+    const by = (event) => { const to = at(event); return [to.x - from.x, to.y - from.y]; };
+    drawing.addEventListener("pointerdown", (event) => {
+      const point = at(event);
+      dragged = objects.findLastIndex(({ box: [x1, y1, x2, y2] }) => x1 <= point.x && point.x <= x2 && y1 <= point.y && point.y <= y2);
+      if (dragged < 0 || model.get("busy")) return;
+      event.preventDefault();
+      from = point;
+      drawing.setPointerCapture(event.pointerId);
+    });
+    drawing.addEventListener("pointermove", (event) => { if (from) nodes[dragged].setAttribute("transform", `translate(${by(event).join(" ")})`); });
+    drawing.addEventListener("pointerup", (event) => {
+      if (!from) return;
+      const by_px = by(event);
+      from = null;
+      if (Math.hypot(...by_px) >= 1) send({ do: "move", number: dragged, by_px });
+      else nodes[dragged].removeAttribute("transform");
+    });
+    drawing.addEventListener("pointercancel", () => { if (from) { from = null; nodes[dragged].removeAttribute("transform"); } });
+    return nodes;
   }
 
   // Under a finished answer: its reasoning to edit, and to go on from.
@@ -92,6 +101,7 @@ function render({ model, el }) {
     problem.textContent = model.get("problem");
     place.value = here() + 1 || "";
     if (!view.width) { main.replaceChildren(html("p", { class: "egm-empty" }, "No image yet: open one.")); return; }
+    const held = document.activeElement?.closest?.(".egm-thing")?.dataset.number;
     const typing = document.activeElement?.closest?.(".egm-edit textarea"), at = typing && [typing.getAttribute("aria-label"), typing.selectionStart];
     const drawing = image(view, answers.filter((m) => !off.has(m.model)));
     const shown = main.querySelector(".egm-stage image"), fresh = drawing.querySelector("image");
@@ -110,7 +120,7 @@ function render({ model, el }) {
     main.replaceChildren(stage, side);
     attach(stage);
     if (at) { const again = main.querySelector(`textarea[aria-label="${CSS.escape(at[0])}"]`); again?.focus(); again?.setSelectionRange(at[1], at[1]); }
-    if (grabbed !== null) { main.querySelector(`.egm-thing[data-number="${grabbed}"]`)?.focus(); grabbed = null; }
+    if (held) main.querySelector(`.egm-thing[data-number="${held}"]`)?.focus();
   }
 
   root.addEventListener("keydown", (event) => {
@@ -122,17 +132,19 @@ function render({ model, el }) {
     act();
   });
 
+  let due = false; // a message may change several traits: they are drawn once
+  const later = () => { if (!due) { due = true; queueMicrotask(() => { due = false; draw(); }); } };
   const redraw = ["change:view", "change:answers", "change:busy", "change:problem"];
   const rename = () => { if (document.activeElement !== words) words.value = model.get("expression"); };
   const renewed = () => { drafts.clear(); off.clear(); revealAll(); };
   model.on("change:view", renewed);
-  redraw.forEach((name) => model.on(name, draw));
+  redraw.forEach((name) => model.on(name, later));
   model.on("change:expression", rename);
   draw();
   return () => {
     end();
     model.off("change:view", renewed);
-    redraw.forEach((name) => model.off(name, draw));
+    redraw.forEach((name) => model.off(name, later));
     model.off("change:expression", rename);
   };
 }

@@ -187,13 +187,9 @@ def test_viewer_of_notebook_07_in_jupyterlab(project, lab):
 
 
 def test_playground_in_jupyterlab(lab, tmp_path):
-    """The round trip with the miniature: typed, answered, edited, dragged, and a file of one's own."""
-    samples = playground(Run(load_profile("mini-full"), 0))._samples
-    place_in_list, sample = next(
-        (number, sample)
-        for number, sample in enumerate(samples)
-        if sample["expression"].startswith("leftmost")
-    )
+    """The round trip with the miniature: typed, answered, edited, dragged, and a file opened."""
+    samples = playground(Run(load_profile("mini"), 0))._samples
+    place_in_list, sample = 3, samples[3]  # "green star closest to the triangle"
     scene, target = sample["scene"], sample["gt_box"]
     number = next(
         number
@@ -209,7 +205,7 @@ def test_playground_in_jupyterlab(lab, tmp_path):
     code = (
         "from egm_lib.pipeline.playground import playground\n"
         "from egm_lib.run import open_run\n"
-        f"page = playground(open_run('mini-full', 0), models=['reference'])\n"
+        f"page = playground(open_run('mini', 0), models=['reference'])\n"
         f"page.show_sample({place_in_list})\npage"
     )
     notebook_of(tmp_path / "play.ipynb", code)
@@ -220,7 +216,7 @@ def test_playground_in_jupyterlab(lab, tmp_path):
             "name": "playground",
             "url": f"{lab}/play.ipynb",
             "expression": sample["expression"],
-            "edited": f"{name}s from the left: first at {place}.",
+            "edited": f"the triangle is at 140 780. the {name} nearest to it is at {place}.",
             "drag": number,
             "by_px": by_px,
             "file": str(own),
