@@ -203,8 +203,10 @@ def test_playground_in_jupyterlab(lab, tmp_path):
     bad.write_text("no image")
     scene.image().resize((256, 256)).save(own)
     code = (
+        "import egm_lib.viewer.playground\n"
         "from egm_lib.pipeline.playground import playground\n"
         "from egm_lib.run import open_run\n"
+        "egm_lib.viewer.playground.REFRESH_S = 0  # every token, however fast the machine is\n"
         f"page = playground(open_run('mini', 0), models=['reference'])\n"
         f"page.show_sample({place_in_list})\npage"
     )
