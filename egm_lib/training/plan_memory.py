@@ -1,9 +1,9 @@
 """What each GPU holds in a training, part by part, with the arithmetic.
 
 A step has up to three phases: the rollout (GRPO), the update (forward and backward passes) and the
-optimizer's step. A part counts in the phases that it lives through; the fullest phase decides.
-Sizes of activations are those of transformers' own layers under scaled dot-product attention;
-a test holds them against the tensors that autograd really keeps.
+optimizer's step. A part counts in every phase during which it is held; the fullest phase decides.
+Sizes of activations are those of transformers' own layers under scaled dot-product attention.
+A test compares them with the tensors that autograd really keeps.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""The plan's activations against the tensors that autograd keeps of transformers' own layers."""
+"""The plan's activations compared with what autograd keeps, and its head with what it allocates."""
 
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLConfig
+from trl.kernels import ChunkedLogProbFunction
 
 from egm_lib.model_shapes import shape_from_config
-from egm_lib.training.plan_memory import block_bytes, text_layer_bytes
+from egm_lib.training.plan_memory import TILE_COPIES_CPU, block_bytes, text_layer_bytes
+from egm_lib.training.prefix_logps import VOCABULARY_CHUNK
 
 ROWS, LENGTH = 2, 100
 DTYPES = [(torch.float32, 4), (torch.bfloat16, 2)]
@@ -143,3 +146,32 @@ def test_a_block_of_internvl_s_tower_keeps_what_the_plan_says(dtype, value):
     measured = kept_bytes(lambda: block(patches), model.parameters())
     shape = shape_from_config(config).vision
     assert measured == pytest.approx(5 * 65 * block_bytes(shape, value), rel=0.01)
+
+
+def allocated_bytes(act: Callable[[], object]) -> int:
+    """The largest sum of CPU memory that PyTorch allocates during act, above its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        act()
+    events = profiled.profiler.kineto_results.events()
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = held = 0
+    for _, size in sizes:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_chunked_head_takes_what_the_plan_says_without_a_gpu():
+    rows, width, vocabulary = 200, 16, 40_000  # more than one chunk
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.arange(rows)
+
+    def score():
+        options = (1.0, VOCABULARY_CHUNK, None, 1.0, ())
+        logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, *options)
+        logps.sum().backward()
+
+    tile = TILE_COPIES_CPU * rows * VOCABULARY_CHUNK * 4
+    gradients = 4 * width * (rows + vocabulary)
+    assert allocated_bytes(score) == pytest.approx(tile + gradients, rel=0.01)
