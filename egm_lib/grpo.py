@@ -209,7 +209,8 @@ def make_grpo_trainer(
     """The trainer of the stage.
 
     rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.training.groups).
-    shared_prefix None: where it is possible. reward: another than Eq. 8. config: of `grpo_config`,
+    shared_prefix: whether to use the trainer that also samples so; None: where the profile allows
+    it and it is possible. reward: another than Eq. 8. config: of `grpo_config`,
     where it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
@@ -247,15 +248,19 @@ def make_grpo_trainer(
         "check_steps": options.check_steps,
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
     }
+    auto = options.shared_prefix == "auto"
     if shared_prefix is None:
-        shared_prefix = can_share_prefix(family, options, config)
+        shared_prefix = auto and can_share_prefix(family, options, config)
     if shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainGRPO(
-        train_dataset=dataset, micro_batch_tokens=options.micro_batch_tokens, **arguments
+        train_dataset=dataset,
+        micro_batch_tokens=options.micro_batch_tokens,
+        pack_groups=auto,
+        **arguments,
     )
 
 
