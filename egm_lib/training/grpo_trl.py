@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from accelerate import DistributedType
 from torch import Tensor
+from torch.nn.functional import pad
 from trl.generation import vllm_generation
 from trl.trainer.utils import (
     split_pixel_values_by_grid,
@@ -313,7 +314,9 @@ class PlainGRPO(TimedGRPO):
             model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
         )
 
-    def _packed_logps(self, model, batch: dict, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    def _packed_logps(
+        self, model, batch: dict, batch_size: int | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probs and entropies (B, C); in one forward pass where batch_size is None."""
         rows, width = batch["completion_mask"].shape
         counts = [rows]
@@ -325,8 +328,12 @@ class PlainGRPO(TimedGRPO):
         for part in micro_batches(batch, list(range(rows)), counts):
             with self.accelerator.autocast():
                 found.append(packed_logps(model, self._bare(model), part))
-        padded = [
-            [torch.nn.functional.pad(values, (0, width - values.shape[1])) for values in columns]
-            for columns in zip(*found, strict=True)
-        ]
-        return torch.cat(padded[0]), torch.cat(padded[1])
+        logps, entropies = zip(*found, strict=True)
+        return _rows_of_width(logps, width), _rows_of_width(entropies, width)
+
+
+def _rows_of_width(parts: Sequence[Tensor | None], width: int) -> Tensor | None:
+    """Rows of all parts, with zeros after them up to one width; None where the parts are None."""
+    if parts[0] is None:
+        return None
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])

@@ -152,9 +152,10 @@ def shared_runs(prompts: Sequence[Tensor], images: Sequence[Tensor]) -> list[ran
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(prompts)], strict=True)]
 
 
-def packed_logps(model: nn.Module, bare: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
+def packed_logps(model: nn.Module, bare: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
     """Log-probs (B, C) of TRL's batch and the entropies there; zeros where completion_mask is 0.
 
+    TRL's head of the KL's reference computes no entropies: None.
     model: as it is trained, perhaps wrapped, with TRL's fused head; bare: the same without wrappers
     and adapters. batch: under TRL's keys. One forward pass, whatever the rows are.
     """
@@ -184,7 +185,9 @@ def packed_logps(model: nn.Module, bare: nn.Module, batch: dict) -> tuple[Tensor
     )
     scored_1_L = packed.targets_1_L != IGNORED
 
-    def spread(values_1_L: Tensor) -> Tensor:
+    def spread(values_1_L: Tensor | None) -> Tensor | None:
+        if values_1_L is None:
+            return None
         zeros_B_C = values_1_L.new_zeros(mask_B_C.shape)
         return zeros_B_C.masked_scatter(mask_B_C, values_1_L[scored_1_L])
 

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from egm_lib.grpo import make_grpo_trainer, question_rows
 from egm_lib.profile import Lora
 from egm_lib.prompts import FAMILIES
-from egm_lib.training import packed_groups
+from egm_lib.training import grpo_trl, packed_groups
 from egm_lib.training.checkpoints import work_folder
 from egm_lib.training.micro_batches import by_group, packed_row_counts
 from egm_lib.training.packed_groups import IGNORED, pack, packed_logps, shared_runs
@@ -71,7 +71,7 @@ def trainer_of(world, tmp_path, family: str = "qwen3-vl", reward=half_right, **c
 
 
 def step(trainer) -> tuple[float, dict]:
-    """Loss and gradients of one update of 16 rows: of two accumulation steps, unless they are 16."""
+    """Loss and gradients of one update of 16 rows, in as many accumulation steps as it takes."""
     rows = [row for row in trainer.train_dataset for _ in range(4)]
     torch.manual_seed(0)
     trainer.model.train()
@@ -88,13 +88,18 @@ def rollout(trainer) -> dict:
     )
 
 
-def logps(trainer, batch: dict) -> torch.Tensor:
+def logps(trainer, batch: dict, model=None, **kwargs) -> torch.Tensor:
     ids = [batch[f"{part}_ids"] for part in ("prompt", "completion")]
     masks = [batch[f"{part}_mask"] for part in ("prompt", "completion")]
     names = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "mm_token_type_ids")
     images = {name: batch.get(name) for name in names}
     return trainer._get_per_token_logps_and_entropies(
-        trainer.model, torch.cat(ids, 1), torch.cat(masks, 1), ids[1].shape[1], **images
+        model or trainer.model,
+        torch.cat(ids, 1),
+        torch.cat(masks, 1),
+        ids[1].shape[1],
+        **images,
+        **kwargs,
     )[0]
 
 
@@ -260,6 +265,34 @@ def test_an_image_is_encoded_once_a_group_and_passes_keep_the_budget(world, tmp_
     assert len(seen) > 2 and max(seen) <= budget
     # Two accumulation steps of two groups; a group that goes on in another pass is read again
     assert 4 * image <= sum(patches) <= (4 + len(seen)) * image < 16 * image
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 200}, {"lora": Lora(r=2, alpha=4)}])
+def test_the_kl_s_reference_reads_packed_groups_too(world, tmp_path, monkeypatch, changes):
+    """From the second rollout of a session on: the first is compared with TRL's path."""
+    trainer = trainer_of(world, tmp_path, **changes)
+    step(trainer)
+    assert trainer.packs
+    calls, plain = [], grpo_trl.packed_logps
+
+    def watched(model, bare, batch):
+        calls.append(torch.is_grad_enabled())
+        return plain(model, bare, batch)
+
+    monkeypatch.setattr(grpo_trl, "packed_logps", watched)
+    batch = rollout(trainer)
+    assert calls and not any(calls)
+    trainer.packs = False
+    with torch.no_grad():
+        if trainer.ref_model is None:
+            with trainer.model.disable_adapter():
+                expected = logps(trainer, batch, batch_size=8)
+        else:
+            expected = logps(trainer, batch, trainer.ref_model, batch_size=8)
+    kept = batch["completion_mask"].bool()
+    torch.testing.assert_close(
+        batch["ref_per_token_logps"][kept], expected[kept], atol=1e-5, rtol=0
+    )
 
 
 def test_without_a_kl_no_reference_is_run(world, tmp_path):
