@@ -32,7 +32,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from egm_lib.data import open_image, read_samples, resolve_image
-from egm_lib.inference.loading import image_token_ids
+from egm_lib.inference.loading import image_token_ids, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
@@ -308,7 +308,8 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
         raise TrainingError(
             f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`"
         ) from error
-    return train_to(trainer, processor, out)
+    # As the start has it: limits of a profile are not stored in a checkpoint.
+    return train_to(trainer, load_processor(start, profile.models.small.family), out)
 
 
 def server_command(model: str, options: GRPO) -> str:

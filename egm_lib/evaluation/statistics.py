@@ -1,11 +1,10 @@
-"""Prediction files -> metrics with intervals, and differences between models with their evidence.
+"""Means with intervals, differences between models with their evidence, and fixed random draws.
 
-IoU and success are never stored: `score` reads them from the raw answers, by any rule of the
-parser, so that the same files can be scored as other evaluators would. Expressions on one image
-are not independent, so every interval comes from a bootstrap that draws images (and seeds, where
-a run has several), never samples.
+Expressions on one image are not independent. So every interval comes from a bootstrap that draws
+images (and seeds if a run has several), never samples.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,6 +159,12 @@ def estimate(
     return Estimate(
         _mean_of_groups(values_N, groups_N), bootstrap_interval(draws_D_1[:, 0]), len(rows)
     )
+
+
+def sample_fixed(items: Sequence, count: int) -> list:
+    """`count` of the items, drawn at random but the same in every call, in their order."""
+    chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
+    return [items[index] for index in chosen]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
