@@ -243,8 +243,9 @@ def make_grpo_trainer(
     """The trainer of the stage.
 
     rows, held_out: of `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups). shared_prefix None: where it is possible. reward: another than Eq. 8.
-    config: of `grpo_config`, where it was needed before the model.
+    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples so; None:
+    where the profile allows it and it is possible. reward: another than Eq. 8. config: of
+    `grpo_config`, where it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
     # counts positions from both (TRL #5785)
@@ -282,15 +283,19 @@ def make_grpo_trainer(
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
         "eval_dataset": Dataset.from_list(list(held_out)) if options.held_out_prompts else None,
     }
+    auto = options.shared_prefix == "auto"
     if shared_prefix is None:
-        shared_prefix = can_share_prefix(family, options, config)
+        shared_prefix = auto and can_share_prefix(family, options, config)
     if shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainGRPO(
-        train_dataset=dataset, micro_batch_tokens=options.micro_batch_tokens, **arguments
+        train_dataset=dataset,
+        micro_batch_tokens=options.micro_batch_tokens,
+        pack_groups=auto,
+        **arguments,
     )
 
 
