@@ -92,12 +92,26 @@ class Model:
         return str(local) if local.exists() or self.path.startswith(("data/", "/")) else self.path
 
 
+# A model name with this ending is its model, reasoning switched off (Table 10)
+NO_REASONING = "-no-reasoning"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Models:
     small: Model
     large: Model
     reference: Model  # "stronger model" of the learnability selection, Sec. 4.2
     egm: Model | None = None  # a published EGM model; null: `small-egm` is what the run trains
+
+    def named(self, name: str) -> Model | None:
+        """The checkpoint that a model's name in a run means; None: the run trains it.
+
+        The way of decoding after an @ (egm_lib.inference.decoding) does not matter.
+        """
+        bases = {"small-base": self.small, "large-base": self.large, "reference": self.reference}
+        if self.egm is not None:
+            bases["small-egm"] = self.egm
+        return bases.get(name.partition("@")[0].removesuffix(NO_REASONING))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +304,9 @@ class Launch:
     nodes: int = 1  # machines of a training; a vLLM server for its rollouts is one more
     main_process_port: int = 29500  # where the nodes of a training meet; accelerate's default
     side_by_side: bool = False  # vanilla and amodal at the same time, one thread each
-    # Processes that share the samples of a model without GPUs; with GPUs there is one for each
-    prediction_workers: int = 1
+    # Processes among which the samples are dealt where there is no GPU; null: one for each core.
+    # With GPUs there are as many as copies of the model fit (`tensor_parallel`).
+    prediction_workers: int | None = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,7 +419,7 @@ def _check_machines(profile: Profile) -> None:
     """Raises ProfileError for numbers of GPUs, processes and nodes that cannot be."""
     launch, name = profile.launch, profile.name
     for key in ("num_processes", "nodes", "prediction_workers"):
-        if getattr(launch, key) < 1:
+        if (getattr(launch, key) or 1) < 1:
             raise ProfileError(f"{name}.launch.{key}: expected at least 1.")
     if launch.num_processes % launch.nodes:
         raise ProfileError(

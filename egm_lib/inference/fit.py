@@ -32,8 +32,8 @@ def check_fit(model: Model, generation: Generation) -> None:
     share = generation.gpu_memory_utilization if generation.engine == "vllm" else 1.0
     if parallel > torch.cuda.device_count():
         raise FitError(
-            f"{model.path}: tensor_parallel is {parallel}, and {torch.cuda.device_count()} GPUs "
-            "are visible here."
+            f"{model.path} wants tensor_parallel = {parallel} GPUs, and "
+            f"{torch.cuda.device_count()} are visible here."
         )
     check_heads(model.path, config, parallel)
     check_weights(
@@ -57,7 +57,7 @@ def check_heads(name: str, config: PretrainedConfig, parallel: int) -> None:
         ]
         raise FitError(
             f"{name} has {heads} attention heads and {kv_heads} key-value heads, which do not "
-            f"divide among tensor_parallel = {parallel} GPUs; possible are "
+            f"divide among tensor_parallel = {parallel} GPUs. Possible are "
             f"{', '.join(map(str, fitting))}."
         )
 
@@ -81,9 +81,10 @@ def check_weights(
     usable_gib = memory_gib * share * parallel
     if weights_gib > usable_gib:
         raise FitError(
-            f"{name} has {weights_gib:.0f} GiB of weights in {dtype}, and {parallel} GPU"
-            f"{'s' * (parallel > 1)} of {memory_gib:.0f} GiB hold {usable_gib:.0f}: raise its "
-            "tensor_parallel, take another dtype, or give it the base_url of a server."
+            f"{name} has {weights_gib:.0f} GiB of weights in {dtype}, and tensor_parallel = "
+            f"{parallel} gives it {usable_gib:.0f} GiB ({parallel} x {memory_gib:.0f} GiB x "
+            f"{share:g}). Raise its tensor_parallel, take another dtype, or give it the base_url "
+            "of a server."
         )
 
 

@@ -7,27 +7,28 @@ from egm_lib.inference.fit import check_fit
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.inference.vllm_engine import VLLMEngine
-from egm_lib.profile import Model, Profile, ProfileError, api_key, generation_of
+from egm_lib.profile import (
+    NO_REASONING,
+    Model,
+    Profile,
+    ProfileError,
+    api_key,
+    generation_of,
+)
 from egm_lib.run import Run
-
-# A model name with this ending is its model, reasoning switched off (Table 10)
-NO_REASONING = "-no-reasoning"
 
 
 def model_of(run: Run, model: str, task: str) -> Model:
-    """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained
-    for this task.
+    """The checkpoint behind a name of a run: one that the profile names, or a model that the run
+    trained for this task.
     """
-    models, plain = run.profile.models, model.partition("@")[0]  # after the @: egm_lib.decoding
-    bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
-    if models.egm is not None:
-        bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}
-    if model in bases:
-        return bases[model]
-    path = run.checkpoint(task, plain.removesuffix(NO_REASONING))
+    models = run.profile.models
+    if (named := models.named(model)) is not None:
+        return named
+    path = run.checkpoint(task, model.partition("@")[0].removesuffix(NO_REASONING))
     if not path.is_dir():
         raise FileNotFoundError(
-            f"no checkpoint {path}; train it first, or use one of {', '.join(bases)}"
+            f"no checkpoint {path}; train it first, or use one of small-base, large-base, reference"
         )
     return replace(models.small, path=str(path), revision=None)
 

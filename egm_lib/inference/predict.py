@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TypedDict
 
@@ -31,13 +31,13 @@ from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, read_jsonl, write_jsonl
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.inference.engine import Answer, Engine, Request
-from egm_lib.inference.from_profile import NO_REASONING, make_engine, model_of
+from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.latency import CONCURRENCIES, measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge
 from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.parsing import parse_completion
-from egm_lib.profile import Sampling
+from egm_lib.profile import NO_REASONING, Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
 from egm_lib.run import Run
 
@@ -339,19 +339,22 @@ def main(argv: list[str] | None = None) -> int:
 def _predict_all(args: argparse.Namespace) -> None:
     run = run_of(args)
     for model in args.model:
-        for task in ("vanilla",) if args.latency else (args.task or run.profile.tasks):
-            _predict_task(run, model, task, args)
+        tasks = ("vanilla",) if args.latency else (args.task or run.profile.tasks)
+        splits = {
+            task: [pair for pair in eval_splits(task) if _wanted(pair, args)] for task in tasks
+        }
+        asked = [task for task in tasks if splits[task]]
+        # One engine for the tasks of a base model; a trained one has a checkpoint for each
+        for checkpoint, group in groupby(asked, partial(model_of, run, model)):
+            pairs = [pair for task in group for pair in splits[task]]
+            plain = make_engine(run.profile, checkpoint, run.seed, for_latency=args.latency)
+            # Closed before the next one is built
+            with contextlib.closing(decoded_as(plain, model)) as engine:
+                _use_engine(engine, pairs, run, model, args)
 
 
-def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> None:
-    profile = run.profile
-    splits = [pair for pair in eval_splits(task) if not args.split or split_id(*pair) in args.split]
-    if not splits:
-        return
-    checkpoint = model_of(run, model, task)
-    plain = make_engine(profile, checkpoint, run.seed, for_latency=args.latency)
-    with contextlib.closing(decoded_as(plain, model)) as engine:  # before the next one is built
-        _use_engine(engine, splits, run, model, args)
+def _wanted(pair: tuple[str, str], args: argparse.Namespace) -> bool:
+    return not args.split or split_id(*pair) in args.split
 
 
 def _use_engine(

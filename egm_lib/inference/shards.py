@@ -1,7 +1,7 @@
 """The samples of one prediction file, dealt out to several processes.
 
 Each process answers a shard into a file of its own, which it can go on with after a stop:
-`refcoco_val.unfinished/1-of-2.jsonl` beside `refcoco_val.jsonl`. Whoever finishes last merges them.
+`refcoco_val.unfinished/1-of-2.part` beside `refcoco_val.jsonl`. Whoever finishes last merges them.
 """
 
 import shutil
@@ -37,7 +37,7 @@ class Shard:
 
     def file(self, out: Path) -> Path:
         """Where the shard's rows of `out` are kept; the only shard's are `out` itself."""
-        return out if self.count == 1 else _folder(out) / f"{self.number}-of-{self.count}.jsonl"
+        return out if self.count == 1 else _folder(out) / f"{self.number}-of-{self.count}.part"
 
 
 WHOLE = Shard()
@@ -49,7 +49,7 @@ def _folder(out: Path) -> Path:
 
 def files_with_rows(out: Path) -> list[Path]:
     """`out` and the files of its shards, as far as they exist; also of a run with other shards."""
-    return [path for path in (out, *sorted(_folder(out).glob("*.jsonl"))) if path.is_file()]
+    return [path for path in (out, *sorted(_folder(out).glob("*.part"))) if path.is_file()]
 
 
 def merge(out: Path, samples: Sequence[Mapping], own: Shard) -> list[str]:

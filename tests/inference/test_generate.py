@@ -3,16 +3,18 @@ as alone.
 """
 
 import json
+import sys
 import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import regex
 import torch
+from fake_engine import GREEDY, FakeEngine, sample
 from PIL import Image
 from tiny_internvl import tiny_internvl
 from tiny_qwen import tiny_qwen
@@ -26,27 +28,8 @@ from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.predict import EngineFailure, predict
 from egm_lib.inference.transformers_engine import TransformersEngine
-from egm_lib.profile import ProfileError, Sampling, load_profile
+from egm_lib.profile import ProfileError, load_profile
 from egm_lib.prompts import FAMILIES
-
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=12, repetition_penalty=1.0)
-
-
-def sample(number: int, **changes) -> dict:
-    return {
-        "sample_id": f"s{number}",
-        "dataset": "refcoco",
-        "split": "val",
-        "task": "vanilla",
-        "image": f"{number % 3}.png",
-        "width": 64,
-        "height": 48,
-        "expression": "the red one " + "and the next " * (number % 4),
-        "gt_box": [0.0, 0.0, 32.0, 24.0],
-        "image_id": str(number % 3),
-        "flipped": False,
-        **changes,
-    }
 
 
 @pytest.fixture
@@ -54,28 +37,6 @@ def images(tmp_path):
     for number in range(3):
         Image.new("RGB", (64, 48), (80 * number, 100, 200)).save(tmp_path / f"{number}.png")
     return tmp_path
-
-
-class FakeEngine:
-    """Answers the length of its prompt as a box; counts what it was asked."""
-
-    family, revision, batch_size, seed = FAMILIES["qwen3-vl"], "r1", 2, 0
-
-    def __init__(self, fails_on=lambda prompt: False):
-        self.asked, self.fails_on = 0, fails_on
-
-    def describe(self):
-        return {"engine": "fake"}
-
-    def answer(self, requests, sampling, *, reasoning=True):
-        for request in requests:
-            self.asked += 1
-            if self.fails_on(request.prompt):
-                yield Answer.failed(RuntimeError("no memory"))
-            else:
-                box = f'[{{"bbox_2d": [0, 0, {len(request.prompt)}, 500]}}]'
-                text = f"<think>\nlook\n</think>\n\n{box}"
-                yield Answer(text, 10, 3, 20, "stop", latency_ms=1.5)
 
 
 def run(engine, samples, root, out, **options):
@@ -178,6 +139,42 @@ def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
 
 
+class Asked(FakeEngine):
+    """Keeps what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.requests = []
+
+    def answer(self, requests, sampling, *, reasoning=True):
+        self.requests.append(
+            [(request.prompt, request.image.getpixel((0, 0))) for request in requests]
+        )
+        yield from super().answer(requests, sampling, reasoning=reasoning)
+
+
+def test_latency_is_not_measured_on_what_it_warmed_up_on(images):
+    """Engines remember prompts and images; an image may have several expressions."""
+    for number in range(20):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(images / f"own{number}.png")
+    samples = [
+        sample(number, expression=f"the {number}", image=f"own{number // 2}.png")
+        for number in range(40)
+    ]
+    engine = Asked()
+    options = {"out": images / "l.jsonl", "model": "m", "root": images, "sampling": GREEDY}
+    rows = measure_latency(
+        samples, engine, concurrencies=(1, 4), num_samples=8, warmup=3, **options
+    )
+    assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16
+    [first, *singles], second = engine.requests[:9], engine.requests[9:]
+    for warm, measured in ((first, singles), (second[0], second[1:])):
+        asked = {request for wave in measured for request in wave}
+        assert not {prompt for prompt, _ in warm} & {prompt for prompt, _ in asked}
+    # Eight samples of at most eight images leave twelve images to warm up on
+    assert not {image for _, image in first} & {image for wave in singles for _, image in wave}
+
+
 class StreamingServer(ThreadingHTTPServer):
     """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests
     it has at a time.
@@ -237,7 +234,8 @@ def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as
         concurrencies=(1, 6),
         warmup=1,
     )
-    assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 24)
+    # 24 samples: 6 to warm up on, 18 to measure
+    assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 18)
     assert all(
         body["stream"] and body["stream_options"] == {"include_usage": True}
         for body in server.bodies
@@ -626,3 +624,36 @@ def test_vllm_gets_the_profile_s_gpus_and_the_model_s_revision(monkeypatch):
     )
     (path, family), options = make_engine(profile, replace(profile.models.small, revision="abc"))
     assert family == "qwen3-vl" and options["tensor_parallel"] == 2 and options["revision"] == "abc"
+
+
+def test_a_model_with_an_address_of_its_own_is_asked_there(monkeypatch):
+    monkeypatch.setattr(from_profile, "VLLMEngine", lambda *args, **options: options)
+    profile = load_profile("paper-qwen3vl-8b")
+    options = make_engine(profile, profile.models.large)
+    assert options["tensor_parallel"] == 8
+    served = replace(profile.models.large, base_url="http://127.0.0.1:8000/v1")
+    engine = make_engine(profile, served)
+    assert isinstance(engine, OpenAIEngine) and engine.base_url == served.base_url
+    assert engine.model == "Qwen/Qwen3-VL-235B-A22B-Instruct"
+    assert make_engine(profile, profile.models.small)["tensor_parallel"] == 1
+    stated = replace(profile.models.small, max_model_len=4096, gpu_memory_utilization=0.5)
+    options = make_engine(profile, stated)
+    assert (options["max_model_len"], options["gpu_memory_utilization"]) == (4096, 0.5)
+
+
+def test_an_engine_for_latency_remembers_nothing(monkeypatch):
+    """Neither prompts nor images: a repeated image would be answered faster than a new one."""
+    vllm, given = ModuleType("vllm"), []
+    vllm.LLM = lambda **options: given.append(options)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(
+        "egm_lib.inference.vllm_engine.load_processor", lambda *args: tiny_qwen()[1]
+    )
+    profile = load_profile("mini")
+    model = replace(profile.models.small, engine="vllm")
+    for for_latency in (True, False):
+        make_engine(profile, model, for_latency=for_latency)
+    caches = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
+    assert caches.items() <= given[0].items() and not caches.keys() & given[1].keys()
+    [plain, timed] = (make_engine(profile, profile.models.small, for_latency=on) for on in (0, 1))
+    assert plain.cache_vision and not timed.cache_vision
