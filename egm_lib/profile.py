@@ -419,7 +419,8 @@ def _check_machines(profile: Profile) -> None:
     """Raises ProfileError for numbers of GPUs, processes and nodes that cannot be."""
     launch, name = profile.launch, profile.name
     for key in ("num_processes", "nodes", "prediction_workers"):
-        if (getattr(launch, key) or 1) < 1:
+        number = getattr(launch, key)
+        if number is not None and number < 1:
             raise ProfileError(f"{name}.launch.{key}: expected at least 1.")
     if launch.num_processes % launch.nodes:
         raise ProfileError(

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egm_lib.errors import EgmError
 from egm_lib.files import project_root
+from egm_lib.pipeline.launch import launch_command
 from egm_lib.profile import Generation, generation_of
 from egm_lib.run import Run
 
@@ -89,9 +90,13 @@ def shard_jobs(run: Run, models: Sequence[str], module: str, *arguments: str) ->
     That is the number of GPUs, divided by the models' tensor_parallel; without GPUs
     `launch.prediction_workers`. A server is asked by one process, which keeps it busy alone.
     """
-    gpus, total = max(_gpus(run, model) for model in models), len(visible_gpus())
-    count = max(1, total // gpus) if total else run.profile.launch.prediction_workers
-    count = 1 if gpus == 0 else count or os.cpu_count() or 1
+    gpus, total = max(gpus_of(run, model) for model in models), len(visible_gpus())
+    if gpus == 0:
+        count = 1
+    elif total:
+        count = max(1, total // gpus)
+    else:
+        count = run.profile.launch.prediction_workers or os.cpu_count() or 1
     jobs = []
     for number in range(1, count + 1):
         shard = ["--shard", f"{number}/{count}"] if count > 1 else []
@@ -104,7 +109,7 @@ def shard_jobs(run: Run, models: Sequence[str], module: str, *arguments: str) ->
 def latency_job(run: Run, models: Sequence[str]) -> Job:
     """One process that measures the latency of several models, one after the other."""
     options = [word for model in models for word in ("--model", model)]
-    gpus = max(_gpus(run, model) for model in models)
+    gpus = max(gpus_of(run, model) for model in models)
     return job(run, "inference.predict", "--latency", *options, gpus=gpus)
 
 
@@ -113,22 +118,22 @@ def _generation(run: Run, model: str) -> Generation:
     return generation_of(run.profile, models.named(model) or models.small)
 
 
-def _gpus(run: Run, model: str) -> int:
+def gpus_of(run: Run, model: str) -> int:
     """GPUs that one copy of a model takes in a process of its own."""
     generation = _generation(run, model)
     return {"openai": 0, "transformers": 1, "vllm": generation.tensor_parallel}[generation.engine]
 
 
 def training_job(run: Run, module: str, *arguments: str) -> Job:
-    """As `job`, through `accelerate launch` where the profile names a configuration for it."""
+    """As `job`, through `accelerate launch` where the profile names a configuration for it.
+
+    gpus: those of one node.
+    """
     launch = run.profile.launch
-    plain = job(run, module, *arguments, gpus=launch.num_processes)
+    plain = job(run, module, *arguments, gpus=launch.num_processes // launch.nodes)
     if launch.accelerate_config is None:
         return plain
-    config = Path(__file__).parent / "configs" / f"{launch.accelerate_config}.yaml"
-    prefix = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    prefix += ["--num_processes", str(launch.num_processes)]
-    return Job(plain.name, [*prefix, *plain.command[1:]], plain.log, plain.gpus)
+    return replace(plain, command=launch_command(launch, plain.command[1:]))
 
 
 def data_job(run: Run) -> Job:

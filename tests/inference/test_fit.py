@@ -83,7 +83,7 @@ def machine(monkeypatch, gpus: int, memory_gib: float) -> None:
     ("role", "gpus", "words"),
     [
         ("large", 8, None),
-        ("large", 4, "4 GPUs are visible"),
+        ("large", 4, "4 are visible"),
         ("small", 1, None),
         ("small", 0, None),
     ],
