@@ -17,6 +17,7 @@ from pathlib import Path
 import egm_lib.viewer
 from egm_lib.cli import ends, run_parser, runs_of
 from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.files import atomic_open, read_json
 from egm_lib.reports.figures.material import (
     EGM,
@@ -25,7 +26,6 @@ from egm_lib.reports.figures.material import (
     Material,
     data_root,
     outcome_title,
-    sample_fixed,
 )
 from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, summarised
 from egm_lib.viewer.comparison import OUTCOMES, models_in

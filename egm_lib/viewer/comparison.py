@@ -170,7 +170,7 @@ def readable(row: Mapping) -> Mapping:
 
 def frame_of(row: Mapping) -> BoxFrame:
     """The frame of a row's numbers; NORM_1000 where the row does not say."""
-    return BoxFrame(row.get("frame") or BoxFrame.NORM_1000)
+    return BoxFrame.read(row.get("frame") or BoxFrame.NORM_1000)
 
 
 def judge(row: Mapping) -> ScoredAnswer:

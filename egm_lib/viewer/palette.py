@@ -32,6 +32,7 @@ LOOKS = {
     "small-egm-no-reasoning": Look("EGM, no reasoning", "#56B4E9", (6, 1.5, 1.2, 1.5), "v"),
     "small-direct-control": Look("direct control", "#CC79A7", (2.5, 1), "<"),
     "small-sft-control": Look("SFT control", "#8C6D1F", (5, 1, 1, 1), ">"),
+    "small-egm-unselected": Look("EGM, prompts at random", "#999999", (3, 1, 1, 1, 1, 1), "X"),
     "large-base": Look("large base", "#009E73", (7, 2), "P"),
 }
 _SPARE = (

@@ -9,8 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from fake_engine import GREEDY, FakeEngine, sample
-from PIL import Image
+from engine_world import GREEDY, FakeEngine, sample
 from tiny_qwen import tiny_qwen
 
 from egm_lib.errors import InputError
@@ -21,13 +20,6 @@ from egm_lib.prompts import FAMILIES
 
 SAMPLES = [sample(number) for number in range(50)]
 STAMP = {"model": "small-base", "profile": "test", "seed": 0}
-
-
-@pytest.fixture
-def images(tmp_path):
-    for number in range(3):
-        Image.new("RGB", (64, 48), (80 * number, 100, 200)).save(tmp_path / f"{number}.png")
-    return tmp_path
 
 
 def run(engine, root, out, shard="1/1", samples=SAMPLES, **options):
@@ -169,7 +161,7 @@ def test_a_model_s_answers_do_not_depend_on_the_shards(images):
 SLOW_SHARD = """
 import sys, time
 from pathlib import Path
-from fake_engine import GREEDY, FakeEngine, sample
+from engine_world import GREEDY, FakeEngine, sample
 from egm_lib.inference.predict import predict
 from egm_lib.inference.shards import Shard
 

@@ -6,7 +6,7 @@ import time
 from itertools import islice
 
 import pytest
-from fake_engine import GREEDY, FakeEngine, sample
+from engine_world import GREEDY, FakeEngine, sample
 from PIL import Image
 
 from egm_lib.inference import predict as predict_module
@@ -16,13 +16,6 @@ from egm_lib.inference.predict import EngineFailure, _map_ahead, predict
 
 STAMP = {"model": "m", "profile": "test", "seed": 0, "sampling": GREEDY}
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def images(tmp_path):
-    for number in range(3):
-        Image.new("RGB", (64, 48), (80 * number, 100, 200)).save(tmp_path / f"{number}.png")
-    return tmp_path
 
 
 class Endpoint(OpenAIEngine):

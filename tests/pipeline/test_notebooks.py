@@ -89,9 +89,7 @@ def test_the_readme_links_to_what_is_there():
 
 
 def test_the_readme_shows_the_committed_results():
-    """Nothing is typed by hand: image and numbers are what figures/mini-full gives (`make tables`
-    writes them).
-    """
+    """Nothing is typed by hand: image and numbers are what figures/mini-full gives."""
     assert (ROOT / "README.md").read_text(encoding="utf-8") == committed_readme(ROOT)
 
 

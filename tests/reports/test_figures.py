@@ -7,10 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 from toy_run import write_run
 
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.reports.figures import FIGURES, build_figures
 from egm_lib.reports.figures.__main__ import main
 from egm_lib.reports.figures.curves import _curve
-from egm_lib.reports.figures.material import sample_fixed
 
 
 @pytest.fixture(scope="module")

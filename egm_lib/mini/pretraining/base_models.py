@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from egm_lib.cli import ends
 from egm_lib.files import project_root
 from egm_lib.mini.grid import GRID_1000, grid_length, level
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_images, patchify, save
@@ -301,7 +303,7 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main() -> int:
     """One stage: align, base or export, into --out, for --size small or large."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=["align", "base", "export"])
@@ -326,8 +328,8 @@ def main() -> None:
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)
     )
     torch.set_num_threads(args.threads)
-    {"align": align, "base": base, "export": export}[args.stage](args)
+    return ends(lambda: {"align": align, "base": base, "export": export}[args.stage](args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure, SubFigure
 
-from egm_lib.evaluation.statistics import estimate
+from egm_lib.evaluation.statistics import estimate, sample_fixed
 from egm_lib.files import read_jsonl
+from egm_lib.reports.curated import example_traces
 from egm_lib.reports.figures.material import (
     DRAWS,
     EGM,
@@ -15,7 +16,6 @@ from egm_lib.reports.figures.material import (
     Material,
     NotRun,
     outcome_title,
-    sample_fixed,
 )
 from egm_lib.reports.figures.pieces import down_up, draw_legend, say
 from egm_lib.reports.tables.cells import decimal_text
@@ -50,16 +50,11 @@ Example = tuple[str, Comparison]
 
 def fig3(material: Material) -> tuple[Figure, str]:
     """Curated traces, two of each task, with the places that they name."""
-    rows = []
-    for task in ("vanilla", "amodal"):
-        file = material.results.roots[0] / "traces" / f"{task}.jsonl"
-        if file.is_file():
-            complete = [
-                row
-                for row in read_jsonl(file)
-                if all(row.get(name) for name in ("reasoning", "gt_box", "image", "expression"))
-            ]
-            rows += [(task, row) for row in sample_fixed(complete, 2)]
+    rows = [
+        (task, row)
+        for task in ("vanilla", "amodal")
+        for row in example_traces(material.results.roots[0], task)
+    ]
     if not rows:
         raise NotRun("no curated traces (notebooks 02 and 03)")
     lines = (len(rows) + 1) // 2

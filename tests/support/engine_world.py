@@ -1,6 +1,12 @@
-"""Samples and an engine that answers without a model."""
+"""Shared by tests of engines and prediction files: samples, requests, an engine without a model."""
 
-from egm_lib.inference.engine import Answer
+import json
+
+import numpy as np
+from PIL import Image
+
+from egm_lib.inference.engine import Answer, Request
+from egm_lib.inference.predict import predict
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
 
@@ -44,3 +50,26 @@ class FakeEngine:
                 box = f'[{{"bbox_2d": [0, 0, {len(request.prompt)}, 500]}}]'
                 text = f"<think>\nlook\n</think>\n\n{box}"
                 yield Answer(text, 10, 3, 20, "stop", latency_ms=1.5)
+
+
+def run(engine, samples, root, out, **options):
+    common = {
+        "model": "small-base",
+        "profile": "test",
+        "seed": 0,
+        "root": root,
+        "sampling": GREEDY,
+        **options,
+    }
+    predict(samples, engine, out=out, **common)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def requests_of(count: int) -> list[Request]:
+    """Images of two sizes and prompts of many lengths, so that batches are padded."""
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 256, (48, 32 + 16 * (n % 2), 3), dtype=np.uint8))
+        for n in range(count)
+    ]
+    return [Request(image, "find " + "x" * (7 * n % 11)) for n, image in enumerate(images)]
