@@ -306,9 +306,9 @@ class Launch:
     nodes: int = 1  # machines of a training; a vLLM server for its rollouts is one more
     main_process_port: int = 29500  # where the nodes of a training meet; accelerate's default
     side_by_side: bool = False  # vanilla and amodal at the same time, one thread each
-    # Processes among which the samples are dealt where there is no GPU; null: one for each core.
-    # With GPUs there are as many as copies of the model fit (`tensor_parallel`).
-    prediction_workers: int | None = 1
+    # Processes that share the samples where there is no GPU. With GPUs there are as many as copies
+    # of the model fit (`tensor_parallel`).
+    prediction_workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,8 +421,7 @@ def _check_machines(profile: Profile) -> None:
     """Raises ProfileError for numbers of GPUs, processes and nodes that cannot be."""
     launch, name = profile.launch, profile.name
     for key in ("num_processes", "nodes", "prediction_workers"):
-        number = getattr(launch, key)
-        if number is not None and number < 1:
+        if getattr(launch, key) < 1:
             raise ProfileError(f"{name}.launch.{key}: expected at least 1.")
     if launch.num_processes % launch.nodes:
         raise ProfileError(

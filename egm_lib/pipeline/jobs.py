@@ -96,7 +96,7 @@ def shard_jobs(run: Run, models: Sequence[str], module: str, *arguments: str) ->
     elif total:
         count = max(1, total // gpus)
     else:
-        count = run.profile.launch.prediction_workers or os.cpu_count() or 1
+        count = run.profile.launch.prediction_workers
     jobs = []
     for number in range(1, count + 1):
         shard = ["--shard", f"{number}/{count}"] if count > 1 else []
