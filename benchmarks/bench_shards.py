@@ -84,7 +84,7 @@ def main() -> None:
                 out = root / f"{workers}-{number}.jsonl"
                 seconds, busiest_s = timed(root, args.model, out, workers)
                 print(
-                    f"{workers} processes: {seconds:.1f} s, {busiest_s:.1f} s of CPU in the busiest",
+                    f"{workers} processes: {seconds:.1f} s, {busiest_s:.1f} s of CPU in one",
                     flush=True,
                 )
         one, several = (root / f"{workers}-0.jsonl" for workers in (1, args.workers))

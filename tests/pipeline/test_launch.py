@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+from accelerate.commands import launch as accelerate_launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from training_world import make_samples, moved_names, store_model
 
 from egm_lib.errors import InputError
@@ -88,7 +90,6 @@ CPU_CONFIG = """
 compute_environment: LOCAL_MACHINE
 distributed_type: MULTI_GPU
 mixed_precision: 'no'
-same_network: true
 machine_rank: 0
 num_machines: 1
 num_processes: 1
@@ -125,3 +126,28 @@ def test_two_nodes_train_one_model(tmp_path, monkeypatch):
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first["size"] == 2 and first["steps"] == 2
     assert moved_names(tmp_path / "model", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("config", "launcher"),
+    [("deepspeed_zero3", "deepspeed_launcher"), ("fsdp", "multi_gpu_launcher")],
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_accelerate_starts_its_share_of_the_processes_on_each_node(
+    config, launcher, rank, monkeypatch
+):
+    """accelerate's own reading of the shipped configurations: torchrun on each node, no ssh."""
+    command = node_command(replace(TWO, accelerate_config=config), WORK, rank, "node0")
+    calls = []
+    monkeypatch.setattr(accelerate_launch, launcher, calls.append)
+    parser = accelerate_launch.launch_command_parser()
+    accelerate_launch.launch_command(parser.parse_args(command[3:]))
+    (args,) = calls
+    if config == "fsdp":
+        prepare_multi_gpu_env(args)
+    else:
+        other_launcher, _ = prepare_deepspeed_cmd_env(args)
+        assert other_launcher is None  # it would need a host file and ssh
+    assert (args.nnodes, args.nproc_per_node, int(args.node_rank)) == ("2", "8", rank)
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "node0:29500")
+    assert args.module and [args.training_script, *args.training_script_args] == WORK[1:]
