@@ -73,6 +73,8 @@ from egm_lib.training.model_setup import (
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
 
 MODEL = "small-egm"
+# Where the vLLM server of `grpo.rollout: vllm-server` runs, if not on this machine
+SERVER_VARIABLE = "EGM_VLLM_SERVER"
 
 
 def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -> dict:
@@ -108,6 +110,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "importance_sampling_level": options.ratio_level,
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
+        "vllm_server_host": os.environ.get(SERVER_VARIABLE, "localhost"),
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
         "log_multimodal": False,  # TRL would send the images of all processes to each other
         "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,

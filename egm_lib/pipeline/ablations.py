@@ -12,6 +12,7 @@ in a folder of its own below the run, and answers one validation split (ablation
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from egm_lib.data import read_eval, read_samples
 from egm_lib.grpo import run_grpo
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.inference.predict import predict
-from egm_lib.pipeline.jobs import job, run_jobs, training_job
+from egm_lib.inference.shards import WHOLE, Shard
+from egm_lib.pipeline.jobs import prediction_jobs, run_jobs, shard_jobs, training_job
 from egm_lib.profile import Model, Profile
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
@@ -91,24 +93,27 @@ def train(run: Run, name: str, steps: int) -> Path:
     return run_grpo(variant_run(run, name, steps), TASK)
 
 
-def answer(run: Run, steps: int) -> None:
-    """Every variant's answers to the validation split."""
+def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
+    """Every variant's answers to the validation split, or to a shard of it."""
 
     small, samples = run.profile.models.small, validation_samples(run.profile)
     for name, variant in VARIANTS.items():
         own = variant_run(run, name, steps)
         folder = own.start if variant.changes is None else own.checkpoint(TASK, "small-egm")
-        engine = make_engine(run.profile, replace(small, path=str(folder), revision=None), run.seed)
-        predict(
-            samples,
-            engine,
-            out=answers_file(run, name, steps),
-            model=name,
-            profile=run.profile.name,
-            seed=run.seed,
-            root=run.profile.data.path,
-            sampling=run.profile.generation.sampling,
-        )
+        model = replace(small, path=str(folder), revision=None)
+        # Closed before the next one is built
+        with contextlib.closing(make_engine(run.profile, model, run.seed)) as engine:
+            predict(
+                samples,
+                engine,
+                out=answers_file(run, name, steps),
+                model=name,
+                profile=run.profile.name,
+                seed=run.seed,
+                root=run.profile.data.path,
+                sampling=run.profile.generation.sampling,
+                shard=shard,
+            )
 
 
 def run_all(run: Run, steps: int) -> None:
@@ -124,14 +129,10 @@ def run_all(run: Run, steps: int) -> None:
             for name in trained
         ],
     )
-    run_jobs(run, [job(run, "pipeline.ablations", "--steps", str(steps), "--answer")])
-    run_jobs(
-        run,
-        [
-            job(run, "inference.predict", "--task", TASK, "--model", f"small-egm@{way}")
-            for way in DECODINGS
-        ],
-    )
+    answering = ("pipeline.ablations", "--steps", str(steps), "--answer")
+    run_jobs(run, shard_jobs(run, ["small-egm"], *answering))
+    decoded = [f"small-egm@{way}" for way in DECODINGS]
+    run_jobs(run, prediction_jobs(run, decoded, "--task", TASK))
     evaluation, names = run.profile.evaluation, ["ablation_grpo", "table4_decoding"]
     build_tables(
         run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
@@ -150,6 +151,9 @@ def main(argv: list[str] | None = None) -> int:
         "--train", choices=VARIANTS, metavar="VARIANT", help="train this variant only"
     )
     part.add_argument("--answer", action="store_true", help="only let the trained variants answer")
+    parser.add_argument(
+        "--shard", type=Shard.parse, default=WHOLE, metavar="I/N", help="of --answer"
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     return ends(lambda: _work(args))
@@ -160,7 +164,7 @@ def _work(args: argparse.Namespace) -> None:
     if args.train:
         print(train(run, args.train, args.steps))
     elif args.answer:
-        answer(run, args.steps)
+        answer(run, args.steps, args.shard)
     else:
         run_all(run, args.steps)
 

@@ -25,6 +25,7 @@ from egm_lib.evaluation.scoring import load_predictions, score
 from egm_lib.files import write_text
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.predict import predict
+from egm_lib.inference.shards import WHOLE, Shard
 from egm_lib.learnability import select_learnable
 from egm_lib.run import Run
 
@@ -37,8 +38,8 @@ def pool_answers(run: Run, role: str) -> Path:
     return run.root / "selection" / f"{role}.jsonl"
 
 
-def answer_pool(run: Run, role: str) -> Path:
-    """Has a role answer the pool; goes on where it stopped.
+def answer_pool(run: Run, role: str, shard: Shard = WHOLE) -> Path:
+    """Has a role answer the pool, or a shard of it; goes on where it stopped.
 
     The learner answers every sample. The reference answers what `selection.reference` says: all,
     or the learner's misses. Raises InputError where those are not known yet.
@@ -64,6 +65,7 @@ def answer_pool(run: Run, role: str) -> Path:
         root=data.path,
         sampling=run.profile.generation.sampling,
         prompt=run.profile.grpo.prompt,
+        shard=shard,
     )
 
 
@@ -155,9 +157,16 @@ def _select_vanilla(run: Run) -> dict[str, int | None]:
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser("training.selection", "Answer the selection pool.")
     parser.add_argument("--role", choices=ROLES, required=True)
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=WHOLE,
+        metavar="I/N",
+        help="a part of the samples, as in inference.predict",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    return ends(lambda: print(answer_pool(run_of(args), args.role)))
+    return ends(lambda: print(answer_pool(run_of(args), args.role, args.shard)))
 
 
 if __name__ == "__main__":
