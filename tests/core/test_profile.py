@@ -114,7 +114,7 @@ def test_released_differs_only_where_the_scripts_do():
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],
 )
-def test_a_slip_is_named_with_its_place(folder, change, words):
+def test_a_mistake_is_named_with_its_place(folder, change, words):
     (folder / "odd.yaml").write_text(yaml.safe_dump({"extends": "mini", **change}))
     with pytest.raises(ProfileError) as error:
         load_profile("odd")
@@ -206,7 +206,7 @@ def test_prompts_are_the_papers_unless_a_profile_says_otherwise():
             assert prompts == ["authors-sft"] * 3, name
 
 
-def test_unknown_name_offers_the_nearest():
+def test_an_unknown_name_suggests_the_nearest_one():
     with pytest.raises(ProfileError, match="no profile 'minni'. Did you mean 'mini'"):
         load_profile("minni")
     with pytest.raises(ProfileError, match="no profile 'mini-released'"):

@@ -83,7 +83,7 @@ def test_a_file_that_is_one_torn_line(tmp_path):
     assert len(path.read_bytes().splitlines()) == 1
 
 
-def test_a_damaged_line_in_the_middle_is_passed_over(tmp_path, capsys):
+def test_a_damaged_line_in_the_middle_is_skipped(tmp_path, capsys):
     path = tmp_path / "ledger.jsonl"
     write(path, record(1), record(2), record(3))
     lines = path.read_bytes().splitlines(keepends=True)

@@ -18,7 +18,7 @@ def test_the_teachers_errors_come_at_their_rates(tmp_path):
     assert abs(kinds["refusal"] / 5000 - 0.1) < 0.02 and abs(kinds["truncated"] / 5000 - 0.2) < 0.02
 
 
-def test_the_failure_judge_looks_at_the_prediction(tmp_path, run):
+def test_the_failure_judge_takes_the_prediction_into_account(tmp_path, run):
     samples = make_root(tmp_path, 4)
     truths = [json.loads(line) for line in (tmp_path / "teacher.jsonl").read_text().splitlines()]
     samples[1]["box"] = None  # no box at all: no look-alike was hit

@@ -11,7 +11,7 @@ from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 
 
-def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images):
+def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
     samples = [sample(number) for number in range(40)]
     engine, out = FakeEngine(), images / "latency" / "small-base.jsonl"
     options = {
@@ -74,7 +74,7 @@ class StreamingHandler(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(images):
+def test_an_endpoint_is_timed_token_by_token_at_the_wanted_concurrency(images):
     server = StreamingServer()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)

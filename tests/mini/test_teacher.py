@@ -80,7 +80,7 @@ def test_a_larger_share_of_work_keeps_what_was_worked_out(root):
     assert worked and all(eye.way(f"s{n}", more) == "worked" for n in worked)
 
 
-def test_the_uniform_teacher_is_the_default_and_is_asked_as_before(root, tmp_path):
+def test_the_uniform_teacher_is_the_default_and_its_requests_are_unchanged(root, tmp_path):
     assert "ways" not in load_profile("mini").curation.teacher.extra_body
     rows, _ = curated(root, tmp_path, "trace", None)
     truths = {
@@ -117,7 +117,7 @@ def test_a_profile_declares_the_shares(tmp_path, monkeypatch):
     {"worked": 1.0},                                        # the others are not said to be 0
     "worked",
 ])  # fmt: skip
-def test_shares_that_are_no_shares_fail_and_are_not_left_out(root, tmp_path, ways):
+def test_invalid_shares_are_an_error(root, tmp_path, ways):
     rows, report = curated(root, tmp_path, "trace", ways)
     assert not rows and report.failed
     assert "shares of worked, concluding, restating" in str(report)

@@ -26,7 +26,7 @@ def run():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_differs_from_the_run_in_nothing_but_what_it_says(run, name):
+def test_a_variant_differs_from_the_run_only_in_what_it_states(run, name):
     own, variant = variant_run(run, name, 7), VARIANTS[name]
     expected = asdict(run.profile) | {
         "grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}
@@ -41,7 +41,7 @@ def test_a_variant_differs_from_the_run_in_nothing_but_what_it_says(run, name):
     assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)
 
 
-def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run):
+def test_a_variant_writes_into_its_folder_alone(run):
     places = set()
     for name in VARIANTS:
         for steps in (7, 8):
@@ -56,7 +56,7 @@ def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run)
     assert all(place.is_relative_to(run.root / "ablations") for place in places)
 
 
-def test_validation_is_no_test_split(tmp_path, run):
+def test_the_validation_split_is_not_a_test_split(tmp_path, run):
     sample = {
         "sample_id": "v1",
         "dataset": "refcoco",
@@ -119,7 +119,7 @@ def test_every_way_to_decode_is_one_that_the_engine_knows(way):
     assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
 
 
-def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypatch, capsys):
+def test_every_variant_is_trained_and_every_way_to_decode_is_run(run, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(
         ablations, "run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs)

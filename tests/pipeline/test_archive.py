@@ -43,7 +43,7 @@ def tables(run: Run, out) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_run_that_was_put_back_gives_the_same_tables(run, tmp_path):
+def test_a_restored_run_gives_the_same_tables(run, tmp_path):
     before = tables(run, tmp_path / "before")
     packed = archive.pack(run)
     assert packed.read_bytes() == archive.pack(run).read_bytes()  # as git wants it

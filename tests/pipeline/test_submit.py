@@ -29,7 +29,9 @@ def test_an_unknown_placeholder_is_named(tmp_path, monkeypatch):
         submit.render(Run(load_profile("mini"), 0), hours=1)
 
 
-def test_without_slurm_the_script_is_written_and_the_other_way_named(tmp_path, monkeypatch, capsys):
+def test_without_slurm_the_script_is_written_and_another_way_is_named(
+    tmp_path, monkeypatch, capsys
+):
     use_root(monkeypatch, tmp_path)
     monkeypatch.setattr(submit.shutil, "which", lambda name: None)
     assert submit.main(["--profile", "mini"]) == 2
