@@ -209,7 +209,7 @@ class Results:
         frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
         known = self.predictions[["sample_id", "image_id", "dataset", "split"]]
         frame = frame.merge(known.drop_duplicates("sample_id"), on="sample_id", how="left")
-        # Where the image is unknown, the sample is a cluster of its own.
+        # If the image is unknown, the sample forms a cluster by itself.
         return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
 
     @cached_property

@@ -96,8 +96,8 @@ def answer(run: Run, steps: int) -> None:
 
     small, samples = run.profile.models.small, validation_samples(run.profile)
     for name, variant in VARIANTS.items():
-        own = variant_run(run, name, steps)
-        folder = own.start if variant.changes is None else own.checkpoint(TASK, "small-egm")
+        trained = variant_run(run, name, steps)
+        folder = trained.start if variant.changes is None else trained.checkpoint(TASK, "small-egm")
         engine = make_engine(run.profile, replace(small, path=str(folder), revision=None), run.seed)
         predict(
             samples,

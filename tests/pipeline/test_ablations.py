@@ -27,29 +27,29 @@ def run():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_differs_from_the_run_only_in_what_it_states(run, name):
-    own, variant = variant_run(run, name, 7), VARIANTS[name]
+    varied, variant = variant_run(run, name, 7), VARIANTS[name]
     expected = asdict(run.profile) | {
         "grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}
     }
     expected["grpo"] |= variant.changes or {}
-    assert asdict(own.profile) == expected and own.seed == run.seed
-    assert own.samples("rl_vanilla") == run.samples("rl_vanilla")
+    assert asdict(varied.profile) == expected and varied.seed == run.seed
+    assert varied.samples("rl_vanilla") == run.samples("rl_vanilla")
     base = {"small-base": "data/mini/small", "small-sft": "checkpoints/vanilla/small-sft"}[
         variant.start
     ]
     # What egm_lib.grpo starts from
-    assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)
+    assert str(varied.checkpoint("vanilla", "small-sft")).endswith(base)
 
 
 def test_a_variant_writes_into_its_folder_alone(run):
     places = set()
     for name in VARIANTS:
         for steps in (7, 8):
-            own = variant_run(run, name, steps)
+            varied = variant_run(run, name, steps)
             written = (
-                own.checkpoint("vanilla", "small-egm"),
-                own.log("grpo-vanilla.jsonl"),
-                own.groups("vanilla"),
+                varied.checkpoint("vanilla", "small-egm"),
+                varied.log("grpo-vanilla.jsonl"),
+                varied.groups("vanilla"),
             )
             places |= {*written, answers_file(run, name, steps)}
     assert len(places) == 4 * 2 * len(VARIANTS)

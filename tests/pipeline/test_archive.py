@@ -132,5 +132,5 @@ def test_a_restore_says_where_images_come_from(run, monkeypatch, capsys, there):
     if there:
         run.profile.data.path.mkdir(parents=True)
     assert archive.main(["--profile", "toy", "--restore"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in said) is there
+    output = capsys.readouterr().out
+    assert output.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in output) is there
