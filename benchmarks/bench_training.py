@@ -124,8 +124,9 @@ SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens an image
 
 
 def random_model(size: str, dtype: str):
-    """(model, processor) with random weights: such a model rarely ends an answer, so every way samples as many
-    tokens.
+    """(model, processor) with random weights.
+
+    Such a model rarely ends an answer, so every way samples as many tokens.
     """
     tokenizer = build_tokenizer()
     if size == "mini":

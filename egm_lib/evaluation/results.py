@@ -145,9 +145,7 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, such as small-egm@budget-16, by way and number; samples
-        (small-egm@sample-1) among them.
-        """
+        """Models decoded in another way, in order, such as small-egm@budget-16 and small-egm@sample-1."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:

@@ -1,7 +1,7 @@
-"""Long work in processes of its own: a notebook's kernel may die, a training may not.
+"""Long work in separate processes, so that it survives the death of a notebook's kernel.
 
-Every process sees only the GPUs that its job takes, and a kernel sees none: a library that looks
-for GPUs must not find those on which another process trains.
+Every process sees only the GPUs that its job takes. A kernel sees none, because a library that
+looks for GPUs must not find those on which another process trains.
 """
 
 from __future__ import annotations

@@ -239,9 +239,7 @@ def test_the_two_arms_of_the_experiment_differ_in_the_teacher_alone():
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
-    """A value of training or selection whose line in paper-qwen3vl-8b.yaml has no comment has no
-    source.
-    """
+    """Each line of training or selection in paper-qwen3vl-8b.yaml has a comment with its source."""
     text = (profiles.PROFILES_DIR / "paper-qwen3vl-8b.yaml").read_text()
     lines = text[text.index("\nsft:") : text.index("\ngeneration:")].splitlines()
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]

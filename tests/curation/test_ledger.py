@@ -47,9 +47,7 @@ def test_answers_are_found_after_reopening(tmp_path):
 
 
 def test_long_records_and_equal_short_keys(tmp_path):
-    """A record may be longer than a read, and keys that share their first 64 bits are not mixed
-    up.
-    """
+    """A record may be longer than a read. Keys with the same first 64 bits are kept apart."""
     first, second = record(0, text="x" * 100_000), record(0, key="0" * 31 + "1")
     path = tmp_path / "ledger.jsonl"
     write(path, first)

@@ -1,5 +1,6 @@
-"""Readers, on small files in each published format with its oddities; real samples where the shared
-data is at hand.
+"""Readers of all sources, on small files in each published format with its oddities.
+
+Tests on real samples are skipped without the shared data.
 """
 
 import json

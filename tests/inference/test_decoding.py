@@ -12,8 +12,9 @@ from egm_lib.prompts import FAMILIES
 
 
 class Thinker:
-    """Thinks for 10 tokens ("a " each), then answers in 3; goes on from what was begun. Sampled
-    boxes are scripted.
+    """Thinks for 10 tokens ("a " each), then answers in 3; continues an answer that was begun.
+
+    boxes: its sampled answers, by seed.
     """
 
     family, revision, batch_size = FAMILIES["qwen3-vl"], None, 4

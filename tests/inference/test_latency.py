@@ -32,9 +32,7 @@ def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
 
 
 class StreamingServer(ThreadingHTTPServer):
-    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests
-    it has at a time.
-    """
+    """Streams three tokens, with DELAY_S before each, and counts requests that run at once."""
 
     request_queue_size, daemon_threads = 128, True
 

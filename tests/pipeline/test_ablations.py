@@ -1,6 +1,4 @@
-"""Ablations: same start, samples and steps for all but what is taken apart; their own folder; never
-a test split.
-"""
+"""Ablations differ from the run only in what they state, and never touch a test split."""
 
 import json
 from dataclasses import asdict, replace

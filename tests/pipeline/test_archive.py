@@ -1,6 +1,4 @@
-"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written
-over.
-"""
+"""A restored run gives the same tables. An archive holds no checkpoint and overwrites nothing."""
 
 import json
 import shutil

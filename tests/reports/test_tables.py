@@ -1,6 +1,4 @@
-"""Tables from files: the right numbers in the right cells, "not run" where nothing was run, the
-same bytes always.
-"""
+"""Tables from files: the right numbers in the right cells, "not run", and the same bytes."""
 
 import csv
 import json

@@ -1,6 +1,4 @@
-"""GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are
-not one policy.
-"""
+"""GRPO: our path equals TRL's, learns from the reward, and stops if trainer and sampler differ."""
 
 import itertools
 import json

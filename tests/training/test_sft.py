@@ -1,6 +1,4 @@
-"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an
-interruption.
-"""
+"""SFT: the loss covers the answer only and equals TRL's; training survives an interruption."""
 
 import json
 import math
@@ -293,8 +291,9 @@ def test_profile_values_become_trl_s_options(tmp_path):
 
 
 def test_images_are_shrunk_to_the_profile_s_pixels(world):
-    """SFT and GRPO see images as the profile's `max_pixels` says; of 64 x 64 px there are 16
-    merged patches.
+    """SFT and GRPO shrink images to the profile's `max_pixels`.
+
+    An image of 64 x 64 px has 16 merged patches.
     """
     folder, _, root = world
     for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):

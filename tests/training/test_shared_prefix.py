@@ -1,6 +1,4 @@
-"""Reading a prompt once for a group changes nothing: log-probs, gradients and greedy answers equal
-plain code's.
-"""
+"""Reading a prompt once for a group changes neither log-probs, gradients nor greedy answers."""
 
 from pathlib import Path
 
