@@ -145,7 +145,7 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, in order, such as small-egm@budget-16 and small-egm@sample-1."""
+        """Models decoded in another way, by way and number, such as small-egm@budget-16."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""vLLM on a CPU (`make test-vllm`): it answers as transformers does, and samples what GRPO trains."""
+"""vLLM on a CPU (`make test-vllm`) answers as transformers does, and samples what GRPO trains."""
 
 import json
 
