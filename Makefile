@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse setup reproduce evaluate ablations experiment submit lab tables restore figures gallery test format \
+.PHONY: help rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test format \
         bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
@@ -56,6 +56,9 @@ submit: $(ENV) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
 ##@ Look
 lab: $(ENV) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.
+
+playground: $(ENV) ## ask models of PROFILE about images and edit their reasoning, in JupyterLab
+	@$(RUN) -m egm_lib.pipeline.playground --profile $(PROFILE)
 
 restore: $(ENV) ## the archived run of PROFILE (predictions, logs) from results/ into data/runs/
 	@$(RUN) -m egm_lib.pipeline.archive --profile $(PROFILE) --restore

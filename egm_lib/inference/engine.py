@@ -6,7 +6,7 @@ answer. An engine that cannot do this raises an error.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,11 +24,15 @@ class Request:
 
     begun: what the assistant has already written, after the opener that the template writes. The
     answer continues from there.
+    on_text: called with the assistant's text so far, token by token (transformers) or chunk by
+    chunk (an endpoint). The vLLM engine answers all at once and never calls it. An exception that
+    it raises ends the answer.
     """
 
     image: Image.Image
     prompt: str
     begun: str = ""
+    on_text: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Frees memory and connections. The engine cannot answer after this."""
+
+
+def begun_reasoning(family: Family, reasoning: str) -> str:
+    """`Request.begun` for an answer that goes on from this reasoning, which is not closed."""
+    return ("" if family.reasoning_opener else "<think>") + reasoning
 
 
 def chat_texts(

@@ -100,6 +100,25 @@ def test_a_stream_with_null_choices_and_deltas_is_read():
     assert answer.first_token_ms > 0
 
 
+def test_who_watches_gets_the_text_as_it_streams():
+    """Reasoning set apart is shown as it comes, and closed once the answer begins."""
+    pieces = [{"reasoning_content": "left"}, {"reasoning_content": " one"}, {"content": BOX}]
+    chunks = [{"id": "c", "choices": [{"index": 0, "delta": delta}]} for delta in pieces]
+    chunks.append({"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    bodies, seen = [], []
+
+    def respond(body):
+        bodies.append(body)
+        return stream(*chunks, "[DONE]")
+
+    request = Request(Image.new("RGB", (64, 48)), "find the cup", on_text=seen.append)
+    [answer] = endpoint(respond).answer([request], GREEDY)
+    assert bodies[0]["stream"] is True  # though the engine was not told to stream
+    whole = f"<think>\nleft one\n</think>\n\n{BOX}"
+    assert list(dict.fromkeys(seen)) == ["<think>\nleft", "<think>\nleft one", whole]
+    assert answer.raw_answer == whole and answer.finish_reason == "stop"
+
+
 @pytest.mark.parametrize(
     "chunks",
     [[], [delta("[1, 2")], [delta("[1"), {"error": {"message": "lost"}}], ["{torn"], ["<html>"]],

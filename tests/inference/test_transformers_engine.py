@@ -157,6 +157,39 @@ def test_an_answer_that_was_begun_is_continued(engine):
     assert rest.prompt_tokens == whole.prompt_tokens + len("looking")
 
 
+@pytest.mark.parametrize("reasoning", [True, False], ids=["free", "bound"])
+def test_text_arrives_token_by_token_and_ends_as_the_answer(engine, reasoning):
+    """Who watches sees growing texts; who does not watch is answered the same."""
+    seen = []
+    requests = requests_of(3)
+    watched = [requests[0], replace(requests[1], on_text=seen.append), requests[2]]
+    plain = list(engine.answer(requests, GREEDY, reasoning=reasoning))
+    answers = list(engine.answer(watched, GREEDY, reasoning=reasoning))
+    assert [a.raw_answer for a in answers] == [a.raw_answer for a in plain]
+    assert seen[-1] == answers[1].raw_answer
+    assert all(b.startswith(a) for a, b in zip(seen, seen[1:], strict=False))
+    assert len(seen) == answers[1].reasoning_tokens + answers[1].answer_tokens
+
+
+class Stop(Exception):
+    pass
+
+
+def test_who_watches_can_end_an_answer(engine):
+    seen = []
+
+    def stop(text):
+        seen.append(text)
+        raise Stop
+
+    [request] = requests_of(1)
+    with pytest.raises(Stop):
+        list(engine.answer([replace(request, on_text=stop)], GREEDY))
+    assert len(seen) == 1
+    [answer] = engine.answer([request], GREEDY)  # and the engine goes on working
+    assert answer.error is None
+
+
 @pytest.mark.parametrize(
     ("tiny", "family"), [(tiny_qwen, "qwen3-vl"), (tiny_internvl, "internvl-3")]
 )

@@ -1,4 +1,4 @@
-"""The miniature's teacher: it errs at known rates, and reasons in ways with the profile's shares."""
+"""The miniature's teacher errs at known rates, and the profile's shares set how it reasons."""
 
 import json
 from collections import Counter

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Paths of one machine
 MACHINE = re.compile(rf"{re.escape(str(ROOT))}|/(?:home|root|Users|tmp)/|[A-Z]:\\")
-MAX_LINES, MAX_BYTES = 15, 2_000_000  # GitHub shows no larger ones
+MAX_LINES, MAX_BYTES = 15, 1_000_000  # larger ones open slowly on GitHub, or not at all
 
 
 def code_cells(book):
