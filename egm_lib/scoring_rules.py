@@ -177,7 +177,7 @@ def _first(pattern: re.Pattern[str], text: str, count: int) -> list[re.Match[str
 
 
 def _scaled(box: Box, unit: float, image_wh: tuple[float, float]) -> Box | None:
-    """From 0..unit to px; None where that overflows."""
+    """From 0..unit to px; None if that overflows."""
     width, height = image_wh
     return _floats(
         (

@@ -71,7 +71,7 @@ class Results:
 
     run_roots: folders data/runs/<profile>-<seed>. A file that a run lacks counts as empty. A row
     that lacks a field is left out with a warning.
-    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
+    Raises FileNotFoundError if none of the folders exists, ValueError if they are of several
     profiles.
     """
 

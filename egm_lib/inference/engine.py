@@ -62,7 +62,7 @@ class Answer:
 
 
 class Engine(Protocol):
-    """What answers requests.
+    """An engine answers requests.
 
     batch_size: requests that are answered together; `answer` takes any number of them.
     seed: that of sampled answers.

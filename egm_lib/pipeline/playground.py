@@ -36,7 +36,7 @@ def playground(
     models: their names; default: those of MODELS whose checkpoints are here, each once.
     task: "vanilla" or "amodal"; default: the profile's first.
     In the miniature the images are validation scenes, whose objects can be dragged; elsewhere they
-    are the first samples of the task's first split. Raises InputError where no model is here.
+    are the first samples of the task's first split. Raises InputError if no model is here.
     """
     profile, task = run.profile, task or run.profile.tasks[0]
     found = {name: _checkpoint(run, name, task) for name in models or MODELS}
@@ -70,7 +70,7 @@ def _engine(run: Run, model: Model) -> Engine:
 
 
 def _checkpoint(run: Run, name: str, task: str) -> Model | None:
-    """The checkpoint of a model; None where it is not on this machine."""
+    """The checkpoint of a model; None if it is not on this machine."""
     try:
         model = model_of(run, name, task)
     except FileNotFoundError:

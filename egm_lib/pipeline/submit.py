@@ -24,7 +24,7 @@ TEMPLATE = Path(__file__).parent / "configs" / "slurm.sh.template"
 
 
 def render(run: Run, hours: int) -> str:
-    """The job script of a run. Raises InputError where the template asks for an unknown value."""
+    """The job script of a run. Raises InputError if the template asks for an unknown value."""
     values = {
         "profile": run.profile.name,
         "seed": run.seed,

@@ -128,7 +128,7 @@ class PlainGRPO(TimedGRPO):
             sampler.top_p, sampler.top_k = cut
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        """TRL's, on rows whose `image` is a file.
+        """As in TRL, but the `image` of a row is a file.
 
         The loader yields each row once for every accumulation step, but this method is called once
         a step. So images are opened here.
@@ -184,7 +184,7 @@ class PlainGRPO(TimedGRPO):
         padded = [self.accelerator.pad_across_processes(logps, 1, torch.nan) for logps in pair]
         trainer_logps, sampler_logps = map(self.accelerator.gather, padded)
         keep = ~trainer_logps.isnan()
-        if keep.any():  # not so where all completions of this part are masked
+        if keep.any():  # false if all completions of this part are masked
             self._check_policy(trainer_logps[keep], sampler_logps[keep])
 
     def _loss_of_micro_batches(self, loss_of: Callable, model, inputs: dict) -> Tensor:
@@ -227,7 +227,7 @@ class PlainGRPO(TimedGRPO):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        """TRL's. Without gradient, it works in batches of rows that stay within the budget."""
+        """As in TRL. Without gradient, it works in batches of rows that stay within the budget."""
         if self.micro_batch_tokens is not None and batch_size is not None:
             width = torch.tensor([input_ids.shape[1]], device=input_ids.device)
             widest = int(self.accelerator.gather(width).max())  # the same number on every rank

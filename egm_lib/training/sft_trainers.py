@@ -162,7 +162,7 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
             )
         lengths = torch.tensor([len(prefix.ids) for prefix in inputs["prefixes"]])
         read = int(lengths[inputs["group"].cpu()].sum() + inputs["attend"].sum())
-        self.state.num_input_tokens_seen += read  # as many as a plain forward reads
+        self.state.num_input_tokens_seen += read  # as many tokens as a plain forward reads
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         self._metrics["train"]["tokens"].append(float(keep.sum()))
         self._metrics["train"]["rows"].append(float(len(keep)))
