@@ -368,7 +368,7 @@ def _folders() -> list[Path]:
 
 
 def _file(name: str) -> Path | None:
-    """The file of a profile, a shipped one before one of the user's; None where there is none."""
+    """The file of a profile, a shipped one before one of the user's; None if there is none."""
     paths = [folder / f"{name}.yaml" for folder in _folders()]
     return next((path for path in paths if path.is_file()), None)
 
