@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from egm_lib.cli import ends
 from egm_lib.errors import EgmError
+from egm_lib.inference.loading import load_config
 from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.profile import Profile, load_profile
@@ -244,7 +245,7 @@ def _print_plan(args: argparse.Namespace) -> None:
     profile = load_profile(args.profile)
     hardware = Hardware(args.gpus, args.gpu_memory, args.tflops)
     try:
-        config = AutoConfig.from_pretrained(profile.models.small.location)
+        config = load_config(profile.models.small.location)
     except OSError as error:  # transformers' "cannot reach the hub" and "no such folder"
         reason = str(error).splitlines()[0]
         raise PlanError(

@@ -6,8 +6,8 @@ import importlib.util
 import os
 
 import torch
-from transformers import AutoConfig
 
+from egm_lib.inference.loading import load_config
 from egm_lib.profile import GRPO, Profile
 from egm_lib.training import plan
 from egm_lib.training.model_setup import TrainingError
@@ -48,7 +48,7 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     if not torch.cuda.is_available():
         return
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = load_config(place)
     except OSError:
         return  # load_start says it
     # Of accelerate's processes, which divide these among them
