@@ -132,7 +132,12 @@ def _finished_rows(
     """
     if not out.exists():
         return set()
-    rows = read_jsonl(out)
+    # A row without them is damaged, and its sample is asked again
+    rows = [
+        row
+        for row in read_jsonl(out)
+        if isinstance(row.get("sample_id"), str) and isinstance(row.get("status"), str)
+    ]
     wanted = {sample["sample_id"] for sample in samples}
     for row in rows:
         differing = [name for name, value in stamp.items() if row.get(name) != value]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from nbformat import ValidationError
 
 from egm_lib.errors import EgmError
 from egm_lib.files import atomic_open, project_root
@@ -28,9 +29,23 @@ def stages() -> list[Path]:
     return found
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook. Raises ReproduceError for a file that is none."""
+    try:
+        book = nbformat.read(path, as_version=4)
+        nbformat.validate(book)
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ReproduceError(
+            f"{path} is no notebook ({reason}): put it back with `git checkout`, or delete it if a "
+            "run made it"
+        ) from error
+    return book
+
+
 def tasks_of(notebook: Path) -> Sequence[Task]:
     """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all."""
-    return nbformat.read(notebook, as_version=4).metadata.get("egm", {}).get("tasks", TASKS)
+    return read_notebook(notebook).metadata.get("egm", {}).get("tasks", TASKS)
 
 
 def clean(path: Path) -> None:
@@ -38,7 +53,7 @@ def clean(path: Path) -> None:
     of this machine.
     """
     root = f"{project_root()}/"
-    book = nbformat.read(path, as_version=4)
+    book = read_notebook(path)
     book.metadata.pop("widgets", None)
     book.metadata.pop("papermill", None)
     for cell in book.cells:
@@ -66,7 +81,7 @@ def publish(run: Run) -> None:
             raise ReproduceError(
                 f"{executed} is missing: run the whole profile before its notebooks are published"
             )
-        book = nbformat.read(executed, as_version=4)
+        book = read_notebook(executed)
         book.cells = [
             cell
             for cell in book.cells
@@ -100,7 +115,7 @@ def _worth_seeing(output: nbformat.NotebookNode) -> bool:
 
 
 def code_of_file(notebook: Path) -> list[str]:
-    return code_of(nbformat.read(notebook, as_version=4))
+    return code_of(read_notebook(notebook))
 
 
 def code_of(book: nbformat.NotebookNode) -> list[str]:

@@ -295,7 +295,7 @@ def test_odd_and_torn_rows_do_not_change_a_table(run_root, tmp_path, caplog):
 
 def test_a_manifest_of_the_wrong_shape_is_named(run_root, tmp_path):
     (run_root / "manifest.json").write_text("[1, 2]")
-    with pytest.raises(InputError, match="manifest.json holds a JSON list"):
+    with pytest.raises(InputError, match="manifest.json holds a list, not an object"):
         build_tables([run_root], tmp_path / "out", draws=99)
 
 

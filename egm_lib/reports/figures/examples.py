@@ -19,7 +19,8 @@ from egm_lib.reports.figures.material import (
 )
 from egm_lib.reports.figures.pieces import down_up, draw_legend, say
 from egm_lib.reports.tables.cells import decimal_text
-from egm_lib.viewer.comparison import Comparison, reasoning_and_answer
+from egm_lib.training.groups import read_groups
+from egm_lib.viewer.comparison import Comparison, plain_box, reasoning_and_answer
 from egm_lib.viewer.drawing import (
     comparison_height_in,
     draw_comparison,
@@ -42,6 +43,7 @@ from egm_lib.viewer.palette import (
 )
 from egm_lib.viewer.steps import numbered
 
+TRACE_TEXTS = ("reasoning", "image", "expression")
 TEACHER = Look("teacher", "#7B3294", (), "o")
 
 # One row of an example: how it is headed, and the sample.
@@ -57,7 +59,8 @@ def fig3(material: Material) -> tuple[Figure, str]:
             complete = [
                 row
                 for row in read_jsonl(file)
-                if all(row.get(name) for name in ("reasoning", "gt_box", "image", "expression"))
+                if all(isinstance(row.get(name), str) for name in TRACE_TEXTS)
+                and plain_box(row.get("gt_box"))
             ]
             rows += [(task, row) for row in sample_fixed(complete, 2)]
     if not rows:
@@ -253,11 +256,11 @@ def _mixed_group(material: Material) -> Mapping | None:
     """One of the kept GRPO groups in which some completions hit and some miss."""
     folder = material.results.roots[0] / "groups"
     files = [folder / f"{task}.jsonl" for task in ("vanilla", "amodal")]
-    groups = [group for file in files if file.is_file() for group in read_jsonl(file)]
+    groups = [group for file in files for group in read_groups(file)]
     mixed = [
         group
         for group in groups
-        if (rewards := group.get("rewards")) and min(rewards) < 0.5 < max(rewards)
+        if group["rewards"] and min(group["rewards"]) < 0.5 < max(group["rewards"])
     ]
     return sample_fixed(mixed, 1)[0] if mixed else None
 

@@ -8,10 +8,10 @@ import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation.results import Results, paper, read_object
+from egm_lib.evaluation.results import Results, paper
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate, paired_difference
-from egm_lib.files import iter_jsonl
+from egm_lib.files import iter_jsonl, read_json
 from egm_lib.profile import ProfileError, Sampling, load_profile
 from egm_lib.reports.tables.cells import (
     NOT_REPORTED,
@@ -242,7 +242,7 @@ def table7(results: Results) -> Table:
         Row(row["name"], "paper", [count(value) for value in row["values"]])
         for row in source["rows"]
     ]
-    stats = read_object(results.roots[0] / "selection.json")
+    stats = read_json(results.roots[0] / "selection.json", shape=dict)
     table.rows += [
         Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])
     ]
@@ -253,9 +253,10 @@ def table7(results: Results) -> Table:
 def table6(results: Results) -> Table:
     """GRPO's hyperparameters: the paper's, and those that the run began with."""
     trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
-    manifests = [read_object(root / "manifest.json") or {} for root in trained]
+    manifests = [read_json(root / "manifest.json", shape=dict) or {} for root in trained]
     stated = [manifest.get("values") for manifest in manifests]
-    return _settings("table6", [values["grpo"] for values in stated if values])
+    ours = [values.get("grpo") for values in stated if isinstance(values, dict)]
+    return _settings("table6", [values for values in ours if isinstance(values, dict)])
 
 
 def table8(results: Results) -> Table:
