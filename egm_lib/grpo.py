@@ -32,7 +32,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from egm_lib.data import open_image, read_samples, resolve_image
-from egm_lib.inference.loading import image_token_ids
+from egm_lib.inference.loading import image_token_ids, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
@@ -259,10 +259,12 @@ def make_grpo_trainer(
     )
 
 
-def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
+def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | None = None) -> Path:
     """Trains a run's EGM model from its SFT model; returns its folder.
 
     A finished model is left as it is.
+    output: another name for the model, whose log and groups then bear that name.
+    prompts: the file of RL samples, a name for `run.samples`; default: those of notebook 05.
     """
     profile, out = run.profile, run.checkpoint(task, output or MODEL)
     if is_finished(out):
@@ -275,7 +277,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
         require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`")
     )
     check_memory(profile, "grpo", start)
-    samples = read_samples(require_file(run.samples(f"rl_{task}"), "notebook 05"))
+    samples = read_samples(require_file(run.samples(prompts or f"rl_{task}"), "notebook 05"))
     work = work_folder(out)
     config = grpo_config(options, work, run.seed)
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
@@ -290,8 +292,8 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
             family,
             options,
             work=work,
-            log=run.log(f"grpo-{task}.jsonl"),
-            groups=run.groups(task),
+            log=run.log(f"{'-'.join(filter(None, ('grpo', output, task)))}.jsonl"),
+            groups=run.groups("-".join(filter(None, (output, task)))),
             seed=run.seed,
             config=config,
         )
@@ -301,7 +303,8 @@ def run_grpo(run: Run, task: str, *, output: str | None = None) -> Path:
         raise TrainingError(
             f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`"
         ) from error
-    return train_to(trainer, processor, out)
+    # As the start has it: limits of a profile are not stored in a checkpoint.
+    return train_to(trainer, load_processor(start, profile.models.small.family), out)
 
 
 def server_command(model: str, options: GRPO) -> str:
@@ -316,7 +319,9 @@ def server_command(model: str, options: GRPO) -> str:
     )
 
 
-def grpo_dry_run(profile: Profile, seed: int, task: str, output: str | None) -> dict:
+def grpo_dry_run(
+    profile: Profile, seed: int, task: str, output: str | None = None, prompts: str | None = None
+) -> dict:
     """What would be trained, under TRL's own option names; loads no model."""
     run = Run(profile, seed)
     out = run.checkpoint(task, output or MODEL)
@@ -325,7 +330,7 @@ def grpo_dry_run(profile: Profile, seed: int, task: str, output: str | None) -> 
         "task": task,
         "model": str(run.checkpoint(task, "small-sft")),
         "output": str(out),
-        "samples": str(run.samples(f"rl_{task}")),
+        "samples": str(run.samples(prompts or f"rl_{task}")),
         "max_minutes": profile.grpo.max_minutes,
         "prompts_per_step": profile.grpo.prompts_per_step,
         "reward_weight": profile.grpo.reward_weight,
@@ -336,13 +341,17 @@ def grpo_dry_run(profile: Profile, seed: int, task: str, output: str | None) -> 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help=f"name of the model; default: {MODEL}")
+    parser.add_argument(
+        "--prompts", help="name of a file in the run's folder samples/; default: rl_TASK"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved options as JSON")
 
 
 def _train(run: Run, args: argparse.Namespace) -> object:
     if args.dry_run:
-        return json.dumps(grpo_dry_run(run.profile, run.seed, args.task, args.output), indent=2)
-    return run_grpo(run, args.task, output=args.output)
+        resolved = grpo_dry_run(run.profile, run.seed, args.task, args.output, args.prompts)
+        return json.dumps(resolved, indent=2)
+    return run_grpo(run, args.task, output=args.output, prompts=args.prompts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -58,6 +58,8 @@ class Data:
     selection_limit: int | None = None
     selection_amodal_limit: int | None = None
     eval_limit: int | None = None
+    # Source "mini": which scenes the test splits have; a new number has been seen by no model
+    test_scenes: int = 0
 
     @property
     def path(self) -> Path:

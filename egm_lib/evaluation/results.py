@@ -153,7 +153,9 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, such as small-egm@budget-16, by way and number."""
+        """Models decoded in another way, such as small-egm@budget-16, by way and number; samples
+        (small-egm@sample-1) among them.
+        """
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:

@@ -34,6 +34,7 @@ from egm_lib.profile import Data, ProfileError, load_profile
 VERSION = 3  # of what the recipes draw; a world of another version is written again
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
+EDITION = 1000  # from the streams of some test scenes to those of the next
 # As people / objects
 SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}
 
@@ -54,8 +55,13 @@ class Recipe:
     per_image: int = 3
 
 
-def recipes() -> dict[str, Recipe]:
-    """Every file of the world, by its path below the root."""
+def recipes(test_scenes: int = 0) -> dict[str, Recipe]:
+    """Every file of the world, by its path below the root.
+
+    test_scenes: which scenes the test splits have. Every number gives others of the same recipes;
+    training, selection and validation stay as they are.
+    """
+    tests = EDITION * test_scenes
     found = {
         "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_image=6),
         "train_amodal.jsonl": Recipe(
@@ -76,14 +82,14 @@ def recipes() -> dict[str, Recipe]:
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
             dataset,
             split,
-            201 + number,
+            tests + 201 + number,
             mixes[dataset],
             location=dataset != "refcoco+",
             per_image=2,
         )
     for number, (dataset, split) in enumerate(AMODAL_SPLITS):
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
-            dataset, split, 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_image=2
+            dataset, split, tests + 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_image=2
         )
     return found
 
@@ -202,12 +208,12 @@ def counts(data: Data) -> dict[str, int]:
     return wanted
 
 
-def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
+def write_split(folder: Path, name: str, count: int, test_scenes: int = 0) -> dict[bytes, str]:
     """Writes images, samples and what the teacher knows; returns {digest: image id}."""
     digests: dict[bytes, str] = {}
     rows: list[dict] = []
     with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
-        for scene, image_id, found, truths in samples(recipes()[name], count):
+        for scene, image_id, found, truths in samples(recipes(test_scenes)[name], count):
             image = render(scene)
             digests[hashlib.blake2b(image.tobytes(), digest_size=16).digest()] = image_id
             image.save(folder / "images" / f"{image_id}.png", compress_level=1)
@@ -221,13 +227,15 @@ def _truths(folder: Path, name: str) -> Path:
     return folder / f"teacher-{name.replace('/', '-')}"
 
 
-def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
-    """Writes the world, unless it is there with the same sizes; returns the samples of each file.
+def write_world(out: Path, wanted: dict[str, int], test_scenes: int = 0) -> dict[str, int]:
+    """Writes the world, unless it is there with the same sizes and test scenes; returns the samples
+    of each file.
 
     The folder appears whole or not at all: it is written beside its place, one process for each
     file, and then moved there.
     """
     done, made = out / "world.json", {"version": VERSION, "samples": wanted}
+    made |= {"test_scenes": test_scenes} if test_scenes else {}
     if read_json(done, f"delete {out} to write it again") == made:
         return wanted
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +245,9 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
         (scratch / "eval").mkdir()
         seen: dict[bytes, str] = {}
         with ProcessPoolExecutor() as pool:
-            for digests in pool.map(write_split, repeat(scratch), wanted, wanted.values()):
+            sizes = wanted.values()
+            parts = pool.map(write_split, repeat(scratch), wanted, sizes, repeat(test_scenes))
+            for digests in parts:
                 if twice := seen.keys() & digests.keys():
                     pair = {(seen[digest], digests[digest]) for digest in twice}
                     raise RuntimeError(
@@ -270,7 +280,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args: argparse.Namespace) -> None:
-    made = write_world(args.out, counts(load_profile(args.profile).data))
+    data = load_profile(args.profile).data
+    made = write_world(args.out, counts(data), data.test_scenes)
     print(f"{sum(made.values())} samples in {len(made)} files under {args.out}")
 
 

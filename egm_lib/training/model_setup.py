@@ -97,22 +97,6 @@ def freeze_tower(model, family: Family, *, tower: bool, merger: bool) -> None:
             parameter.requires_grad_(not (merger if is_merger else tower))
 
 
-def limit_pixels(processor, family: Family, max_pixels: int | None) -> None:
-    """Lets a processor shrink images to max_pixels. It enlarges none: its least is one token.
-
-    Raises TrainingError for InternVL-3, whose images are cut into tiles of one size.
-    """
-    if max_pixels is None:
-        return
-    if family.name != "qwen3-vl":
-        raise TrainingError(
-            f"sft.max_pixels is for Qwen3-VL, not for {family.name}: set it to null."
-        )
-    images = processor.image_processor
-    token_pixels = (images.patch_size * images.merge_size) ** 2
-    images.size = type(images.size)(shortest_edge=token_pixels, longest_edge=max_pixels)
-
-
 def load_start(place: str, start: Model, dtype: str):
     """(model, processor) that a training starts from.
 

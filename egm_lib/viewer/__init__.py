@@ -10,8 +10,6 @@ load widget scripts), as long as the kernel runs. Where widgets do not run (GitH
 papermill's output) the same cell shows a still image.
 """
 
-import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,10 +28,12 @@ from egm_lib.viewer.comparison import (
     rows_of,
 )
 from egm_lib.viewer.drawing import comparison_figure
-from egm_lib.viewer.page import view_of
-from egm_lib.viewer.palette import save, style_of, styled
+from egm_lib.viewer.page import page_script, view_of
+from egm_lib.viewer.palette import save, style_of
+from egm_lib.viewer.playground import MAX_MODELS, Playground
+from egm_lib.viewer.still import DPI, figure_bytes, png_bundle
 
-MAX_MODELS = 4  # more boxes on one image cannot be told apart
+__all__ = ["Playground", "TraceViewer"]
 ANY = "any"
 
 SHOWS: dict[str, Callable[[Comparison, str, str], bool]] = {
@@ -81,7 +81,7 @@ class TraceViewer(anywidget.AnyWidget):
     filter or sort.
     """
 
-    _esm = Path(__file__).parent / "viewer.js"
+    _esm = page_script("viewer")
     _css = Path(__file__).parent / "viewer.css"
 
     index = traitlets.Int(0).tag(sync=True)
@@ -192,14 +192,8 @@ class TraceViewer(anywidget.AnyWidget):
         return save(self.figure(), path, dpi)
 
     def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         summary = f"TraceViewer: {self.total} samples of {', '.join(self.models) or 'no model'}"
-        return {
-            **data,
-            "text/plain": summary,
-            "image/png": base64.b64encode(self._bytes("png")).decode(),
-        }, metadata
+        return png_bundle(super()._repr_mimebundle_(**kwargs), self.figure(), summary)
 
     # --- how it works
 
@@ -208,12 +202,6 @@ class TraceViewer(anywidget.AnyWidget):
 
     def _id(self) -> str:
         return self._current().sample["sample_id"]
-
-    def _bytes(self, kind: str) -> bytes:
-        file = io.BytesIO()
-        with styled():
-            self.figure().savefig(file, format=kind, dpi=110 if kind == "png" else 200)
-        return file.getvalue()
 
     @property
     def _pair(self) -> tuple[str, str]:
@@ -327,7 +315,7 @@ class TraceViewer(anywidget.AnyWidget):
             kind = message["export"]
             self.send(
                 {"export": kind, "name": f"{_file_safe(str(self._id()))}.{kind}"},
-                buffers=[self._bytes(kind)],
+                buffers=[figure_bytes(self.figure(), kind, DPI if kind == "png" else 200)],
             )
 
 

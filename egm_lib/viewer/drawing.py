@@ -264,7 +264,7 @@ def draw_comparison(
     for style, answer, _, lines in blocks:
         swatch(right, 0, y, style)
         right.text(0.085, y, style.label, va="center", fontweight="bold")
-        colour = SOLVED if answer.success else FAILED
+        colour = {True: SOLVED, False: FAILED, None: INK}[answer.success]
         verdict = textwrap.shorten(answer.verdict, 44)
         right.text(0.48, y, verdict, va="center", color=colour)
         y += 1.25

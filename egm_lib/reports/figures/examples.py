@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure, SubFigure
 
-from egm_lib.evaluation.statistics import estimate
-from egm_lib.files import read_jsonl
+from egm_lib.evaluation.statistics import estimate, sample_fixed
+from egm_lib.reports.curated import example_traces
 from egm_lib.reports.figures.material import (
     DRAWS,
     EGM,
@@ -15,12 +15,11 @@ from egm_lib.reports.figures.material import (
     Material,
     NotRun,
     outcome_title,
-    sample_fixed,
 )
 from egm_lib.reports.figures.pieces import down_up, draw_legend, say
 from egm_lib.reports.tables.cells import decimal_text
 from egm_lib.training.groups import read_groups
-from egm_lib.viewer.comparison import Comparison, plain_box, reasoning_and_answer
+from egm_lib.viewer.comparison import Comparison, reasoning_and_answer
 from egm_lib.viewer.drawing import (
     comparison_height_in,
     draw_comparison,
@@ -43,7 +42,6 @@ from egm_lib.viewer.palette import (
 )
 from egm_lib.viewer.steps import numbered
 
-TRACE_TEXTS = ("reasoning", "image", "expression")
 TEACHER = Look("teacher", "#7B3294", (), "o")
 
 # One row of an example: how it is headed, and the sample.
@@ -52,17 +50,11 @@ Example = tuple[str, Comparison]
 
 def fig3(material: Material) -> tuple[Figure, str]:
     """Curated traces, two of each task, with the places that they name."""
-    rows = []
-    for task in ("vanilla", "amodal"):
-        file = material.results.roots[0] / "traces" / f"{task}.jsonl"
-        if file.is_file():
-            complete = [
-                row
-                for row in read_jsonl(file)
-                if all(isinstance(row.get(name), str) for name in TRACE_TEXTS)
-                and plain_box(row.get("gt_box"))
-            ]
-            rows += [(task, row) for row in sample_fixed(complete, 2)]
+    rows = [
+        (task, row)
+        for task in ("vanilla", "amodal")
+        for row in example_traces(material.results.roots[0], task)
+    ]
     if not rows:
         raise NotRun("no curated traces (notebooks 02 and 03)")
     lines = (len(rows) + 1) // 2

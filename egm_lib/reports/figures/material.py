@@ -1,7 +1,6 @@
 """What figures are made of: scored results, prediction rows, parameters."""
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,12 +66,6 @@ def outcome_title(outcome: str) -> str:
     if outcome.startswith("b "):
         outcome = f"EGM {outcome.removeprefix('b ')}"
     return outcome.replace("what a ", "what the base ")
-
-
-def sample_fixed(items: Sequence, count: int) -> list:
-    """`count` of the items, drawn at random but the same in every call, in their order."""
-    chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
-    return [items[index] for index in chosen]
 
 
 def data_root(results: Results) -> Path:
