@@ -151,6 +151,23 @@ class Curation:
     budget_usd: float | None = None  # of all tasks of a run together; paid services need one
     skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
 
+    def judge_files(self) -> dict[str, Teacher]:
+        """The judges by the name that each has in files. Raises ProfileError where two share one.
+
+        A judge is known by its model, in the ledger too: the second would get the first's answers.
+        """
+        judges: dict[str, Teacher] = {}
+        for judge in self.judges:
+            name = judge.model.replace("/", "_")
+            if name in judges:
+                raise ProfileError(
+                    f"curation.judges: {judges[name].model!r} and {judge.model!r} would share "
+                    "their answers. Leave one out, or serve it under another name (vLLM: "
+                    "--served-model-name)."
+                )
+            judges[name] = judge
+        return judges
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -403,6 +420,7 @@ def load_profile(name: str) -> Profile:
             raise ProfileError(f"{name}.{key}: expected at least one, got an empty list.")
     _check_prompts(profile)
     _check_machines(profile)
+    profile.curation.judge_files()
     return profile
 
 

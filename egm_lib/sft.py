@@ -118,15 +118,21 @@ def answer_rows(
 def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     """Samples with their `reasoning`.
 
-    Rows that hold sample_id and reasoning alone are joined to the training samples.
+    Rows that hold sample_id and reasoning alone are joined to the training samples; rows without
+    both are left out.
     """
-    rows = read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+    rows = [
+        row
+        for row in read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+        if isinstance(row.get("sample_id"), str | int) and isinstance(row.get("reasoning"), str)
+    ]
     if not rows:
         raise TrainingError(f"{path} holds no trace: look at what the curation filters dropped.")
-    if "gt_box" not in rows[0]:
-        samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
-        rows = [{**samples[row["sample_id"]], **row} for row in rows if row["sample_id"] in samples]
-    return rows
+    if all("gt_box" in row for row in rows):
+        return rows
+    samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
+    joined = ({**samples.get(str(row["sample_id"]), {}), **row} for row in rows)
+    return [row for row in joined if "gt_box" in row]
 
 
 def sft_config(options: SFT, work: Path, seed: int) -> SFTConfig:

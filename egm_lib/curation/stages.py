@@ -43,8 +43,8 @@ def judge_failures(run: Run, model: str, failures: Iterable[Mapping]) -> int:
     Raises as `run_stage` does.
     """
     outs = {}
-    for judge in run.profile.curation.judges:
-        name = f"failure-{model}-{judge.model.replace('/', '_')}"
+    for file, judge in run.profile.curation.judge_files().items():
+        name = f"failure-{model}-{file}"
         report = _ask(run, "failure", failures, judge, name, filtered=False)
         outs[judge.model] = report.out
     return write_judgements(run.root / "failures" / f"{model}.jsonl", outs)

@@ -230,7 +230,7 @@ def _show_results(run: Run) -> None:
     committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    summary = read_json(run.figures / "summary.json")
+    summary = read_json(run.figures / "summary.json", shape=dict)
     print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
     print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
     print(f"Does it reproduce the committed results?\n\n{verdict(summary, committed)}\n")

@@ -9,6 +9,7 @@ checkpoint is saved and when the training ends.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import TrainerCallback
 
 from egm_lib.files import read_jsonl, write_jsonl
 from egm_lib.loss import group_advantages
+
+log = logging.getLogger(__name__)
 
 MAX_GROUPS = 32  # kept of a run
 STEP_GROUPS = 8  # kept of a step, so that the file covers the last four steps
@@ -84,5 +87,28 @@ class GroupKeeper(TrainerCallback):
 
 
 def read_groups(path: Path) -> list[dict]:
-    """The groups of a file, the earliest first; none if there is no file."""
-    return read_jsonl(path) if path.is_file() else []
+    """The groups of a file, the earliest first; none where there is no file.
+
+    A row that is no group is left out with a warning.
+    """
+    rows = read_jsonl(path) if path.is_file() else []
+    groups = [row for row in rows if _is_group(row)]
+    if len(groups) < len(rows):
+        log.warning("%s: %d rows are no groups and are left out", path, len(rows) - len(groups))
+    return groups
+
+
+def _is_group(row: Mapping) -> bool:
+    """Whether a row has completions, and a reward and an advantage for each."""
+    kinds = {"completions": str, "rewards": int | float, "advantages": int | float}
+    lists = [row.get(name) for name in kinds]
+    return (
+        isinstance(row.get("step"), int)
+        and all(isinstance(values, list) for values in lists)
+        and len({len(values) for values in lists}) == 1
+        and all(
+            isinstance(value, kind)
+            for values, kind in zip(lists, kinds.values(), strict=True)
+            for value in values
+        )
+    )

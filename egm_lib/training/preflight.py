@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
 
+from egm_lib.inference.loading import load_config
 from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import GRPO, Profile
 from egm_lib.training.hardware import DEVICES, GIB, Hardware, PlanError
@@ -78,7 +78,7 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
 
 def _setting(profile: Profile, stage: str, place: str) -> Setting:
     """What decides the memory of the stage on this machine's GPUs."""
-    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    shape = shape_from_config(load_config(place))
     memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
     # Accelerate's processes divide weights and optimizer state among them
     gpus = int(os.environ.get("WORLD_SIZE", 1))

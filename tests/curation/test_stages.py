@@ -10,7 +10,7 @@ from egm_lib.curation.services import CurationError
 from egm_lib.curation.stages import estimate_run, is_paid, judge_failures, run_stage
 from egm_lib.data import eval_splits, split_id
 from egm_lib.files import read_jsonl, write_jsonl
-from egm_lib.profile import Price, load_profile
+from egm_lib.profile import Price, ProfileError, load_profile
 from egm_lib.run import Run
 
 PAID = "https://api.example.com/v1"
@@ -52,6 +52,18 @@ def test_every_judge_gets_every_failure(tmp_path, make_run):
     assert judge_failures(run, "small-base", samples) == 16
     rows = read_jsonl(run.root / "failures" / "small-base.jsonl")
     assert {row["judge"] for row in rows} == {"a/judge", "another"}
+
+
+@pytest.mark.parametrize("second", ["a/judge", "a_judge"])  # one model, and one file name
+def test_judges_who_would_share_their_answers_are_refused(tmp_path, make_run, second):
+    """The second would read the first's ledger, and the two would agree on everything."""
+    samples, run = make_root(tmp_path, 2), make_run(teacher())
+    judges = (*run.profile.curation.judges, teacher(run.profile.curation.teacher.base_url, second))
+    curation = dataclasses.replace(run.profile.curation, judges=judges)
+    run = Run(dataclasses.replace(run.profile, curation=curation), 0)
+    with pytest.raises(ProfileError, match=f"'a/judge' and '{second}' would share their answers"):
+        judge_failures(run, "small-base", samples)
+    assert not run.root.exists()
 
 
 def test_a_paid_service_without_a_budget_gets_no_request(tmp_path, make_run, monkeypatch):

@@ -62,6 +62,21 @@ def test_a_killed_run_continues_and_leaves_the_same_file(images):
         assert engine.asked < 50 - kept + 16
 
 
+def test_a_damaged_row_is_asked_again(images):
+    """Valid JSON without the fields of a row: the others are kept."""
+    samples, whole, out = (
+        [sample(n) for n in range(6)],
+        images / "whole.jsonl",
+        images / "odd.jsonl",
+    )
+    run(FakeEngine(), samples, images, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    odd = ["{}\n", '{"sample_id": ["a"], "status": "ok"}\n', '{"status": null}\n']
+    out.write_text("".join([lines[0], *odd, *lines[2:]]))
+    run(FakeEngine(), samples, images, out)
+    assert out.read_text() == whole.read_text()
+
+
 def test_rows_of_another_model_are_not_continued(images):
     out = images / "out.jsonl"
     run(FakeEngine(), [sample(0)], images, out)

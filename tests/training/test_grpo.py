@@ -20,7 +20,7 @@ from trl.scripts.vllm_serve import make_parser
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from egm_lib import grpo as grpo_module
-from egm_lib.files import project_root
+from egm_lib.files import project_root, write_jsonl
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
@@ -678,6 +678,15 @@ def test_a_completion_that_is_none_is_kept_as_empty(world, tmp_path):
     keeper = GroupKeeper(tmp_path / "groups.jsonl", "<think>\n")
     keeper.keep(1, world[1][:1] * 2, [None, "x"], torch.tensor([0.0, 1.0]), 2)
     assert keeper.groups[0]["completions"] == ["<think>\n", "<think>\nx"]
+
+
+def test_rows_that_are_no_groups_are_left_out(tmp_path):
+    """The figure compares rewards, and a training that goes on compares steps."""
+    group = {"step": 1, "completions": ["x"], "rewards": [1.0], "advantages": [0.0]}
+    odd = [{}, *({**group, name: None} for name in group), {**group, "rewards": [None]}]
+    odd += [{**group, "rewards": [1.0, 0.0]}, {**group, "completions": "x"}]
+    write_jsonl(tmp_path / "groups.jsonl", [*odd, group])
+    assert read_groups(tmp_path / "groups.jsonl") == [group]
 
 
 def test_profile_values_become_trl_s_options(tmp_path):

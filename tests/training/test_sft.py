@@ -311,6 +311,20 @@ def test_missing_and_empty_traces_are_reported_in_one_sentence(tmp_path):
         read_traces(tmp_path / "empty.jsonl", tmp_path, "vanilla")
 
 
+def test_a_row_that_is_no_trace_is_left_out(tmp_path, monkeypatch):
+    """Whole traces stay, and bare ones are joined, whatever stands between them."""
+    samples = [{"sample_id": str(number), "gt_box": [0, 0, 9, 9]} for number in range(3)]
+    monkeypatch.setattr(sft, "read_train", lambda *args: samples)
+    whole = {**samples[2], "reasoning": "so"}
+    odd = [{"sample_id": "1"}, {"reasoning": "so"}, {"sample_id": [], "reasoning": "so"}]
+    unknown = {"sample_id": "9", "reasoning": "so"}
+    bare = [{"sample_id": 0, "reasoning": "so"}, {"sample_id": "1", "reasoning": "so"}]
+    write_jsonl(tmp_path / "traces.jsonl", [odd[0], bare[0], *odd, unknown, whole, bare[1]])
+    traces = read_traces(tmp_path / "traces.jsonl", tmp_path, "vanilla")
+    assert [str(trace["sample_id"]) for trace in traces] == ["0", "2", "1"]
+    assert all(trace["gt_box"] and trace["reasoning"] == "so" for trace in traces)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
 def test_half_precision_without_a_gpu_is_reported_before_anything_starts():
     check_device("float32", "sft")
