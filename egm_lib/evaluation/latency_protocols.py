@@ -25,7 +25,7 @@ from egm_lib.evaluation.roofline import (
     predict,
     same_experts,
 )
-from egm_lib.model_shapes import ModelShape
+from egm_lib.model_shapes import InternVision, ModelShape
 
 GPU = "L20"
 GPUS = 8  # of the released script
@@ -95,26 +95,47 @@ def setup(model: PaperModel, protocol: Protocol, device: Device, request: Reques
 
 
 def protocol_ms(
-    model: PaperModel, protocol: Protocol, device: Device, tokens: int | None = None
+    model: PaperModel,
+    protocol: Protocol,
+    device: Device,
+    *,
+    tokens: int | None = None,
+    one_tile: bool = False,
 ) -> float | None:
     """What a protocol would report for a model, in ms; None where it cannot be served.
 
-    tokens: of the answer, where they are not the model's own.
+    tokens: of the answer, where they are not the model's own. one_tile: InternVL's images are one
+    tile, not 12 and a small copy.
     """
-    request = Request(answer_tokens=tokens or model.answer_tokens)
+    request = request_of(model, tokens, one_tile)
     found = setup(model, protocol, device, request)
     return None if found is None else _reported_ms(model.shape, request, found, protocol)
 
 
-def bound_ms(model: PaperModel, protocol: Protocol, device: Device) -> float | None:
+def bound_ms(
+    model: PaperModel, protocol: Protocol, device: Device, *, one_tile: bool = False
+) -> float | None:
     """The least that a protocol could report: at the data sheet's peak, without overheads, and with
     the same experts for all tokens. None where the model cannot be served."""
-    request = Request(answer_tokens=model.answer_tokens)
+    request = request_of(model, None, one_tile)
     found = setup(model, protocol, device, request)
     if found is None:
         return None
     at_peak = replace(found, serving=replace(found.serving, device=device.bound()))
     return _reported_ms(same_experts(model.shape), request, at_peak, protocol)
+
+
+def request_of(model: PaperModel, tokens: int | None, one_tile: bool) -> Request:
+    """The request that a model answers: an image of COCO's usual size, or one tile of it."""
+    tokens = tokens or model.answer_tokens
+    if one_tile and _is_intern(model):
+        side = model.shape.vision.tile
+        return Request(image_wh=(side, side), answer_tokens=tokens)
+    return Request(answer_tokens=tokens)
+
+
+def _is_intern(model: PaperModel) -> bool:
+    return isinstance(model.shape.vision, InternVision)
 
 
 def _reported_ms(shape: ModelShape, request: Request, found: Setup, protocol: Protocol) -> float:
@@ -126,18 +147,16 @@ def _reported_ms(shape: ModelShape, request: Request, found: Setup, protocol: Pr
 class Fit:
     """How near a protocol comes to the published latencies.
 
-    factor: the median of how many times the prediction is too high or too low; worst: the largest,
-    and of which model. scale: published over predicted, in the median; spread: the largest factor
-    that is left when all predictions are multiplied by it, as a slower server would. below_bound:
-    models whose published latency is less than the bound. ratio: predicted latency of the large
-    model over EGM's.
+    factor: the median of how many times the prediction is too high or too low. scale: what all
+    predictions are multiplied by to come nearest, as a server does that is slower than the roofline
+    (or, below 1, faster); spread: the largest factor that is then left. below_bound: models whose
+    published latency is less than the bound. ratio: predicted latency of the large model over
+    EGM's.
     """
 
     protocol: Protocol
     models: int
     factor: float
-    worst: float
-    worst_model: str
     scale: float
     spread: float
     below_bound: tuple[str, ...]
@@ -149,33 +168,56 @@ def published_ms() -> dict[str, float]:
     return {row["name"]: row["values"][0] for row in paper("fig5")["rows"]}
 
 
+def qwen_models() -> list[PaperModel]:
+    """Those of the compared models whose image tokens are certain too."""
+    return [model for model in compared_models() if not _is_intern(model)]
+
+
 def compared_models() -> list[PaperModel]:
     """The models of Fig. 5 whose answers have a known or likely length, in its order."""
     known = {model.name: model for model in paper_models() if model.answer_tokens}
     return [known[name] for name in published_ms() if name in known]
 
 
-def fit(protocol: Protocol, device: Device = DEVICES[GPU]) -> Fit:
-    """How near a protocol comes, over all compared models."""
-    published, models = published_ms(), compared_models()
-    times = {model.name: protocol_ms(model, protocol, device) for model in models}
-    logs = {name: math.log(published[name] / ms) for name, ms in times.items()}
-    worst = max(logs, key=lambda name: abs(logs[name]))
-    scale = statistics.median(logs.values())
+def published_over_predicted(
+    protocol: Protocol,
+    models: Sequence[PaperModel],
+    device: Device = DEVICES[GPU],
+    *,
+    one_tile: bool = False,
+) -> dict[str, float]:
+    """Published latency over the predicted one, by model."""
+    published = published_ms()
+    return {
+        model.name: published[model.name] / protocol_ms(model, protocol, device, one_tile=one_tile)
+        for model in models
+    }
+
+
+def fit(
+    protocol: Protocol,
+    models: Sequence[PaperModel],
+    device: Device = DEVICES[GPU],
+    *,
+    one_tile: bool = False,
+) -> Fit:
+    """How near a protocol comes over some models of Fig. 5, the two of `ratio` among them."""
+    published = published_ms()
+    found = published_over_predicted(protocol, models, device, one_tile=one_tile)
+    logs = [math.log(ratio) for ratio in found.values()]
+    predicted = {name: published[name] / ratio for name, ratio in found.items()}
     return Fit(
         protocol=protocol,
         models=len(models),
-        factor=math.exp(statistics.median(map(abs, logs.values()))),
-        worst=math.exp(abs(logs[worst])),
-        worst_model=worst,
-        scale=math.exp(scale),
-        spread=math.exp(max(abs(log - scale) for log in logs.values())),
+        factor=math.exp(statistics.median(map(abs, logs))),
+        scale=math.exp((max(logs) + min(logs)) / 2),
+        spread=math.exp((max(logs) - min(logs)) / 2),
         below_bound=tuple(
             model.name
             for model in models
-            if published[model.name] < bound_ms(model, protocol, device)
+            if published[model.name] < bound_ms(model, protocol, device, one_tile=one_tile)
         ),
-        ratio=times[DIRECT_MODEL] / times[EGM_MODEL],
+        ratio=predicted[DIRECT_MODEL] / predicted[EGM_MODEL],
     )
 
 
@@ -220,13 +262,13 @@ def implied_tokens(
     """
     target = published_ms()[model.name]
     low, high = 1, most
-    if (protocol_ms(model, protocol, device, low) or math.inf) > target:
+    if (protocol_ms(model, protocol, device, tokens=low) or math.inf) > target:
         return None
-    if protocol_ms(model, protocol, device, high) < target:
+    if protocol_ms(model, protocol, device, tokens=high) < target:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        if protocol_ms(model, protocol, device, middle) <= target:
+        if protocol_ms(model, protocol, device, tokens=middle) <= target:
             low = middle
         else:
             high = middle
