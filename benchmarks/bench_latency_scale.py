@@ -1,7 +1,7 @@
 """Latency of the paper's model shapes with random weights: first token, each token, whole answer.
 
     python benchmarks/bench_latency_scale.py                    # what fits on this machine
-    python benchmarks/bench_latency_scale.py --only Qwen3-VL-2B
+    python benchmarks/bench_latency_scale.py --only Qwen3-VL-2B --again
 
 The image is 640 x 480 px, the prompt has 30 more tokens, and answers have a fixed number of tokens,
 greedy: 42 and 101 are those of the paper's teaser. Each case runs in a process of its own. A case
@@ -13,7 +13,8 @@ on an idle machine it is the time that one waits. On a GPU it is the wall's time
 
 What the device reaches (reading weights, matrix products) is measured before and after. Results go
 to results/latency-scale/<device>.json, from which `python -m egm_lib.reports.efficiency` compares
-them with the roofline. A case that does not fit is written there too, as not run.
+them with the roofline. A case that does not fit is written there too, as not run. What the file
+holds of the same machine is kept, so a run that was cut off goes on; --again measures it anew.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -61,6 +62,8 @@ class Case:
 
 CPU_CASES = (
     Case("Qwen3-VL-2B"),
+    Case("Qwen3-VL-2B", "bfloat16"),
+    Case("Qwen3-VL-4B", "bfloat16", answers=(DIRECT,)),
     Case("Qwen3-VL-2B", "bfloat16", answers=(12,), share=4),
     Case("Qwen3-VL-2B", requests=8, answers=(12,), share=4),
     Case("Qwen3-VL-4B", answers=(12,), share=4),
@@ -81,6 +84,7 @@ GPU_CASES = tuple(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", choices=SHAPES, help="these models alone")
+    parser.add_argument("--again", action="store_true", help="what was measured before too")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
@@ -90,33 +94,43 @@ def main() -> None:
     elif args.probe:
         print(json.dumps(probe()))
     else:
-        run(args.only, args.out)
+        run(args.only, args.out, args.again)
 
 
-def run(only: Sequence[str] | None, out: Path) -> None:
+def run(only: Sequence[str] | None, out: Path, again: bool) -> None:
     """Every case in a process of its own; the file is written after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = out / f"{device}.json"
-    record = read_json(path) if only else None
-    record = record or {"rows": []}
-    cases = [case for case in (GPU_CASES if device == "cuda" else CPU_CASES)]
-    cases = [case for case in cases if not only or case.model in only]
-    chosen = {case.model for case in cases}
-    record["rows"] = [row for row in record["rows"] if row["model"] not in chosen]
-    record |= {"machine": machine(device), "load": [round(os.getloadavg()[0], 1)]}
-    record |= {"image_wh": IMAGE_WH, "prompt_tokens": PROMPT_TOKENS}
-    probes = [in_process("--probe")]
-    for case in cases:
+    path, here = out / f"{device}.json", machine(device)
+    cases = {key(asdict(case)): case for case in (GPU_CASES if device == "cuda" else CPU_CASES)}
+    before = read_json(path) if path.exists() else {}
+    if before.get("machine") != here:
+        before = {"rows": [], "load": [], "probes": []}
+    rows = {key(row): row for row in before["rows"]}
+    record = {"machine": here, "image_wh": IMAGE_WH, "prompt_tokens": PROMPT_TOKENS, **before}
+
+    def save() -> None:
+        record["rows"] = [rows[name] for name in cases if name in rows]
+        record["load"].append(round(os.getloadavg()[0], 1))
+        write_text(path, json.dumps(record, indent=1) + "\n")
+
+    record["probes"].append(in_process("--probe"))
+    for name, case in cases.items():
+        kept = name in rows and not rows[name].get("not_run") and not again
+        if kept or (only and case.model not in only):
+            continue
         reason = why_not(case, device)
         row = {"not_run": reason} if reason else in_process("--case", json.dumps(asdict(case)))
-        record["rows"].append(asdict(case) | row)
-        record["load"].append(round(os.getloadavg()[0], 1))
-        record["probes"] = probes
-        write_text(path, json.dumps(record, indent=1) + "\n")
-        print(line(record["rows"][-1]), flush=True)
-    record["probes"] = [*probes, in_process("--probe")]
-    write_text(path, json.dumps(record, indent=1) + "\n")
+        rows[name] = asdict(case) | row
+        print(line(rows[name]), flush=True)
+        save()
+    record["probes"].append(in_process("--probe"))
+    save()
     print(f"{path} is written; python -m egm_lib.reports.efficiency compares it with the roofline")
+
+
+def key(row: dict) -> str:
+    """What tells a case from the others, of a case or of its row."""
+    return json.dumps([row[field.name] for field in fields(Case)])
 
 
 def in_process(*options: str) -> dict:
