@@ -17,9 +17,8 @@ from functools import cache
 
 from egm_lib.errors import EgmError
 
-# Qwen3-VL's preprocessor_config.json: least and most pixels of an image, and those of one token
-QWEN_MIN_PIXELS, QWEN_MAX_PIXELS = 65_536, 16_777_216
-# InternVL-3's: an image is cut into 1 to 12 tiles, and a small copy of it is added to several
+# InternVL-3's preprocessor_config.json: an image is cut into 1 to 12 tiles; a small copy of the
+# whole is added to several
 MAX_TILES = 12
 
 
@@ -102,6 +101,9 @@ class QwenVision:
     merge: int = 2
     positions: int = 2304
     deepstack: int = 3  # layers whose features enter the language model
+    # preprocessor_config.json: smaller images are enlarged, larger ones are shrunk
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
 
     @property
     def token_edge(self) -> int:
@@ -134,7 +136,7 @@ class QwenVision:
 
         max_pixels: a limit of one's own; smaller images are then not enlarged to the model's least.
         """
-        edge, least, most = self.token_edge, QWEN_MIN_PIXELS, QWEN_MAX_PIXELS
+        edge, least, most = self.token_edge, self.min_pixels, self.max_pixels
         if max_pixels is not None:
             least, most = edge**2, min(max_pixels, most)
         rows, columns = round(height / edge), round(width / edge)
@@ -149,6 +151,10 @@ class QwenVision:
     def tower_tokens(self, image_tokens: int) -> int:
         """Patches that the tower reads for so many tokens of the language model."""
         return image_tokens * self.merge**2
+
+    def pixel_values(self, image_tokens: int) -> int:
+        """Numbers in `pixel_values` for so many tokens of the language model."""
+        return self.tower_tokens(image_tokens) * 3 * self.temporal_patch * self.patch**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +222,10 @@ class InternVision:
         """Patches and class tokens that the tower reads for so many of the language model's."""
         tiles = image_tokens // self.tile_tokens
         return tiles * ((self.tile // self.patch) ** 2 + 1)
+
+    def pixel_values(self, image_tokens: int) -> int:
+        """Numbers in `pixel_values` for so many tokens of the language model."""
+        return image_tokens // self.tile_tokens * 3 * self.tile**2
 
 
 @cache

@@ -1,6 +1,5 @@
 """What every notebook does to show something: tables, figures, samples, training logs, findings."""
 
-import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from egm_lib.reports.tables.cells import to_markdown
 from egm_lib.run import Run
 from egm_lib.viewer.drawing import draw_image
 from egm_lib.viewer.palette import new_figure, style_of, styled
+from egm_lib.viewer.still import figure_bytes, light_png
 
 
 def scored(run: Run, model: str, task: str = "vanilla") -> pd.DataFrame:
@@ -55,7 +55,8 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
         if drawn.not_run:
             display(Markdown(f"*{drawn.title}*: not run ({drawn.not_run})"))
         else:
-            display(Image((run.figures / f"{drawn.name}.png").read_bytes(), width=width_px))
+            png = (run.figures / f"{drawn.name}.png").read_bytes()
+            display(Image(light_png(png), width=width_px))
             display(Markdown(f"*{drawn.title}.* {drawn.caption}"))
 
 
@@ -117,6 +118,5 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
 
 def show(figure: Figure, width_px: int | None = None) -> None:
     """A figure as a PNG, in whatever shows this notebook. width_px: shown so wide, and sharper."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=80 if width_px is None else 130)
-    display(Image(buffer.getvalue(), width=width_px))
+    image = figure_bytes(figure, "png", dpi=80 if width_px is None else 130)
+    display(Image(light_png(image), width=width_px))

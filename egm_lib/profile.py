@@ -58,6 +58,8 @@ class Data:
     selection_limit: int | None = None
     selection_amodal_limit: int | None = None
     eval_limit: int | None = None
+    # Source "mini": which scenes the test splits have; a new number has been seen by no model
+    test_scenes: int = 0
 
     @property
     def path(self) -> Path:
@@ -203,6 +205,10 @@ class GRPO:
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
     # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
     check_steps: int = 50
+    # Ours: so many RL samples, and all others of their images, are not trained on. They are
+    # answered at the start, after every held_out_steps and at the end (eval_reward). 0: none
+    held_out_prompts: int = 0
+    held_out_steps: int = 10
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     # True: a colocated vLLM gives its memory to the update, and takes new weights after each

@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from egm_lib.data import open_image, read_train, resolve_image
 from egm_lib.files import read_jsonl
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import limit_pixels, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.profile import SFT, Profile
@@ -47,7 +47,6 @@ from egm_lib.training.model_setup import (
     can_share_prefix,
     common_options,
     freeze_tower,
-    limit_pixels,
     load_start,
     lora_config,
     use_one_gpu,
@@ -192,9 +191,9 @@ def preview_batch(run: Run, task: str, count: int = 2) -> tuple[dict, PreTrained
     Loads neither model nor trainer. `labels` is -100 wherever the loss does not look.
     """
     profile, options = run.profile, run.profile.sft
-    small, family = profile.models.small, FAMILIES[profile.models.small.family]
-    processor = load_processor(small.location, small.family)
-    limit_pixels(processor, family, options.max_pixels)
+    small = profile.models.small
+    processor = load_processor(small.location, small.family, small.max_pixels)
+    limit_pixels(processor, small.family, options.max_pixels)
     traces = read_traces(run.traces(task), profile.data.path, task)[:count]
     rows = _answer_rows(traces, profile, reasoning=True)
     return PlainCollator(processor, options.max_length)(list(rows)), processor.tokenizer
@@ -268,14 +267,14 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
     traces = read_traces(run.traces(task), profile.data.path, task)
     rows = list(_answer_rows(traces, profile, reasoning=control != "direct"))
     if control:
-        processor = load_processor(start, small.family)
-        limit_pixels(processor, family, options.max_pixels)
+        processor = load_processor(start, small.family, small.max_pixels)
+        limit_pixels(processor, small.family, options.max_pixels)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         options = control_options(run, task, control, rows, processor, processes)
     config = sft_config(options, work, run.seed)
     # Full training keeps float32 weights under autocast; with LoRA the frozen base may be small.
     model, processor = load_start(start, small, options.dtype if options.lora else "float32")
-    limit_pixels(processor, family, options.max_pixels)
+    limit_pixels(processor, small.family, options.max_pixels)
     stage = "sft" if control is None else f"sft-control-{control}"
     trainer = make_sft_trainer(
         model,
@@ -288,8 +287,8 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
         seed=run.seed,
         config=config,
     )
-    # The start's own processor: max_pixels is SFT's, not the model's
-    return train_to(trainer, load_processor(start, small.family, small.max_pixels), out)
+    # The start's processor as it was: limits of a profile are not stored in a checkpoint.
+    return train_to(trainer, load_processor(start, small.family), out)
 
 
 def sft_dry_run(

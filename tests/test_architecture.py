@@ -10,8 +10,8 @@ ROOT = Path(egm_lib.__file__).parent
 LAYERS = (
     ("boxes", "loss", "learnability", "model_shapes", "files", "errors"),
     ("prompts", "scoring_rules", "profile"),
-    ("parsing", "run", "data"),
-    ("reward", "curation", "cli"),
+    ("parsing", "run", "data", "cli"),
+    ("reward", "curation"),
     ("inference", "viewer"),
     ("evaluation", "mini"),
     ("training",),

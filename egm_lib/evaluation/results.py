@@ -43,20 +43,6 @@ PAPER_DIR = project_root() / "data" / "paper"
 log = logging.getLogger(__name__)
 
 
-def read_object(path: Path) -> dict | None:
-    """A JSON object from a file; None where there is no file.
-
-    Raises InputError, naming the file, for anything else.
-    """
-    value = read_json(path)
-    if value is not None and not isinstance(value, dict):
-        raise InputError(
-            f"{path} holds a JSON {type(value).__name__} where an object is needed; "
-            "delete it and run its stage again"
-        )
-    return value
-
-
 def _complete(path: Path, needed: Sequence[str]) -> list[dict]:
     """The rows of a file that have the needed fields; the others are left out with a warning."""
     rows = read_jsonl(path)
@@ -113,7 +99,7 @@ class Results:
         return [
             manifest
             for root in self.roots
-            if (manifest := read_object(root / "manifest.json")) is not None
+            if (manifest := read_json(root / "manifest.json", shape=dict)) is not None
         ]
 
     def stated(self, key: str):
@@ -159,7 +145,9 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, such as small-egm@budget-16, by way and number."""
+        """Models decoded in another way, such as small-egm@budget-16, by way and number; samples
+        (small-egm@sample-1) among them.
+        """
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:

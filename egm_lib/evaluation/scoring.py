@@ -85,7 +85,7 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
             if status == "error" or not isinstance(raw_answer, str):
                 status = "error"
             else:
-                box_frame = BoxFrame(frame) if isinstance(frame, str) else BoxFrame.NORM_1000
+                box_frame = BoxFrame.read(frame) if isinstance(frame, str) else BoxFrame.NORM_1000
                 parsed = parse_completion(raw_answer, frame=box_frame, image_wh=image_wh, rule=rule)
                 value = 0.0 if parsed.box is None else iou(parsed.box, gt_box)
                 count, status = len(parsed.boxes), parsed.status

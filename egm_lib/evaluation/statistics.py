@@ -1,11 +1,10 @@
-"""Prediction files -> metrics with intervals, and differences between models with their evidence.
+"""Means with intervals, differences between models with their evidence, and fixed random draws.
 
-IoU and success are never stored: `score` reads them from the raw answers, by any rule of the
-parser, so that the same files can be scored as other evaluators would. Expressions on one image
-are not independent, so every interval comes from a bootstrap that draws images (and seeds, where
-a run has several), never samples.
+Expressions on one image are not independent. So every interval comes from a bootstrap that draws
+images (and seeds if a run has several), never samples.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -162,6 +161,12 @@ def estimate(
     )
 
 
+def sample_fixed(items: Sequence, count: int) -> list:
+    """`count` of the items, drawn at random but the same in every call, in their order."""
+    chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
+    return [items[index] for index in chosen]
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided McNemar test: P that a fair coin splits the pairs as unevenly."""
     total = only_a + only_b
@@ -214,6 +219,13 @@ def paired_difference(
     both = pair(a, b, column)
     if both.empty:
         return None
+    return difference_of(both, over_splits=over_splits, draws=draws, rng_seed=rng_seed)
+
+
+def difference_of(
+    both: pd.DataFrame, *, over_splits: bool = False, draws: int = 2000, rng_seed: int = 0
+) -> Difference:
+    """The difference between the columns a and b of a table that `pair` made."""
     delta_N = both["a"].to_numpy(float) - both["b"].to_numpy(float)
     groups_N, seeds_N = (split_keys(both) if over_splits else None), seed_codes(both)
     draws_D = bootstrap_means(

@@ -9,7 +9,7 @@ the batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,9 +133,11 @@ def complete(
     eos_ids: Sequence[int],
     generator: torch.Generator | None = None,
     form: Form | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Completions:
     """group_size completions of each prompt, in order.
 
+    on_token: is told (completion, token) of every token as it is written, end tokens included.
     The log-probs are the policy's at the temperature, before suppression, form, penalty, top_k and
     top_p: what a trainer computes.
     """
@@ -186,6 +188,9 @@ def complete(
         logps_B_T[answer_R, step] = _logps(logits_R_V, token_R, options.temperature).cpu()
         if step == 0:
             first_token_at = time.perf_counter()
+        if on_token is not None:
+            for r in going_R.nonzero()[:, 0].tolist():
+                on_token(int(answer_R[r]), int(token_R[r]))
         going_R = going_R & ~torch.isin(token_R, eos)
         count = int(going_R.sum())
         if count == 0:

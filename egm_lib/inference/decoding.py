@@ -15,6 +15,7 @@ from egm_lib.parsing import parse_completion, split_reasoning
 from egm_lib.profile import Sampling
 
 VOTE_TEMPERATURE = 0.7  # that of the paper's rollouts, Table 6
+SEEDS_OF_SAMPLES = 1000  # apart, so that no two samples of two runs share their random numbers
 
 
 def decoded_as(engine: Engine, model: str) -> Engine:
@@ -25,9 +26,9 @@ def decoded_as(engine: Engine, model: str) -> Engine:
     if not variant:
         return engine
     kind, _, number = variant.partition("-")
-    variants = {"budget": ReasoningBudget, "majority": Majority}
+    variants = {"budget": ReasoningBudget, "majority": Majority, "sample": Sample}
     if kind not in variants or not number.isdigit() or int(number) < 1:
-        known = "budget-N (tokens) or majority-N (samples)"
+        known = "budget-N (tokens), majority-N (samples) or sample-N (the N-th sample)"
         raise InputError(f"unknown way of decoding {variant!r} in {model!r}: use {known}")
     return variants[kind](engine, int(number))
 
@@ -121,6 +122,23 @@ class Majority(_Variant):
                 reasoning_tokens=_total(*(answer.reasoning_tokens for answer in given)),
                 answer_tokens=_total(*(answer.answer_tokens for answer in given)),
             )
+
+
+class Sample(_Variant):
+    """One sampled answer, the `number`-th: at temperature 1 and without top-k and top-p, what the
+    model itself would say. Several of them give accuracy in samples, and pass@N.
+    """
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+    ) -> Iterator[Answer]:
+        free = replace(sampling, temperature=1.0, top_p=1.0, top_k=None)
+        seed = self.engine.seed
+        self.engine.seed = seed + SEEDS_OF_SAMPLES * self.number
+        try:
+            yield from self.engine.answer(requests, free, reasoning=reasoning)
+        finally:
+            self.engine.seed = seed
 
 
 def _total(*counts: int | None) -> int | None:

@@ -7,7 +7,7 @@ answer; an engine that cannot bind it says so.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +25,15 @@ class Request:
 
     begun: what the assistant has written already, after the template's own opener; the answer goes
     on from there.
+    on_text: is told the assistant's text so far, token by token (transformers) or chunk by chunk
+    (an endpoint); vLLM in this process answers at once and never calls it. What it raises ends the
+    answer.
     """
 
     image: Image.Image
     prompt: str
     begun: str = ""
+    on_text: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Gives memory and connections back; the engine cannot answer any more."""
+
+
+def begun_reasoning(family: Family, reasoning: str) -> str:
+    """`Request.begun` for an answer that goes on from this reasoning, which is not closed."""
+    return ("" if family.reasoning_opener else "<think>") + reasoning
 
 
 def chat_texts(

@@ -15,7 +15,10 @@ def model_of(run: Run, model: str, task: str) -> Model:
     """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained
     for this task.
     """
-    models, plain = run.profile.models, model.partition("@")[0]  # after the @: egm_lib.decoding
+    models, plain = (
+        run.profile.models,
+        model.partition("@")[0],
+    )  # after the @: `decoding`
     bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
     if models.egm is not None:
         bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}

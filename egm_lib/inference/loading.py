@@ -106,23 +106,31 @@ def load_processor(
     """The processor (chat template, tokenizer, images) of a checkpoint; the same one with and
     without torchvision.
 
-    max_pixels: Qwen3-VL's images are shrunk to at most so many; None: as the checkpoint says. The
-    checkpoint's least size stays where it is below that; else it is one token, so that no image is
-    enlarged to the limit.
-    revision: of the hub's.
-    Raises InputError for max_pixels with InternVL-3, which cuts images into tiles of one size.
+    max_pixels: as in `limit_pixels`. revision: of the hub's.
     """
     processor = _processor(path, family, {} if revision is None else {"revision": revision})
-    if max_pixels is not None:
-        if family != "qwen3-vl":
-            raise InputError(f"max_pixels is for Qwen3-VL, not for {family}: set it to null")
-        images = processor.image_processor
-        least = images.size["shortest_edge"]
-        if least >= max_pixels:
-            least = (images.patch_size * images.merge_size) ** 2
-        most = min(max_pixels, images.size["longest_edge"])
-        images.size = type(images.size)(shortest_edge=least, longest_edge=most)
+    limit_pixels(processor, family, max_pixels)
     return processor
+
+
+def limit_pixels(processor: ProcessorMixin, family: str, max_pixels: int | None) -> None:
+    """Lets a processor shrink Qwen3-VL's images to at most max_pixels; None: as it does already.
+
+    A limit that the processor has already is never raised. Its least size stays if it is below
+    max_pixels. Otherwise the least size becomes one token, so that no image is enlarged to the
+    limit.
+    Raises InputError for InternVL-3, which cuts images into tiles of one size.
+    """
+    if max_pixels is None:
+        return
+    if family != "qwen3-vl":
+        raise InputError(f"max_pixels is for Qwen3-VL, not for {family}: set it to null")
+    images = processor.image_processor
+    least = images.size["shortest_edge"]
+    if least >= max_pixels:
+        least = (images.patch_size * images.merge_size) ** 2
+    most = min(max_pixels, images.size["longest_edge"])
+    images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
 def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:

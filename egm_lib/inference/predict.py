@@ -14,14 +14,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 import tqdm
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
-from egm_lib.data.records import FEATURES
+from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, read_jsonl, write_jsonl
 from egm_lib.inference.decoding import decoded_as
@@ -34,34 +33,6 @@ from egm_lib.prompts import DEFAULT_PROMPT
 from egm_lib.run import Run
 
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
-
-
-class Prediction(TypedDict):
-    """One line of predictions/<model>/<dataset>_<split>.jsonl: the GroundingSample's fields, then
-    these.
-
-    boxes, box: xyxy pixels of the original image; box is the one that counts (null: none). IoU is
-    never stored.
-    """
-
-    model: str
-    revision: str | None
-    profile: str
-    seed: int
-    prompt: str
-    raw_answer: str
-    frame: str  # BoxFrame of the numbers in raw_answer
-    reasoning: str | None
-    boxes: list[list[float]]
-    box: list[float] | None
-    status: str  # "ok" | "no_box" | "unclosed_reasoning" | "malformed" | "error"
-    error: str | None
-    prompt_tokens: int | None
-    reasoning_tokens: int | None
-    answer_tokens: int | None
-    finish_reason: str  # "stop" | "length" | "error"
-    # Null where several are answered together: measure_latency is the place for that
-    latency_ms: float | None
 
 
 class EngineFailure(EgmError, RuntimeError):
@@ -183,7 +154,9 @@ def _answer_rows(
         yield _row(sample, answers[index], engine, stamp, prompt)
 
 
-def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping, prompt: str) -> dict:
+def _row(
+    sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping, prompt: str
+) -> Prediction:
     frame, image_wh = engine.family.frame, (sample["width"], sample["height"])
     reasoning, boxes, box, status = None, [], None, "error"
     num_reasoning, num_answer = answer.reasoning_tokens, answer.answer_tokens
@@ -197,7 +170,7 @@ def _row(sample: Mapping, answer: Answer, engine: Engine, stamp: Mapping, prompt
         **stamp,
         "prompt": engine.family.prompt(sample["expression"], sample["task"], name=prompt),
         "raw_answer": answer.raw_answer,
-        "frame": frame.name,
+        "frame": frame.value,
         "reasoning": reasoning,
         "boxes": [list(map(float, each)) for each in boxes],
         "box": None if box is None else list(map(float, box)),

@@ -59,8 +59,14 @@ def open_manifest(run: Run) -> dict:
 
 
 def environment() -> dict:
-    """By which revision, with what and on what a stage runs."""
-    return {"git": git_revision(), "versions": _versions(), "hardware": _hardware()}
+    """By which revision, with what and on what a stage runs, under which protocol (its SHA-256)."""
+    protocol = project_root() / "docs" / "protocol.md"
+    return {
+        "git": git_revision(),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "protocol": file_digest(protocol) if protocol.exists() else None,
+    }
 
 
 def _changes(old: object, new: object, where: str = "") -> list[str]:

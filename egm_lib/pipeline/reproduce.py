@@ -227,7 +227,7 @@ def _show_results(run: Run) -> None:
 
     The tables are made again, since the manifest is complete only now.
     """
-    committed = committed_json(f"figures/{run.profile.name}/summary.json")
+    committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
     summary = read_json(run.figures / "summary.json")
@@ -248,7 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
     parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
     parser.add_argument(
-        "--publish", action="store_true", help="store the executed notebooks, with their outputs"
+        "--publish",
+        action="store_true",
+        help="make tables, figures and executed notebooks those of the repository",
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
@@ -262,9 +264,9 @@ def _reproduce_all(args: argparse.Namespace) -> None:
         run = Run(profile, seed)
         print(f"{profile.title}: profile {profile.name}, seed {seed} -> {run.root}", flush=True)
         reproduce(run, first=args.first, last=args.last, fresh=args.fresh)
+    _show_results(run)
     if args.publish:
         publish(Run(profile, seeds[0]))
-    _show_results(run)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ Notebooks show them below their figures and tables. A finding whose files are ab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import pandas as pd
-
-from egm_lib.curation.outputs import JsonlSamples
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate
 from egm_lib.files import read_json, read_jsonl
+from egm_lib.reports.curated import outcomes
 from egm_lib.reports.tables.beyond_paper import latency_stats
 from egm_lib.reports.tables.paper import cause_shares, gain
 
@@ -101,23 +98,18 @@ def _causes(results: Results) -> Iterator[str]:
 
 
 def _curation(results: Results) -> Iterator[str]:
-    folder = results.roots[0] / "curation"
-    for name, what in (("trace", "traces"), ("amodal-trace-train", "amodal traces")):
-        outcomes = _outcomes(folder / f"{name}.jsonl")
-        if outcomes.empty:
+    for stage, what in (("trace", "traces"), ("amodal-trace-train", "amodal traces")):
+        found = outcomes(results.roots[0], stage)
+        if found is None:
             continue
-        kept, dropped = outcomes.get("kept", 0), outcomes.drop("kept", errors="ignore")
-        sentence = f"Of {outcomes.sum():,} {what}, {100 * kept / outcomes.sum():.1f} % are kept"
-        if len(dropped):
-            sentence += f"; the most frequent reason for dropping one is {dropped.idxmax()}"
+        lost = found.dropped | ({"failed": found.failed} if found.failed else {})
+        total = found.kept + sum(lost.values())
+        if not total:
+            continue
+        sentence = f"Of {total:,} {what}, {100 * found.kept / total:.1f} % are kept"
+        if lost:
+            sentence += f"; the most frequent reason for dropping one is {max(lost, key=lost.get)}"
         yield f"{sentence}."
-
-
-def _outcomes(path: Path) -> pd.Series:
-    """How often each outcome ("kept", a filter's name, "failed") occurs in an output file."""
-    rows = JsonlSamples(path) if path.is_file() else ()
-    outcomes = ["kept" if row["status"] == "ok" else row["filter"] or "failed" for row in rows]
-    return pd.Series(outcomes, dtype=object).value_counts()
 
 
 def _logged(results: Results, stage: str, column: str) -> Iterator[tuple[str, float, float, int]]:

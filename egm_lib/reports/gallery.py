@@ -17,6 +17,7 @@ from pathlib import Path
 import egm_lib.viewer
 from egm_lib.cli import ends, run_parser, runs_of
 from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.files import atomic_open, read_json
 from egm_lib.reports.figures.material import (
     EGM,
@@ -25,11 +26,10 @@ from egm_lib.reports.figures.material import (
     Material,
     data_root,
     outcome_title,
-    sample_fixed,
 )
 from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, summarised
 from egm_lib.viewer.comparison import OUTCOMES, models_in
-from egm_lib.viewer.page import view_of
+from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import style_of
 
 DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
@@ -76,9 +76,7 @@ def build_gallery(
         or '<p class="not-run">Figures: not run (python -m egm_lib.reports.figures)</p>',
         tables="\n".join(_table(figures_dir / f"{name}.md") for name in TABLES),
         traces=_script_safe(json.dumps(_traces(material), ensure_ascii=False, allow_nan=False)),
-        viewer=(here / "viewer.js")
-        .read_text(encoding="utf-8")
-        .replace("export default { render };", ""),
+        viewer=page_script("viewer").replace("export default { render };", ""),
         pager=_PAGER,
     )
     with atomic_open(out_html) as file:
@@ -94,7 +92,13 @@ def _traces(material: Material) -> dict:
         for outcome in OUTCOMES:
             samples = material.with_outcome(task, outcome)
             views = [
-                view_of(sample, models, root=material.root, max_side_px=480)
+                view_of(
+                    sample,
+                    models,
+                    root=material.root,
+                    objects=material.objects(sample.sample),
+                    max_side_px=480,
+                )
                 for sample in sample_fixed(samples, TRACES_A_KIND)
             ]
             for view in views:

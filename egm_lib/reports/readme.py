@@ -1,7 +1,7 @@
 """What README.md shows of the committed results: the image at its top, and the numbers.
 
 `python -m egm_lib.reports.readme` writes both between their markers, from figures/mini-full or,
-until that has been run, figures/mini (`make tables` does).
+until that has been run, figures/mini. `python -m egm_lib.pipeline.publish` calls it.
 """
 
 import json

@@ -29,6 +29,7 @@ from egm_lib.learnability import select_learnable
 from egm_lib.run import Run
 
 ROLES = {"learner": "small-sft", "reference": "reference"}
+AT_RANDOM = "rl_vanilla_unselected"  # the file of `select_at_random`, for `run.samples`
 
 
 def pool_answers(run: Run, role: str) -> Path:
@@ -82,6 +83,16 @@ def select(run: Run) -> dict:
         counts["amodal"] = {"pool": kept, "kept": kept}
     write_text(run.root / "selection.json", json.dumps(counts, indent=1))
     return counts
+
+
+def select_at_random(run: Run) -> int:
+    """Writes as many vanilla samples of the pool as `select` kept, drawn at random: what selection
+    is compared with. Returns how many.
+    """
+    data, kept = run.profile.data, len(read_samples(run.samples("rl_vanilla")))
+    pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
+    drawn_N = np.random.default_rng(run.seed).choice(len(pool), min(kept, len(pool)), replace=False)
+    return write_samples(run.samples(AT_RANDOM), pool.select(np.sort(drawn_N)))
 
 
 def amodal_pool(run: Run):

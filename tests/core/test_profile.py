@@ -216,7 +216,26 @@ def test_unknown_name_offers_the_nearest():
 def test_extends_keeps_what_it_does_not_change():
     mini, full = load_profile("mini"), load_profile("mini-full")
     assert full.models == mini.models and full.generation == mini.generation
-    assert full.seeds == (0, 1, 2) and full.grpo.max_minutes > mini.grpo.max_minutes
+    assert full.seeds == (0, 1, 2) and full.grpo.max_steps > mini.grpo.max_steps
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-full", "mini-uniform", "smoke"])
+def test_the_miniatures_trainings_end_by_steps(name):
+    """Minutes would make the results depend on the machine and on what else it does."""
+    profile = load_profile(name)
+    assert profile.sft.max_minutes is None and profile.grpo.max_minutes is None
+    assert profile.grpo.max_steps
+
+
+def test_the_two_arms_of_the_experiment_differ_in_the_teacher_alone():
+    varied, uniform = (load_profile(name).as_dict() for name in ("mini-full", "mini-uniform"))
+    for values, name in ((varied, "mini-full"), (uniform, "mini-uniform")):
+        ways = values["curation"]["teacher"].pop("extra_body")["ways"]
+        assert sum(ways.values()) == pytest.approx(1) and (ways["worked"] == 1) == (
+            name == "mini-uniform"
+        )
+    differing = {key for key in varied if varied[key] != uniform[key]}
+    assert differing == {"name", "title", "tasks", "controls"}
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():

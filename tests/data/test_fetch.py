@@ -318,7 +318,7 @@ def test_fetch_goes_on_after_a_source_that_is_not_available(server, tmp_path, mo
     }
     monkeypatch.setattr(data_command, "SOURCES", sources)
     monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
-    assert data_command.main(["fetch", "--root", str(tmp_path)]) == 1
+    assert data_command.main(["fetch", "--root", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert "tao: the hub did not give someone/tao (no route to the hub)" in errors
     assert "can do without" in errors and "nobody: if this goes on" in errors

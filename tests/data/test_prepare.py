@@ -158,7 +158,7 @@ def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder)
 
 
 def test_one_task_is_prepared_where_the_files_of_the_other_are_missing(refcoco_root, capsys):
-    assert run("prepare", refcoco_root) == 1
+    assert run("prepare", refcoco_root) == 2
     assert "amodal is not prepared: no file" in capsys.readouterr().err
     assert len(read_train(refcoco_root, "vanilla")) > 0
     assert not (refcoco_root / "train_amodal.jsonl").exists()
@@ -175,7 +175,7 @@ def test_a_profile_with_the_amodal_task_alone_needs_no_vanilla_files(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{", "null"])
 def test_a_report_that_cannot_be_read_is_one_sentence(refcoco_root, capsys, content):
     (refcoco_root / "prepare-vanilla.json").write_text(content)
-    assert run("prepare", refcoco_root, "--task", "vanilla") == 1
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 2
     assert "prepare-vanilla.json" in (error := capsys.readouterr().err)
     assert "delete it" in error and error.count("\n") == 1
 
@@ -189,7 +189,7 @@ def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     (folder / coco_image(7)["file_name"]).write_text("no image")
     # Beyond PIL's own limit
     Image.new("1", (20_000, 10_000)).save(folder / coco_image(2)["file_name"], format="PNG")
-    assert run("check", refcoco_root) == 1
+    assert run("check", refcoco_root) == 2
     out = capsys.readouterr().out
     assert f"{coco_image(3)['file_name']} (e.g. sample refcoco-val-10-100): no such file" in out
     assert "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable image") >= 2
@@ -225,11 +225,11 @@ def test_boxes_per_image_counts_boxes_not_expressions(refcoco_root):
 
 def test_the_command_line_says_what_is_missing(tmp_path, capsys):
     assert (
-        run("stats", tmp_path) == 1
-        and run("check", tmp_path) == 1
-        and run("prepare", tmp_path) == 1
+        run("stats", tmp_path) == 2
+        and run("check", tmp_path) == 2
+        and run("prepare", tmp_path) == 2
     )
-    assert main(["fetch", "imagenet", "--root", str(tmp_path)]) == 1
+    assert main(["fetch", "imagenet", "--root", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert "`prepare` makes them" in errors and "fetch" in errors and "'imagenet'" in errors
     assert list(tmp_path.iterdir()) == []

@@ -131,9 +131,10 @@ def test_scene_batches_are_a_function_of_seed_and_index():
     assert not np.array_equal(first, scene_batch(3, 5, 2)[1])
 
 
-def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
+@pytest.mark.parametrize("sizes", [("small", "large"), ("large", "huge")])
+def test_a_grown_model_computes_what_it_grew_out_of(sizes):
     tokenizer = build_tokenizer()
-    large = build("large", tokenizer, seed=2).eval()
+    tiny, large = (build(size, tokenizer, seed=2).eval() for size in sizes)
     pretrain.grow(tiny.state_dict(), large)
     ids = torch.tensor([tokenizer("Locate red circle left of the blue star").input_ids])
     with torch.no_grad():

@@ -119,8 +119,13 @@ def test_every_way_to_decode_is_one_that_the_engine_knows(way):
     assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
 
 
-def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypatch, capsys):
-    asked = []
+def test_every_variant_is_trained_and_every_way_to_decode_is_asked(
+    run, tmp_path, monkeypatch, capsys
+):
+    asked, figures = [], tmp_path / "figures"
+    monkeypatch.setattr(ablations.Run, "figures", property(lambda self: figures))
+    for name in ("ablation_grpo", "table4_decoding"):
+        write_rows(figures / f"{name}.md", [{"table": name}])
     monkeypatch.setattr(
         ablations, "run_jobs", lambda run, jobs: asked.extend(job.name for job in jobs)
     )
@@ -130,4 +135,5 @@ def test_every_variant_is_trained_and_every_way_to_decode_is_asked(run, monkeypa
     trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
     expected = [f"ablations-7-{name}" for name in trained] + ["ablations-7"]
     assert asked == expected + [f"predict-vanilla-small-egm@{way}" for way in ablations.DECODINGS]
-    assert "decoding" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ablation_grpo" in printed and "table4_decoding" in printed

@@ -11,7 +11,14 @@ from egm_lib.errors import InputError
 from egm_lib.profile import load_profile
 from egm_lib.run import Run
 from egm_lib.training import selection
-from egm_lib.training.selection import ROLES, answer_pool, pool_answers, select
+from egm_lib.training.selection import (
+    AT_RANDOM,
+    ROLES,
+    answer_pool,
+    pool_answers,
+    select,
+    select_at_random,
+)
 
 HIT, MISS = "</think>\n\n[100, 100, 500, 500]", "</think>\n\n[600, 600, 900, 900]"
 GT_BOX = [10.0, 10.0, 50.0, 50.0]  # px of 100 x 100
@@ -173,3 +180,15 @@ def test_an_error_of_the_learners_engine_is_no_miss(run):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     answer(run, "reference", {5, 6})
     assert select(run)["vanilla"]["learnable"] == 1 and "s05" not in kept(run)
+
+
+def test_prompts_at_random_are_as_many_and_follow_the_seed(run):
+    """The comparison with selected prompts is fair only where the numbers are equal."""
+    drawn = []
+    for seed in (0, 0, 1, 2):
+        other = Run(run.profile, seed)
+        write_samples(other.samples("rl_vanilla"), [sample(number) for number in range(5)])
+        assert select_at_random(other) == 5
+        drawn.append(list(read_samples(other.samples(AT_RANDOM))["sample_id"]))
+    assert drawn[0] == drawn[1] and len({tuple(ids) for ids in drawn}) > 1
+    assert all(len(set(ids)) == 5 and set(ids) <= {f"s{n:02}" for n in range(10)} for ids in drawn)

@@ -16,8 +16,10 @@ from training_world import VIDEOS, make_samples, moved_names, sft_options, store
 from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import grpo, sft
+from egm_lib.errors import InputError
 from egm_lib.files import write_jsonl
-from egm_lib.inference.loading import load_processor, video_half
+from egm_lib.inference.loading import limit_pixels, load_processor, video_half
+from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
@@ -27,8 +29,7 @@ from egm_lib.training import model_setup
 from egm_lib.training.checkpoints import is_finished, train_to, work_folder
 from egm_lib.training.clock import Clock, TimedSchedule, logged_tokens
 from egm_lib.training.command import stage_command
-from egm_lib.training.model_setup import TrainingError, limit_pixels, lora_config
-from egm_lib.training.plan import count_parameters
+from egm_lib.training.model_setup import TrainingError, lora_config
 from egm_lib.training.preflight import check_device, check_memory
 from egm_lib.training.sft_trainers import ImageSampler, PlainCollator
 
@@ -320,11 +321,10 @@ def test_half_precision_without_a_gpu_is_said_before_anything_starts():
 
 def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(world, monkeypatch):
     profile, place = load_profile("paper-qwen3vl-8b"), str(world[0])
-    config = AutoConfig.from_pretrained(place)
-    parameters = count_parameters(config)
-    trained = parameters["total"] - (parameters["vision"] - parameters["merger"])
-    # Weights twice; gradients and two moments in float32
-    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)
+    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    trained = shape.parameters - shape.vision.tower
+    # ZeRO-3: weights and gradients in bfloat16; master weights and two moments in float32
+    needed = shape.parameters * 2 + trained * (4 + 8 + 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for total_memory, processes, refused in (
         (needed, 1, False),
@@ -347,7 +347,7 @@ def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_i
 ):
     base, place = load_profile("paper-qwen3vl-8b"), str(world[0])
     profile = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
-    memory = 100 * count_parameters(AutoConfig.from_pretrained(place))["total"]
+    memory = 100 * shape_from_config(AutoConfig.from_pretrained(place)).parameters
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
@@ -424,8 +424,11 @@ def traces_run(world, tmp_path, monkeypatch, **changes) -> Run:
     return run
 
 
-def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp_path, monkeypatch):
-    """Else everyone who loads the model later answers with smaller images than its authors."""
+@pytest.mark.parametrize("limits", ["sft", "model"])
+def test_a_profile_s_pixel_limits_are_not_stored_in_a_checkpoint(
+    world, tmp_path, monkeypatch, limits
+):
+    """Otherwise everyone who loads the model later would answer with smaller images."""
     seen = []
     collate = PlainCollator.__call__
     monkeypatch.setattr(
@@ -434,7 +437,10 @@ def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp
         lambda self, rows: seen.append(collate(self, rows)) or seen[-1],
     )
     monkeypatch.setattr(sft, "can_share_prefix", lambda *args: False)
-    run = traces_run(world, tmp_path, monkeypatch, max_pixels=1024)
+    run = traces_run(world, tmp_path, monkeypatch, max_pixels=1024 if limits == "sft" else None)
+    models = run.profile.models
+    small = replace(models.small, max_pixels=1024 if limits == "model" else None)
+    run = replace(run, profile=replace(run.profile, models=replace(models, small=small)))
     out = run_sft(run, "vanilla")
     assert {int(grid.prod()) for batch in seen for grid in batch["image_grid_thw"]} == {4 * 4}
     start, made = (
@@ -446,11 +452,11 @@ def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp
 def test_no_image_is_enlarged(world):
     """An image below the limit keeps its size; the authors' least is one token too."""
     processor = load_processor(world[0], "qwen3-vl")
-    limit_pixels(processor, FAMILY, 50_176)
+    limit_pixels(processor, FAMILY.name, 50_176)
     grid = processor.image_processor([Image.new("RGB", (16, 32))], return_tensors="pt")
     assert grid["image_grid_thw"][0].tolist() == [1, 4, 2]
-    with pytest.raises(TrainingError, match="for Qwen3-VL"):
-        limit_pixels(processor, INTERNVL, 50_176)
+    with pytest.raises(InputError, match="for Qwen3-VL"):
+        limit_pixels(processor, "internvl-3", 50_176)
 
 
 def test_a_preview_needs_no_trainer(world, tmp_path, monkeypatch):
