@@ -214,7 +214,9 @@ def make_setting(
     shape = shape or model_shape(profile.models.small)
     if shared_prefix is None:
         family = FAMILIES[profile.models.small.family]
-        shared_prefix = can_share_prefix(family, options, SimpleNamespace(world_size=on.count))
+        shared_prefix = getattr(options, "shared_prefix", "auto") == "auto" and can_share_prefix(
+            family, options, SimpleNamespace(world_size=on.count)
+        )
     return Setting(
         options=options,
         shape=shape,

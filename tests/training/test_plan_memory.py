@@ -1,6 +1,7 @@
 """The plan's activations compared with what autograd keeps, and its head with what it allocates."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLCon
 from trl.kernels import ChunkedLogProbFunction
 
 from egm_lib.model_shapes import shape_from_config
-from egm_lib.training.plan_memory import TILE_COPIES_CPU, block_bytes, text_layer_bytes
+from egm_lib.profile import load_profile
+from egm_lib.training.hardware import hardware
+from egm_lib.training.packed_groups import pack, use_packed_attention
+from egm_lib.training.plan import make_setting
+from egm_lib.training.plan_memory import (
+    TILE_COPIES_CPU,
+    Row,
+    block_bytes,
+    language_layer_bytes,
+    text_layer_bytes,
+)
 from egm_lib.training.prefix_logps import VOCABULARY_CHUNK
 
 ROWS, LENGTH = 2, 100
@@ -119,6 +130,58 @@ def test_a_layer_keeps_what_the_plan_says(make, dtype, value):
     text = shape_from_config(make(1)).text
     expected = ROWS * LENGTH * text_layer_bytes(text, value, LENGTH)
     assert measured == pytest.approx(expected, rel=0.01)
+
+
+GROUPS, SIZE, PROMPT, ANSWER = 2, 3, 61, 40
+
+
+def packed_bytes(config, dtype: torch.dtype) -> int:
+    model = build(config, dtype)
+    assert use_packed_attention(model)
+    positions = torch.arange(PROMPT)[None]
+    answers = [torch.zeros(ANSWER, dtype=torch.long)] * SIZE
+    prompts = [torch.zeros(PROMPT, dtype=torch.long)] * GROUPS
+    row = pack(prompts, [positions] * GROUPS, [answers] * GROUPS)
+    length, width = row.ids_1_L.shape[1], config.text_config.hidden_size
+    inputs = torch.randn(1, length, width, dtype=dtype, requires_grad=True)
+    language = model.model.language_model
+
+    def forward():
+        return language(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            position_ids=row.positions_A_L,
+            use_cache=False,
+            packed_groups=row.groups,
+        )
+
+    return kept_bytes(forward, model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [qwen_config, internvl_config])
+def test_a_layer_that_reads_packed_groups_keeps_what_the_plan_says(make, dtype):
+    sizes = [packed_bytes(make(layers), getattr(torch, dtype)) for layers in (1, 3)]
+    measured = (sizes[1] - sizes[0]) / 2
+    profile = load_profile("paper-qwen3vl-8b")
+    options = replace(
+        profile.grpo,
+        compute_dtype=dtype,
+        num_generations=SIZE,
+        per_device_train_batch_size=GROUPS * SIZE,
+        micro_batch_tokens=None,
+    )
+    row = Row(image=PROMPT - 11, question=10, answer=ANSWER, longest=ANSWER)
+    alone = replace(profile.launch, accelerate_config=None, num_processes=1)
+    setting = make_setting(
+        replace(profile, grpo=options, launch=alone),
+        "grpo",
+        hardware("a100"),
+        shape=shape_from_config(make(1)),
+        row=row,
+    )
+    assert setting.tokens == GROUPS * (PROMPT - 1 + SIZE * ANSWER)
+    assert setting.tokens * language_layer_bytes(setting) == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("dtype", "value"), DTYPES)
