@@ -30,6 +30,9 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TILE_COPIES_GPU, TILE_COPIES_CPU = 1, 8.25
 # float32 copies of full logits where they are small: the logits, their log-softmax, two gradients
 SMALL_LOGITS_COPIES = 4
+# Gradients of a tied embedding at the end of the backward pass, before they are accumulated: the
+# head's, the embedding's, and their sum
+TIED_GRADIENTS = 3
 # float32 copies of the next token's logits: themselves, sorted, softmax, cumulative sum
 SAMPLING_COPIES = 4
 # Ours: the CUDA context, cuBLAS' workspaces and NCCL's buffers take 1 to 2 GiB
@@ -320,14 +323,18 @@ def _activations(setting: Setting) -> list[Part]:
         kept = value * vision.hidden if setting.checkpointing else block
         how = f"{patches:,} patches x {vision.depth} blocks x {kept:,} bytes ({what})"
         parts.append(Part("activations, vision", patches * vision.depth * kept, how, UPDATE))
+    activations = sum(part.bytes for part in parts)
     parts.append(_images(setting))
-    # The larger of the two moments: the head's backward pass, and that of one layer
+    # The largest of three moments: the backward passes of the head, of one layer, of the embedding
     head, head_how = _head(setting)
     inside = layer if setting.checkpointing else 0
     passing = tokens * (inside + value * (3 * text.intermediate + 2 * text.hidden))
     if reads_tower and setting.checkpointing:
         passing = max(passing, patches * (block + value * 2 * vision.intermediate))
-    if head >= passing:
+    embedding, embedding_how = _embedding(setting, activations)
+    if embedding > max(head, passing):
+        parts.append(Part("backward pass of embedding", embedding, embedding_how, UPDATE))
+    elif head >= passing:
         parts.append(Part("backward pass of the head", head, head_how, UPDATE))
     else:
         how = f"{passing / tokens:,.0f} bytes a token, recomputed and its gradients"
@@ -350,13 +357,17 @@ def _head(setting: Setting) -> tuple[float, str]:
     text, gpu = setting.shape.text, setting.hardware.device.is_gpu
     # Without Triton TRL scores every position
     scored = setting.answer_tokens if gpu or setting.shared_prefix else setting.tokens
+    trains_head = 0 if setting.options.lora else text.embedding
     if setting.shared_prefix and scored * text.vocabulary <= SMALL_LOGITS:
         size = SMALL_LOGITS_COPIES * 4 * scored * text.vocabulary
-        return size, f"{SMALL_LOGITS_COPIES} x {scored:,} tokens x {text.vocabulary:,} x 4 bytes"
+        how = (
+            f"{SMALL_LOGITS_COPIES} x {scored:,} tokens x {text.vocabulary:,} x 4 bytes, "
+            f"{trains_head:,} gradients x 4 bytes"
+        )
+        return size + trains_head * 4, how
     copies = TILE_COPIES_GPU if gpu else TILE_COPIES_CPU
     width = min(text.vocabulary, VOCABULARY_CHUNK)
     height = min(scored, TOKEN_CHUNK_SIZE)
-    trains_head = 0 if setting.options.lora else text.embedding
     norm = setting.tokens * text.hidden * (4 + 2 * setting.compute)
     tile, hidden = copies * height * width * 4, scored * text.hidden * (4 + setting.compute)
     how = (
@@ -364,6 +375,17 @@ def _head(setting: Setting) -> tuple[float, str]:
         f"{scored:,} hidden states, {trains_head:,} gradients x 4 bytes"
     )
     return tile + hidden + norm + trains_head * 4, how
+
+
+def _embedding(setting: Setting, activations: float) -> tuple[float, str]:
+    """Bytes of the embedding's gradients beyond those of the activations, freed by then."""
+    text = setting.shape.text
+    if setting.options.lora:
+        return 0.0, ""
+    copies = TIED_GRADIENTS if text.tied else 1
+    value = setting.compute if setting.sharding.kind == "zero-3" else 4
+    how = f"{copies} x {text.embedding:,} gradients x {value} bytes, less the activations"
+    return max(0.0, copies * text.embedding * value - activations), how
 
 
 def vllm_need(setting: Setting) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from egm_lib.training.hardware import hardware
 from egm_lib.training.packed_groups import pack, use_packed_attention
 from egm_lib.training.plan import make_setting
 from egm_lib.training.plan_memory import (
+    TIED_GRADIENTS,
     TILE_COPIES_CPU,
     Row,
     block_bytes,
@@ -238,3 +239,16 @@ def test_the_chunked_head_takes_what_the_plan_says_without_a_gpu():
     tile = TILE_COPIES_CPU * rows * VOCABULARY_CHUNK * 4
     gradients = 4 * width * (rows + vocabulary)
     assert allocated_bytes(score) == pytest.approx(tile + gradients, rel=0.01)
+
+
+def test_a_tied_embedding_has_three_gradients_at_the_end_of_a_backward_pass():
+    """The head's, the embedding's and their sum, beside `.grad` of the passes before."""
+    weight = torch.nn.Parameter(torch.randn(20_000, 32))
+    weight.grad = torch.zeros_like(weight)
+
+    def step():
+        hidden = torch.nn.functional.embedding(torch.arange(4), weight)
+        torch.nn.functional.linear(hidden, weight)[:, :8].sum().backward()
+
+    size = weight.numel() * 4
+    assert allocated_bytes(step) == pytest.approx(TIED_GRADIENTS * size, rel=0.2)
