@@ -44,7 +44,7 @@ reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it cont
 	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
-	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m egm_lib.pipeline.predict --profile $(PROFILE) --model $(MODEL)
 	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
 
 ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode

@@ -12,9 +12,9 @@ from egm_lib.data import eval_splits, split_id
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.roofline import device_of
 from egm_lib.evaluation.scoring import load_predictions, score
-from egm_lib.files import read_jsonl
 from egm_lib.reports import efficiency
 from egm_lib.reports.figures import build_figures
+from egm_lib.reports.figures.curves import training_log
 from egm_lib.reports.findings import findings
 from egm_lib.reports.tables import build_tables
 from egm_lib.reports.tables.cells import to_markdown
@@ -98,7 +98,7 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
 
     A column that no log has is left out.
     """
-    frames = {name: pd.DataFrame(read_jsonl(path)) for name, path in logs.items() if path.exists()}
+    frames = {name: training_log(path) for name, path in logs.items() if path.exists()}
     shown = [column for column in columns if any(column in frame for frame in frames.values())]
     if not shown:
         display(Markdown("Training log: not run"))

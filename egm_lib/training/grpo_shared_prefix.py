@@ -19,8 +19,9 @@ from egm_lib.training.prefix_logps import suffix_logps
 
 
 class SharedPrefixGRPO(TimedGRPO):
-    """GRPOTrainer whose rollouts and update read each image and prompt once a group. One process,
-    frozen vision.
+    """GRPOTrainer whose rollouts and update read each image and prompt once a group.
+
+    It needs a single process and a frozen vision tower.
     """
 
     def __init__(self, *args, reader: Reader, rollout_dtype: str, **kwargs):
@@ -32,13 +33,10 @@ class SharedPrefixGRPO(TimedGRPO):
             self.waiting = self._roll_out(generation_batch)
         return self.waiting.pop(0)
 
-    def _policy(self, model):
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
     def _roll_out(self, rows: list[dict]) -> list[dict]:
-        """Samples, scores and normalises a step's groups; returns one part for each accumulation
-        step.
+        """Samples a step's groups and computes rewards and advantages.
+
+        Returns one part for each accumulation step.
         """
         self._plan_check()
         prompts, completions, logps, rewards_B = self._answer(rows, self.num_generations)
@@ -80,7 +78,7 @@ class SharedPrefixGRPO(TimedGRPO):
             self.top_k,
             image_token_ids(self.model.config),
         )
-        policy, completions, logps = self._policy(self.model), [], []
+        policy, completions, logps = self._bare(self.model), [], []
         step = max(1, ROLLOUT_ROWS // group_size)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
         cast = (
@@ -103,7 +101,7 @@ class SharedPrefixGRPO(TimedGRPO):
     def _note_rollouts(
         self, rewards_B: Tensor, completions: list[list[int]], group_size: int
     ) -> None:
-        """What TRL notes itself, under its names."""
+        """Logs what TRL's trainer logs, under the same names."""
         groups = rewards_B.view(-1, group_size)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
         cut = sum(map(self._is_truncated, completions))
@@ -133,8 +131,10 @@ class SharedPrefixGRPO(TimedGRPO):
     def _trained_rows(
         self, completions: list[list[int]], advantages_B: Tensor
     ) -> dict[int, list[int]]:
-        """Completions to train on, by group: those of mixed groups, without truncated ones where
-        they are masked.
+        """Completions to train on, by group.
+
+        These are the completions of groups with unequal rewards, without truncated ones if those
+        are masked.
         """
         size, trained = self.num_generations, {}
         for group in advantages_B.view(-1, size).ne(0).any(dim=1).nonzero()[:, 0].tolist():
@@ -148,8 +148,9 @@ class SharedPrefixGRPO(TimedGRPO):
         return trained
 
     def _parts(self, prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
-        """The groups in as many parts as there are accumulation steps, of like lengths, so that
-        little is padded.
+        """The groups in as many parts as there are accumulation steps.
+
+        Groups of similar length are put together, so that little is padded.
         """
         device, trained = self.accelerator.device, self._trained_rows(completions, advantages_B)
         groups = sorted(
@@ -183,7 +184,7 @@ class SharedPrefixGRPO(TimedGRPO):
         return parts
 
     def _compute_loss(self, model, inputs):
-        if not inputs["prompts"]:  # no mixed group in this part
+        if not inputs["prompts"]:  # no group with unequal rewards in this part
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         prompts, mask = inputs["prompts"], inputs["mask"]
         features = self.reader.features([prompt.image for prompt in prompts])
@@ -191,7 +192,7 @@ class SharedPrefixGRPO(TimedGRPO):
         with self.accelerator.autocast():
             entropy = "gradient" if self.entropy_coef else "value"
             logps, entropy = suffix_logps(
-                self._policy(model), *batch, temperature=self.temperature, entropy=entropy
+                self._bare(model), *batch, temperature=self.temperature, entropy=entropy
             )
         if not self.checked:
             keep = mask.bool()
@@ -219,7 +220,7 @@ class SharedPrefixGRPO(TimedGRPO):
         if self.beta == 0.0:
             return None
         adapter = self.ref_model is None  # LoRA: the reference is the model without its adapter
-        reference = self._policy(model) if adapter else self.ref_model
+        reference = self._bare(model) if adapter else self.ref_model
         without = (
             self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
         )
