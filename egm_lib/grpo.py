@@ -40,7 +40,7 @@ from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.inference.loading import image_token_ids, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
+from egm_lib.inference.vllm_engine import VLLM_LIMITS
 from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
@@ -67,6 +67,7 @@ from egm_lib.training.model_setup import (
     freeze_tower,
     load_start,
     lora_config,
+    rollout_context,
     use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
@@ -133,20 +134,6 @@ def _held_out_options(options: GRPO, num_processes: int) -> dict:
         "num_generations_eval": 1,
         "per_device_eval_batch_size": batch,
     }
-
-
-def rollout_context(options: GRPO) -> int:
-    """Tokens of prompt and completion that vLLM has room for.
-
-    Raises TrainingError where none is left for a prompt.
-    """
-    length = options.max_model_len or MAX_MODEL_LEN
-    if length <= options.max_completion_length:
-        raise TrainingError(
-            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
-            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
-        )
-    return length
 
 
 def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
@@ -256,8 +243,9 @@ def make_grpo_trainer(
     """The trainer of the stage.
 
     rows, held_out: of `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups). shared_prefix None: where it is possible. reward: another than Eq. 8.
-    config: of `grpo_config`, where it was needed before the model.
+    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples so; None:
+    where the profile allows it and it is possible. reward: another than Eq. 8. config: of
+    `grpo_config`, where it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
     # counts positions from both (TRL #5785)
@@ -295,15 +283,19 @@ def make_grpo_trainer(
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
         "eval_dataset": Dataset.from_list(list(held_out)) if options.held_out_prompts else None,
     }
+    auto = options.shared_prefix == "auto"
     if shared_prefix is None:
-        shared_prefix = can_share_prefix(family, options, config)
+        shared_prefix = auto and can_share_prefix(family, options, config)
     if shared_prefix:
         config.gradient_checkpointing = False  # it drops the keys and values that the group shares
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)
     return PlainGRPO(
-        train_dataset=dataset, micro_batch_tokens=options.micro_batch_tokens, **arguments
+        train_dataset=dataset,
+        micro_batch_tokens=options.micro_batch_tokens,
+        pack_groups=auto,
+        **arguments,
     )
 
 

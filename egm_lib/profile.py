@@ -188,6 +188,9 @@ class GRPO:
     # Tokens of a forward and backward pass, padding included: those rows are divided further where
     # they have more. null: they are not
     micro_batch_tokens: int | None = None
+    # Ours: "auto" reads the image and prompt of a group once where that is possible; "off" reads
+    # them once for each completion, as TRL does
+    shared_prefix: Literal["auto", "off"] = "auto"
     beta: float
     epsilon: float
     entropy_coef: float

@@ -32,10 +32,6 @@ class SharedPrefixGRPO(TimedGRPO):
             self.waiting = self._roll_out(generation_batch)
         return self.waiting.pop(0)
 
-    def _policy(self, model):
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
     def _roll_out(self, rows: list[dict]) -> list[dict]:
         """Samples, scores and normalises a step's groups; returns one part for each accumulation
         step.
@@ -80,7 +76,7 @@ class SharedPrefixGRPO(TimedGRPO):
             self.top_k,
             image_token_ids(self.model.config),
         )
-        policy, completions, logps = self._policy(self.model), [], []
+        policy, completions, logps = self._bare(self.model), [], []
         step = max(1, ROLLOUT_ROWS // group_size)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
         cast = (
@@ -191,7 +187,7 @@ class SharedPrefixGRPO(TimedGRPO):
         with self.accelerator.autocast():
             entropy = "gradient" if self.entropy_coef else "value"
             logps, entropy = suffix_logps(
-                self._policy(model), *batch, temperature=self.temperature, entropy=entropy
+                self._bare(model), *batch, temperature=self.temperature, entropy=entropy
             )
         if not self.checked:
             keep = mask.bool()
@@ -219,7 +215,7 @@ class SharedPrefixGRPO(TimedGRPO):
         if self.beta == 0.0:
             return None
         adapter = self.ref_model is None  # LoRA: the reference is the model without its adapter
-        reference = self._policy(model) if adapter else self.ref_model
+        reference = self._bare(model) if adapter else self.ref_model
         without = (
             self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
         )

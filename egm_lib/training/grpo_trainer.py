@@ -118,6 +118,11 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         self.checked, self.checked_step = True, self.state.global_step
         return gap
 
+    def _bare(self, model):
+        """A model without what accelerate and peft have put around it."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def _note(self, **metrics: float) -> None:
         noted = self._metrics["train" if self.model.training else "eval"]
         for name, value in metrics.items():

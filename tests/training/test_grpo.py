@@ -74,6 +74,8 @@ def trainer_of(
 ):
     folder, samples, root = world
     model, processor = stored(folder, family.name)
+    if shared is False:  # TRL's own path, with which others are compared
+        changes.setdefault("shared_prefix", "off")
     trainer = make_grpo_trainer(
         model,
         processor,
