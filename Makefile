@@ -16,8 +16,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test format \
-        bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
+.PHONY: help plan rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test \
+        format bench latency-scale test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
 	@awk -F ':.*## |^##@ ' '/^##@/ {print "\n" $$2} /^[a-z%-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PIP) $(TORCH_FROM) -r $(LOCK)
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+plan: $(ENV) ## memory, disk and hours of PROFILE's training, with the arithmetic
+	@$(RUN) -m egm_lib.training.plan --profile $(PROFILE)
 
 reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues; paid services want BUDGET=USD
 	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
@@ -107,8 +110,12 @@ test-lock: ## both locked sets are what pyproject.toml resolves to
 	@$(RESOLVE) --extra dev -c requirements.txt --output-file .venv-lock/cpu.txt > /dev/null && echo "requirements.txt resolves"
 	@rm -rf .venv-lock
 
-bench: $(ENV) ## every benchmark; results are kept in benchmarks/README.md
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+latency-scale: $(ENV) ## latency of random weights in the real shapes on this machine, and figures/efficiency/ from it
+	@$(RUN) benchmarks/bench_latency_scale.py
+	@$(RUN) -m egm_lib.reports.efficiency
+
+bench: $(ENV) ## every other benchmark; results are kept in benchmarks/README.md
+	@for script in $(filter-out %_latency_scale.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(RUN) $$script || exit 1; done
 
 ##@ Build
 format: $(ENV) ## ruff's formatter and its safe fixes

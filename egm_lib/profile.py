@@ -151,6 +151,23 @@ class Curation:
     budget_usd: float | None = None  # of all tasks of a run together; paid services need one
     skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
 
+    def judge_files(self) -> dict[str, Teacher]:
+        """The judges by the name that each has in files. Raises ProfileError where two share one.
+
+        A judge is known by its model, in the ledger too: the second would get the first's answers.
+        """
+        judges: dict[str, Teacher] = {}
+        for judge in self.judges:
+            name = judge.model.replace("/", "_")
+            if name in judges:
+                raise ProfileError(
+                    f"curation.judges: {judges[name].model!r} and {judge.model!r} would share "
+                    "their answers. Leave one out, or serve it under another name (vLLM: "
+                    "--served-model-name)."
+                )
+            judges[name] = judge
+        return judges
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -210,6 +227,9 @@ class GRPO:
     # Tokens of a forward and backward pass, padding included: those rows are divided further where
     # they have more. null: they are not
     micro_batch_tokens: int | None = None
+    # Ours: "auto" reads the image and prompt of a group once where that is possible; "off" reads
+    # them once for each completion, as TRL does
+    shared_prefix: Literal["auto", "off"] = "auto"
     beta: float
     epsilon: float
     entropy_coef: float
@@ -227,6 +247,10 @@ class GRPO:
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
     # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
     check_steps: int = 50
+    # Ours: so many RL samples, and all others of their images, are not trained on. They are
+    # answered at the start, after every held_out_steps and at the end (eval_reward). 0: none
+    held_out_prompts: int = 0
+    held_out_steps: int = 10
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     # True: a colocated vLLM gives its memory to the update, and takes new weights after each
@@ -361,7 +385,7 @@ def _folders() -> list[Path]:
 
 
 def _file(name: str) -> Path | None:
-    """The file of a profile, a shipped one before one of the user's; None where there is none."""
+    """The file of a profile, a shipped one before one of the user's; None if there is none."""
     paths = [folder / f"{name}.yaml" for folder in _folders()]
     return next((path for path in paths if path.is_file()), None)
 
@@ -396,6 +420,7 @@ def load_profile(name: str) -> Profile:
             raise ProfileError(f"{name}.{key}: expected at least one, got an empty list.")
     _check_prompts(profile)
     _check_machines(profile)
+    profile.curation.judge_files()
     return profile
 
 

@@ -3,10 +3,10 @@
 import warnings
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from egm_lib.errors import EgmError
-from egm_lib.inference.loading import DTYPES
+from egm_lib.inference.loading import DTYPES, load_config
 from egm_lib.profile import Generation, Model
 
 GIB = 2**30
@@ -24,7 +24,7 @@ def check_fit(model: Model, generation: Generation) -> None:
     if not torch.cuda.is_available():
         return
     try:
-        config = AutoConfig.from_pretrained(model.location, revision=model.revision)
+        config = load_config(model.location, model.revision)
     except (OSError, ValueError):
         return  # the engine says it
     memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB

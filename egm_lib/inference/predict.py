@@ -27,13 +27,13 @@ from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
 from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
-from egm_lib.files import json_line, read_jsonl, write_jsonl
+from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.inference.engine import Answer, Engine, Request
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.latency import CONCURRENCIES, measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
-from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge
+from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge, whole_rows
 from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import NO_REASONING, Sampling
@@ -125,7 +125,7 @@ def _known_rows(
     asked = {sample["sample_id"] for sample in samples}
     known = {}
     for path in files_with_rows(out):
-        for row in read_jsonl(path):
+        for row in whole_rows(path):
             _check_row(row, path, asked, stamp)
             if not (retry_errors and row["status"] == "error"):
                 known[row["sample_id"]] = row

@@ -41,6 +41,7 @@ class Shard:
 
 
 WHOLE = Shard()
+MARKS = ("sample_id", "status")
 
 
 def _folder(out: Path) -> Path:
@@ -61,7 +62,7 @@ def merge(out: Path, samples: Sequence[Mapping], own: Shard) -> list[str]:
     rows, unfinished = {}, []
     for shard in (Shard(number, own.count) for number in range(1, own.count + 1)):
         wanted, file = {sample["sample_id"] for sample in shard.of(samples)}, shard.file(out)
-        found = {row["sample_id"]: row for row in _rows(file)}
+        found = {row["sample_id"]: row for row in whole_rows(file)}
         rows |= found
         if missing := wanted - found.keys():
             unfinished.append(f"{shard} ({len(wanted) - len(missing)} of {len(wanted)} samples)")
@@ -73,8 +74,14 @@ def merge(out: Path, samples: Sequence[Mapping], own: Shard) -> list[str]:
     return unfinished
 
 
-def _rows(file: Path) -> list[dict]:
+def whole_rows(file: Path) -> list[dict]:
+    """The rows of a file of predictions; none without a file.
+
+    A row without its sample or its status is damaged and left out, so that its sample is asked
+    again.
+    """
     try:
-        return read_jsonl(file)
+        rows = read_jsonl(file)
     except FileNotFoundError:
         return []
+    return [row for row in rows if all(isinstance(row.get(key), str) for key in MARKS)]

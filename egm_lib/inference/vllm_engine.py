@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, check_bound
 from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import load_config, load_processor
+from egm_lib.inference.model_folder import check_weights, check_whole, find_checkpoint
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
 
@@ -64,6 +65,9 @@ class VLLMEngine:
         for_latency: bool = False,
         seed: int = 0,
     ):
+        found = find_checkpoint(model_path, revision, family)
+        check_whole(found, "vLLM")
+        check_weights(found)
         try:
             from vllm import LLM
         except ImportError as error:
@@ -78,10 +82,11 @@ class VLLMEngine:
             seed,
         )
         self.processor = processor or load_processor(model_path, family, max_pixels, revision)
-        text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
+        text = load_config(model_path, revision).get_text_config()
         self.llm = LLM(
             model=model_path,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             tensor_parallel_size=tensor_parallel,
             gpu_memory_utilization=gpu_memory_utilization,

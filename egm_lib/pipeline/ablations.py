@@ -1,12 +1,12 @@
-"""EGM taken apart, as the paper does not do: the reward's weight, the KL, SFT and GRPO alone; other
-ways to decode.
+"""Ablations that the paper lacks: parts of the training left out, and other ways to decode.
 
     python -m egm_lib.pipeline.ablations --profile mini [--seed 0] [--steps 40]
 
-Needs a finished run. Each variant of the training is a short GRPO run of the same number of steps
-in a folder of its own below the run, and answers one validation split (ablation_grpo.md).
-`small-egm` answers the test splits with less reasoning, by sampling and by a vote
-(table4_decoding.md; egm_lib.inference.decoding). What is finished is not run again.
+They need a finished run. Each variant of the training is a short GRPO run of the same number of
+steps: another weight of the reward, no KL, SFT or GRPO alone. It is stored in a folder below the
+run, and answers one validation split (ablation_grpo.md). `small-egm` also answers the test splits
+with less reasoning, by sampling and by a vote (table4_decoding.md; egm_lib.inference.decoding).
+Finished parts are not run again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from egm_lib.training.variants import DECODINGS, STEPS, TASK, VARIANTS
 
 @dataclass(frozen=True)
 class VariantRun(Run):
-    """A run below another: trains a model of it on its samples, and keeps its own checkpoint, log
-    and answers.
+    """A run below another one, which trains a variant of its model on its samples.
+
+    Checkpoint, log and answers are stored separately.
     """
 
     origin: Run
@@ -98,8 +99,8 @@ def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
 
     small, samples = run.profile.models.small, validation_samples(run.profile)
     for name, variant in VARIANTS.items():
-        own = variant_run(run, name, steps)
-        folder = own.start if variant.changes is None else own.checkpoint(TASK, "small-egm")
+        trained = variant_run(run, name, steps)
+        folder = trained.start if variant.changes is None else trained.checkpoint(TASK, "small-egm")
         model = replace(small, path=str(folder), revision=None)
         # Closed before the next one is built
         with contextlib.closing(make_engine(run.profile, model, run.seed)) as engine:
@@ -117,7 +118,7 @@ def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
 
 
 def run_all(run: Run, steps: int) -> None:
-    """Trains and asks what is missing, in processes of their own, and writes the table."""
+    """Trains and evaluates what is missing, in separate processes, and writes the tables."""
 
     require_checkpoint(run, TASK, "small-sft", f"`make reproduce PROFILE={run.profile.name}`")
     require_file(run.samples(f"rl_{TASK}"), "notebook 05")

@@ -1,7 +1,7 @@
-"""Long work in processes of its own: a notebook's kernel may die, a training may not.
+"""Long work in separate processes, so that it survives the death of a notebook's kernel.
 
-Every process sees only the GPUs that its job takes, and a kernel sees none: a library that looks
-for GPUs must not find those on which another process trains.
+Every process sees only the GPUs that its job takes. A kernel sees none, because a library that
+looks for GPUs must not find those on which another process trains.
 """
 
 from __future__ import annotations
@@ -155,18 +155,18 @@ def run_jobs(run: Run, jobs: Sequence[Job]) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may hand to its jobs, named as in CUDA_VISIBLE_DEVICES."""
+    """The GPUs that this process may give to its jobs, named as in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get(KEPT, os.environ.get(VISIBLE))
     if named is not None:
         return [name for name in named.split(",") if name.strip()]
-    import torch  # counts by the driver's library: nothing is initialised on a GPU
+    import torch  # counted by the driver's library, which initialises nothing on a GPU
 
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
 @contextmanager
 def without_gpus() -> Iterator[None]:
-    """Within it, new processes see no GPU, and their jobs still know which there are."""
+    """Within this context, new processes see no GPU, but their jobs still know which there are."""
     before = {name: os.environ.get(name) for name in (VISIBLE, KEPT)}
     os.environ[KEPT], os.environ[VISIBLE] = ",".join(visible_gpus()), ""
     try:
@@ -215,7 +215,7 @@ def _environment(workers: int, gpus: Sequence[str], total: int) -> dict[str, str
 
 
 def _end_with_parent() -> None:
-    """A killed kernel takes its processes along: a second run must not train beside an orphan."""
+    """Has Linux end this process with its parent: no second run then trains beside an orphan."""
     pr_set_pdeathsig = 1  # <sys/prctl.h>
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -239,7 +239,7 @@ class _Process:
         print(f"{job.name}: started", flush=True)
 
     def ended(self) -> bool:
-        """Whether the process has ended well. Raises JobFailed where it has ended in an error."""
+        """Whether the process has ended well. Raises JobFailed if it has ended in an error."""
         code = self.process.poll()
         if code is None:
             if time.monotonic() - self.reported >= REPORT_S:

@@ -124,7 +124,10 @@ class Playground(anywidget.AnyWidget):
         ]
         self.choices = {"models": models, "samples": len(self._samples)}
         if self._samples:
-            self.show_sample(0)
+            try:
+                self.show_sample(0)
+            except (EgmError, OSError) as error:  # a run's files may be here without its images
+                self.problem = str(error)
         self.on_msg(self._on_page)
 
     # --- the image
@@ -334,7 +337,7 @@ class Playground(anywidget.AnyWidget):
             frame = self._made[question.model].family.frame
             image_wh = (self._sample["width"], self._sample["height"])
             parsed = parse_completion(answer.raw_answer, frame=frame, image_wh=image_wh)
-            row |= {"frame": frame.name, "boxes": parsed.boxes, "box": parsed.box}
+            row |= {"frame": frame.value, "boxes": parsed.boxes, "box": parsed.box}
             row["status"] = status or parsed.status
         if status is None and row["gt_box"] is not None:
             scored = judge(row)
@@ -354,8 +357,10 @@ class Playground(anywidget.AnyWidget):
         sample = self._sample | self._truth() | {"expression": self.expression}
         sample["sample_id"] = self.view.get("name", "no image")
         names = list(self.scored)
+        labels = ", ".join(model["label"] for model in self.choices["models"])
+        note = "" if names else f"not asked yet: {labels}"
         return comparison_figure(
-            Comparison(sample, self.scored), names, self._root, objects=self._objects
+            Comparison(sample, self.scored), names, self._root, note=note, objects=self._objects
         )
 
     def _repr_mimebundle_(self, **kwargs):

@@ -116,7 +116,7 @@ def test_released_differs_only_where_the_scripts_do():
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],
 )
-def test_a_slip_is_named_with_its_place(folder, change, words):
+def test_a_mistake_is_named_with_its_place(folder, change, words):
     (folder / "odd.yaml").write_text(yaml.safe_dump({"extends": "mini", **change}))
     with pytest.raises(ProfileError) as error:
         load_profile("odd")
@@ -208,7 +208,7 @@ def test_prompts_are_the_papers_unless_a_profile_says_otherwise():
             assert prompts == ["authors-sft"] * 3, name
 
 
-def test_unknown_name_offers_the_nearest():
+def test_an_unknown_name_suggests_the_nearest_one():
     with pytest.raises(ProfileError, match="no profile 'minni'. Did you mean 'mini'"):
         load_profile("minni")
     with pytest.raises(ProfileError, match="no profile 'mini-released'"):
@@ -241,9 +241,7 @@ def test_the_two_arms_of_the_experiment_differ_in_the_teacher_alone():
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
-    """A value of training or selection whose line in paper-qwen3vl-8b.yaml has no comment has no
-    source.
-    """
+    """Each line of training or selection in paper-qwen3vl-8b.yaml has a comment with its source."""
     text = (profiles.PROFILES_DIR / "paper-qwen3vl-8b.yaml").read_text()
     lines = text[text.index("\nsft:") : text.index("\ngeneration:")].splitlines()
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]

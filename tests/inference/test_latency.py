@@ -12,7 +12,7 @@ from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 
 
-def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images):
+def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
     samples = [sample(number) for number in range(40)]
     engine, out = FakeEngine(), images / "latency" / "small-base.jsonl"
     options = {
@@ -69,9 +69,7 @@ def test_latency_is_not_measured_on_what_it_warmed_up_on(images):
 
 
 class StreamingServer(ThreadingHTTPServer):
-    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests
-    it has at a time.
-    """
+    """Streams three tokens, with DELAY_S before each, and counts requests that run at once."""
 
     request_queue_size, daemon_threads = 128, True
 
@@ -111,7 +109,7 @@ class StreamingHandler(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(images):
+def test_an_endpoint_is_timed_token_by_token_at_the_wanted_concurrency(images):
     server = StreamingServer()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)

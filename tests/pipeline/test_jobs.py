@@ -41,7 +41,7 @@ def test_a_failure_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
     assert time.monotonic() - began < 120
 
 
-def test_no_more_than_the_workers_at_a_time_and_one_thread_each(tmp_path):
+def test_jobs_run_on_so_many_workers_with_one_thread_each(tmp_path):
     code = (
         "import os, time, pathlib; p = pathlib.Path({folder!r}); mine = p / str(os.getpid());"
         "mine.touch(); time.sleep(0.3);"

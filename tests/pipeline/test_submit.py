@@ -111,7 +111,9 @@ def test_predictions_are_submitted_too(tmp_path, monkeypatch, capsys):
     assert "--array=1-3" in (tmp_path / "data/runs/mini-0/predict-small-egm.sh").read_text()
 
 
-def test_without_slurm_the_script_is_written_and_the_other_way_named(tmp_path, monkeypatch, capsys):
+def test_without_slurm_the_script_is_written_and_another_way_is_named(
+    tmp_path, monkeypatch, capsys
+):
     use_root(monkeypatch, tmp_path)
     monkeypatch.setattr(submit.shutil, "which", lambda name: None)
     assert submit.main(["--profile", "mini"]) == 2
