@@ -105,7 +105,7 @@ def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, role, gpus, w
 def test_transformers_runs_one_copy_on_one_gpu(monkeypatch):
     """Its model is not cut over GPUs, whatever tensor_parallel says."""
     machine(monkeypatch, 8, 0.001)
-    monkeypatch.setattr(fit, "load_config", lambda *args: InternVLConfig())
+    monkeypatch.setattr(fit, "load_config", lambda place, revision: InternVLConfig())
     profile = load_profile("mini")
     with pytest.raises(FitError, match="tensor_parallel = 1"):
         check_fit(profile.models.small, generation_of(profile, profile.models.small))

@@ -788,7 +788,7 @@ def test_vllm_gets_a_context_of_prompt_and_completion_and_sleeps(world, tmp_path
     with pytest.raises(TrainingError, match="no room for a prompt"):
         grpo_module.rollout_context(grpo_options(max_model_len=1024, max_completion_length=1024))
     options = grpo_options(max_model_len=4096)
-    assert "--max-model-len 4096 " in grpo_module.server_command("model", options)
+    assert "--max-model-len 4096 " in grpo_module.server_command("model", options, 1)
     paper = load_profile("paper-qwen3vl-8b").grpo
     assert trl_options(paper, tmp_path, 0)["vllm_enable_sleep_mode"]
     served = replace(paper, rollout="vllm-server")
