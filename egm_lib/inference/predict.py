@@ -25,9 +25,9 @@ from egm_lib.data.records import FEATURES
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, read_jsonl, write_jsonl
 from egm_lib.inference.decoding import decoded_as
-from egm_lib.inference.engine import Answer, Engine, Request
+from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request
 from egm_lib.inference.from_profile import NO_REASONING, make_engine, model_of
-from egm_lib.inference.latency import CONCURRENCIES, measure_latency
+from egm_lib.inference.latency import measure_latency
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
