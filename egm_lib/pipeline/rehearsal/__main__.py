@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -40,10 +41,11 @@ Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and sp
 weights that know anything, downloads."""
 
 
-def rehearse(name: str, folder: Path, *, full: bool) -> Run:
+def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run:
     """Runs the rehearsal of a profile, and checks what it left behind; returns the run.
 
-    Prints the time of each stage. Raises what `reproduce` and `check_run` raise, and OSError where
+    fresh: without the files of an earlier rehearsal, which it removes. Prints the time of each
+    stage. Raises what `reproduce` and `check_run` raise, and OSError where
     the local server's port is taken.
     """
     began = time.monotonic()
@@ -53,12 +55,16 @@ def rehearse(name: str, folder: Path, *, full: bool) -> Run:
     os.environ |= ENVIRONMENT | {PROFILES_VARIABLE: str(path.parent), BUDGET_VARIABLE: "1000"}
     profile = load_profile(PREFIX + name)
     run = Run(profile, profile.seeds[0])
+    if fresh:
+        shutil.rmtree(run.root, ignore_errors=True)
     with running(urlsplit(SERVICES_URL).port) as services:
         reproduce(run)
     print("\nSeconds of each stage, earlier attempts included:")
     for stage, seconds in open_manifest(run)["wall_seconds"].items():
         print(f"  {stage:30} {seconds:6.0f}")
-    print(f"  {'this run, with stand-ins':30} {time.monotonic() - began:6.0f}\n")
+    print(f"  {'all, with stand-ins':30} {time.monotonic() - began:6.0f}")
+    used = sum(os.times()[:4])  # user and system; this process and those that it started
+    print(f"  {'of processor time':30} {used:6.0f}\n")
     print(*check_run(run), sep="\n")
     refused = sum(number for (*_, status), number in services.counts.items() if status != 200)
     print(f"stand-in services: {services.counts.total()} requests, {refused} refused")
@@ -71,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", default="paper-qwen3vl-8b", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, help="of the stand-ins; default: data/raw/rehearsal")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, not where it stopped")
     args = parser.parse_args(argv)
     folder = args.folder or project_root() / "data" / "raw" / "rehearsal"
 
     def work() -> None:
-        run = rehearse(args.profile, folder, full=False)
+        run = rehearse(args.profile, folder, full=False, fresh=args.fresh)
         print(f"{SHOWN}\n{NOT_SHOWN}\n\n{run.root}")
 
     return ends(work)
