@@ -497,6 +497,7 @@ LIGHT = {
     "grpo.rollout_dtype",
     "grpo.compute_dtype",
     "sft.dtype",
+    "sft.gradient_accumulation_steps",
 }
 
 

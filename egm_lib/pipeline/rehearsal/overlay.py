@@ -118,7 +118,7 @@ def _budgets(profile: Profile, full: bool) -> dict:
     }
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
     if not full:  # a laptop has neither half precision to train in nor vLLM
-        sft |= {"dtype": "float32"}
+        sft |= {"dtype": "float32", "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
         grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
         if profile.generation.engine == "vllm":
