@@ -16,8 +16,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse setup reproduce evaluate ablations submit lab tables restore figures gallery test format \
-        bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
+.PHONY: help plan rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test \
+        format bench latency-scale test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
 	@awk -F ':.*## |^##@ ' '/^##@/ {print "\n" $$2} /^[a-z%-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -37,16 +37,21 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
+plan: $(ENV) ## memory, disk and hours of PROFILE's training, with the arithmetic
+	@$(RUN) -m egm_lib.training.plan --profile $(PROFILE)
+
 reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues; paid services want BUDGET=USD
 	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
-	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m egm_lib.pipeline.predict --profile $(PROFILE) --model $(MODEL)
 	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
-	@$(RUN) -m egm_lib.reports.readme
 
 ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode
 	@$(RUN) -m egm_lib.pipeline.ablations --profile $(PROFILE)
+
+experiment: $(ENV) ## the registered experiment of docs/protocol.md: mini-full, mini-uniform, three seeds; many hours
+	@$(RUN) -m egm_lib.pipeline.experiment
 
 submit: $(ENV) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
 	@$(RUN) -m egm_lib.pipeline.submit --profile $(PROFILE)
@@ -55,21 +60,22 @@ submit: $(ENV) ## notebooks 04-06 of PROFILE on a GPU node through SLURM
 lab: $(ENV) ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --notebook-dir=.
 
+playground: $(ENV) ## ask models of PROFILE about images and edit their reasoning, in JupyterLab
+	@$(RUN) -m egm_lib.pipeline.playground --profile $(PROFILE)
+
 restore: $(ENV) ## the archived run of PROFILE (predictions, logs) from results/ into data/runs/
 	@$(RUN) -m egm_lib.pipeline.archive --profile $(PROFILE) --restore
 
 tables: $(ENV) ## every table of PROFILE from its files; no model is needed
 	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
-	@$(RUN) -m egm_lib.reports.readme
 
 table%: $(ENV) ## one table, e.g. make table4
 	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE) --only $@
-	@cat figures/$(PROFILE)/$@.md
 
 figures: $(ENV) ## every figure of PROFILE from its files
 	@$(RUN) -m egm_lib.reports.figures --profile $(PROFILE)
 
-gallery: $(ENV) ## figures/PROFILE/gallery.html, one page to look through
+gallery: $(ENV) ## one page to look through the samples of PROFILE, gallery.html
 	@$(RUN) -m egm_lib.reports.gallery --profile $(PROFILE)
 
 ##@ Check
@@ -104,8 +110,12 @@ test-lock: ## both locked sets are what pyproject.toml resolves to
 	@$(RESOLVE) --extra dev -c requirements.txt --output-file .venv-lock/cpu.txt > /dev/null && echo "requirements.txt resolves"
 	@rm -rf .venv-lock
 
-bench: $(ENV) ## every benchmark; results are kept in benchmarks/README.md
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+latency-scale: $(ENV) ## latency of random weights in the real shapes on this machine, and figures/efficiency/ from it
+	@$(RUN) benchmarks/bench_latency_scale.py
+	@$(RUN) -m egm_lib.reports.efficiency
+
+bench: $(ENV) ## every other benchmark; results are kept in benchmarks/README.md
+	@for script in $(filter-out %_latency_scale.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(RUN) $$script || exit 1; done
 
 ##@ Build
 format: $(ENV) ## ruff's formatter and its safe fixes
@@ -131,4 +141,4 @@ lock: ## the newest sets that pyproject.toml allows -> requirements.txt and requ
 	@mv requirements.tmp requirements-gpu.txt && rm -rf .venv-lock
 
 clean: ## remove .venv and the runs of the smoke profile; other runs stay
-	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke figures/smoke-amodal .pytest_cache .ruff_cache
+	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke* .pytest_cache .ruff_cache

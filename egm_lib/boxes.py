@@ -23,18 +23,16 @@ class BoxFrame(Enum):
     NORM_1 = "norm_1"  # 0..1 of the image's width and height
 
     @classmethod
-    def _missing_(cls, value: object) -> "BoxFrame | None":
-        """BoxFrame("NORM_1000"): files hold a frame's value, and older ones its name."""
-        return cls.__members__.get(value) if isinstance(value, str) else None
-
-    @classmethod
     def read(cls, text: "str | BoxFrame") -> "BoxFrame":
-        """The frame that a file states; ValueError, with the known ones, for any other text."""
-        try:
-            return cls(text)
-        except ValueError:
-            known = ", ".join(frame.value for frame in cls)
-            raise ValueError(f"unknown box frame {text!r}: use one of {known}") from None
+        """The frame that a file states by its value, or by its name as older files do.
+
+        Raises ValueError, which lists the known frames, for anything else.
+        """
+        for frame in cls:
+            if text in (frame, frame.value, frame.name):
+                return frame
+        known = ", ".join(frame.value for frame in cls)
+        raise ValueError(f"unknown box frame {text!r}: use one of {known}")
 
 
 def check_box(box: Sequence[float], name: str = "box") -> Box:

@@ -8,6 +8,8 @@ from pathlib import Path
 from egm_lib.files import project_root
 from egm_lib.profile import Profile, load_profile
 
+CARD = "published.json"  # marks a folder of published figures, and says what made them
+
 
 @dataclass(frozen=True)
 class Run:
@@ -54,7 +56,14 @@ class Run:
 
     @property
     def figures(self) -> Path:
-        """Tables and figures, shared by the seeds of a profile."""
+        """Tables and figures, shared by the seeds of a profile: `figures/<profile>/`, or beside it
+        where the repository holds the published ones."""
+        folder = self.published
+        return folder.with_name(f"{folder.name}-yours") if (folder / CARD).exists() else folder
+
+    @property
+    def published(self) -> Path:
+        """Where `egm_lib.pipeline.publish` stores tables and figures for the repository."""
         return project_root() / "figures" / self.profile.name
 
 

@@ -27,7 +27,7 @@ from trl import SFTConfig
 
 from egm_lib.data import open_image, read_train, resolve_image
 from egm_lib.files import read_jsonl
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import limit_pixels, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.profile import SFT, Profile
@@ -47,7 +47,6 @@ from egm_lib.training.model_setup import (
     can_share_prefix,
     common_options,
     freeze_tower,
-    limit_pixels,
     load_start,
     lora_config,
     use_one_gpu,
@@ -119,15 +118,21 @@ def answer_rows(
 def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     """Samples with their `reasoning`.
 
-    Rows that hold sample_id and reasoning alone are joined to the training samples.
+    Rows that hold sample_id and reasoning alone are joined to the training samples; rows without
+    both are left out.
     """
-    rows = read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+    rows = [
+        row
+        for row in read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+        if isinstance(row.get("sample_id"), str | int) and isinstance(row.get("reasoning"), str)
+    ]
     if not rows:
         raise TrainingError(f"{path} holds no trace: look at what the curation filters dropped.")
-    if "gt_box" not in rows[0]:
-        samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
-        rows = [{**samples[row["sample_id"]], **row} for row in rows if row["sample_id"] in samples]
-    return rows
+    if all("gt_box" in row for row in rows):
+        return rows
+    samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
+    joined = ({**samples.get(str(row["sample_id"]), {}), **row} for row in rows)
+    return [row for row in joined if "gt_box" in row]
 
 
 def sft_config(options: SFT, work: Path, seed: int) -> SFTConfig:
@@ -156,8 +161,8 @@ def make_sft_trainer(
 ):
     """The trainer of the stage.
 
-    rows: of `answer_rows`. shared_prefix None: where it is possible. config: of `sft_config`, where
-    it was needed before the model.
+    rows: from `answer_rows`. shared_prefix: None shares the prefix if that is possible.
+    config: from `sft_config`, if it was needed before the model.
     """
     dataset = Dataset.from_list(list(rows))
     config = config or sft_config(options, work, seed)
@@ -173,7 +178,7 @@ def make_sft_trainer(
     if shared_prefix is None:
         shared_prefix = can_share_prefix(family, options, config)
     if shared_prefix:
-        # It would drop the keys and values that rows of an image share
+        # It would drop the keys and values that rows of one image share
         config.gradient_checkpointing = False
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)
@@ -192,9 +197,9 @@ def preview_batch(run: Run, task: str, count: int = 2) -> tuple[dict, PreTrained
     Loads neither model nor trainer. `labels` is -100 wherever the loss does not look.
     """
     profile, options = run.profile, run.profile.sft
-    small, family = profile.models.small, FAMILIES[profile.models.small.family]
-    processor = load_processor(small.location, small.family)
-    limit_pixels(processor, family, options.max_pixels)
+    small = profile.models.small
+    processor = load_processor(small.location, small.family, small.max_pixels)
+    limit_pixels(processor, small.family, options.max_pixels)
     traces = read_traces(run.traces(task), profile.data.path, task)[:count]
     rows = _answer_rows(traces, profile, reasoning=True)
     return PlainCollator(processor, options.max_length)(list(rows)), processor.tokenizer
@@ -223,10 +228,9 @@ def control_options(
 ) -> SFT:
     """The SFT options of a control, which gets the compute of what it is compared with.
 
-    It takes as many steps as give the tokens in the logs of those stages; the sum is printed.
-    Where the profile limits SFT by minutes alone, or a log states no tokens, it takes their
-    minutes.
-    rows: of `answer_rows`. processor: as the training uses it.
+    Its steps are as many as process the tokens in the logs of those stages; the sum is printed.
+    If the profile limits SFT by minutes alone, or a log states no tokens, it takes their minutes.
+    rows: from `answer_rows`. processor: the one that the training uses.
     """
     options = run.profile.sft
     logs = [run.log(f"{stage}-{task}.jsonl") for stage in COMPARED[control]]
@@ -268,14 +272,14 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
     traces = read_traces(run.traces(task), profile.data.path, task)
     rows = list(_answer_rows(traces, profile, reasoning=control != "direct"))
     if control:
-        processor = load_processor(start, small.family)
-        limit_pixels(processor, family, options.max_pixels)
+        processor = load_processor(start, small.family, small.max_pixels)
+        limit_pixels(processor, small.family, options.max_pixels)
         processes = int(os.environ.get("WORLD_SIZE", 1))
         options = control_options(run, task, control, rows, processor, processes)
     config = sft_config(options, work, run.seed)
     # Full training keeps float32 weights under autocast; with LoRA the frozen base may be small.
     model, processor = load_start(start, small, options.dtype if options.lora else "float32")
-    limit_pixels(processor, family, options.max_pixels)
+    limit_pixels(processor, small.family, options.max_pixels)
     stage = "sft" if control is None else f"sft-control-{control}"
     trainer = make_sft_trainer(
         model,
@@ -288,8 +292,8 @@ def run_sft(run: Run, task: str, *, control: str | None = None, output: str | No
         seed=run.seed,
         config=config,
     )
-    # The start's own processor: max_pixels is SFT's, not the model's
-    return train_to(trainer, load_processor(start, small.family, small.max_pixels), out)
+    # The start's processor as it was: limits of a profile are not stored in a checkpoint.
+    return train_to(trainer, load_processor(start, small.family), out)
 
 
 def sft_dry_run(

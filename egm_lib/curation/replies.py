@@ -16,7 +16,7 @@ import json
 import re
 import reprlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,19 +33,19 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class ChatReply:
     """What a chat endpoint has answered.
 
-    text: the content alone. reasoning: what the service set apart as reasoning, None where it set
+    text: the content alone. reasoning: what the service set apart as reasoning, None if it set
     nothing apart. With reasoning, an empty text and finish "length", the answer was never begun.
     finish: "stop" for finish reason "stop", "length" for "length", "error" for everything else;
-    error is then one sentence, and None otherwise.
-    reasoning_tokens: None where the service does not tell; answer_tokens then counts all completion
-    tokens. All counts are None where the service reports none.
+    error is then one sentence, and None otherwise. None while a stream goes on.
+    reasoning_tokens: None if the service does not tell; answer_tokens then counts all completion
+    tokens. All counts are None if the service reports none.
     finish_reason: the service's own word. refusal: its own words for declining.
     first_token_at: `time.perf_counter()` when the first text of a stream arrived.
     """
 
     text: str = ""
     reasoning: str | None = None
-    finish: Literal["stop", "length", "error"] = "error"
+    finish: Literal["stop", "length", "error"] | None = "error"
     error: str | None = None
     prompt_tokens: int | None = None
     reasoning_tokens: int | None = None
@@ -93,9 +93,12 @@ def read_reply(body: object) -> ChatReply:
     return draft.reply()
 
 
-def read_stream(chunks: Iterable[object]) -> ChatReply:
+def read_stream(
+    chunks: Iterable[object], on_reply: Callable[[ChatReply], None] | None = None
+) -> ChatReply:
     """A chat completion that came in chunks.
 
+    on_reply: is told the reply so far (its finish is None) whenever text has come.
     Chunks without choices or without a delta are passed over: they carry the usage, or keep the
     connection open. A stream that ends without a finish reason is an error.
     """
@@ -119,6 +122,9 @@ def read_stream(chunks: Iterable[object]) -> ChatReply:
                 draft.finish_reason = _field(choice, "finish_reason") or draft.finish_reason
                 if draft.first_token_at is None and (draft.text or draft.reasoning):
                     draft.first_token_at = time.perf_counter()
+                if on_reply is not None and _field(choice, "delta") is not None:
+                    text, reasoning = "".join(draft.text), "".join(draft.reasoning)
+                    on_reply(ChatReply(writable(text), writable(reasoning) or None, finish=None))
     return draft.reply()
 
 
@@ -236,7 +242,7 @@ def _field(node: object, name: str, default: object = None) -> object:
 
 
 def _complaint(node: object) -> str | None:
-    """What a service says has gone wrong; None where it says nothing."""
+    """What a service says has gone wrong; None if it says nothing."""
     error = _field(node, "error")
     if not error:
         return None
@@ -251,7 +257,7 @@ def _words(node: object, *names: str) -> str | None:
 
 
 def _tokens(usage: object) -> tuple[int | None, int | None, int | None]:
-    """(prompt, reasoning, answer) tokens; None where the service does not tell.
+    """(prompt, reasoning, answer) tokens; None if the service does not tell.
 
     OpenAI and vLLM count reasoning among the completion tokens; Gemini counts it in the total only.
     """

@@ -10,6 +10,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from egm_lib.cli import ends
 from egm_lib.data.fetch import SOURCES, FetchError, fetch
 from egm_lib.data.prepare import prepare, report_path
 from egm_lib.data.records import read_samples
@@ -20,7 +21,7 @@ SHOWN_FAULTS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0 success, 1 something is wrong with the data, 130 interrupted."""
+    """Returns the exit status, as `cli.ends` does. Images that `check` finds wrong also give 2."""
     parser = argparse.ArgumentParser(
         prog="python -m egm_lib.data",
         description=__doc__,
@@ -48,14 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--root", type=Path, default=Path("data/raw/real"), help="data root (%(default)s)"
         )
     given = parser.parse_args(arguments)
-    try:
-        return _VERBS[given.verb](given)
-    except (FetchError, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted. The same command continues from here.", file=sys.stderr)
-        return 130
+    return ends(lambda: _VERBS[given.verb](given))
 
 
 def _fetch(given: argparse.Namespace) -> int:
@@ -71,7 +65,7 @@ def _fetch(given: argparse.Namespace) -> int:
     for name, error in failures.items():
         optional = " (not needed: amodal training data can do without)" * SOURCES[name].optional
         print(f"{error}{optional}", file=sys.stderr)
-    return int(any(not SOURCES[name].optional for name in failures))
+    return 2 if any(not SOURCES[name].optional for name in failures) else 0
 
 
 def _prepare(given: argparse.Namespace) -> int:
@@ -96,7 +90,7 @@ def _prepare(given: argparse.Namespace) -> int:
         )
     for sentence in failures:
         print(sentence, file=sys.stderr)
-    return 1 if failures else 0
+    return 2 if failures else 0
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -109,7 +103,7 @@ def _check(given: argparse.Namespace) -> int:
         print(f"{path}: {len(shown) + more or 'no'} image(s) missing or other than stated")
         for line in [*shown, *([f"and {more} more"] if more else [])]:
             print(f"  {line}")
-    return 1 if wrong else 0
+    return 2 if wrong else 0
 
 
 def _stats(given: argparse.Namespace) -> int:

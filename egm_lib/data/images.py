@@ -22,13 +22,13 @@ def resolve_image(sample: Mapping, root: str | Path) -> Path:
     """The path of a sample's image; does not check whether it exists.
 
     root: the data root that `image` is relative to.
-    Raises ValueError for a relative path that leaves the root.
+    Raises ImageError for a relative path that leaves the root.
     """
     image = Path(sample["image"])
     if image.is_absolute():
         return image
     if os.path.normpath(image).split(os.sep)[0] == "..":
-        raise ValueError(
+        raise ImageError(
             f"sample {sample.get('sample_id')!r}: image {str(image)!r} leaves the data root {root}"
         )
     return Path(root) / image

@@ -48,6 +48,33 @@ class GroundingSample(TypedDict):
     num_lookalikes: int | None  # other objects of the same kind, if the source tells
 
 
+class Prediction(GroundingSample):
+    """One line of predictions/<model>/<dataset>_<split>.jsonl: a sample and what a model answered.
+
+    boxes, box: xyxy pixels of the original image; box is the one that counts (null: none). IoU is
+    never stored.
+    """
+
+    model: str
+    revision: str | None
+    profile: str
+    seed: int
+    prompt: str
+    raw_answer: str
+    frame: str  # value of the BoxFrame of the numbers in raw_answer; older files hold its name
+    reasoning: str | None
+    boxes: list[list[float]]
+    box: list[float] | None
+    status: str  # "ok" | "no_box" | "unclosed_reasoning" | "malformed" | "error"
+    error: str | None
+    prompt_tokens: int | None
+    reasoning_tokens: int | None
+    answer_tokens: int | None
+    finish_reason: str  # "stop" | "length" | "error"
+    # Null if several were answered together; `measure_latency` measures those
+    latency_ms: float | None
+
+
 # The eight test splits of Table 4 and the amodal benchmark of Table 5, as (dataset, split)
 EVAL_SPLITS = (
     ("refcoco", "val"),

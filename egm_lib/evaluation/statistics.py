@@ -1,11 +1,10 @@
-"""Prediction files -> metrics with intervals, and differences between models with their evidence.
+"""Means with intervals, differences between models with their evidence, and fixed random draws.
 
-IoU and success are never stored: `score` reads them from the raw answers, by any rule of the
-parser, so that the same files can be scored as other evaluators would. Expressions on one image
-are not independent, so every interval comes from a bootstrap that draws images (and seeds, where
-a run has several), never samples.
+Expressions on one image are not independent. So every interval comes from a bootstrap that draws
+images (and seeds if a run has several), never samples.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from egm_lib.evaluation.scoring import codes, split_keys
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its 95 % interval (None where there are too few draws), and the number of rows."""
+    """A mean, its 95 % interval (None if there are too few draws), and the number of rows."""
 
     mean: float
     ci95: tuple[float, float] | None
@@ -32,7 +31,7 @@ class Difference:
 
     p_value: two-sided, from the standard error clustered on images and seeds.
     only_a, only_b: how many samples only one of the two solves.
-    mcnemar_p: McNemar's test on these; None where several seeds repeat a sample.
+    mcnemar_p: McNemar's test on these; None if several seeds repeat a sample.
     """
 
     mean: float
@@ -162,6 +161,12 @@ def estimate(
     )
 
 
+def sample_fixed(items: Sequence, count: int) -> list:
+    """`count` of the items, drawn at random but the same in every call, in their order."""
+    chosen = sorted(random.Random(0).sample(range(len(items)), min(count, len(items))))
+    return [items[index] for index in chosen]
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided McNemar test: P that a fair coin splits the pairs as unevenly."""
     total = only_a + only_b
@@ -182,7 +187,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pair(a: pd.DataFrame, b: pd.DataFrame, column: str = "success") -> pd.DataFrame:
     """The samples (and seeds) that both answered, with columns a and b.
 
-    Raises ValueError where a model has two rows for one sample, since then no pairing is right.
+    Raises ValueError if a model has two rows for one sample, since then no pairing is right.
     """
     keys = ["sample_id", "seed"] if "seed" in a and "seed" in b else ["sample_id"]
     for frame in (a, b):
@@ -214,6 +219,13 @@ def paired_difference(
     both = pair(a, b, column)
     if both.empty:
         return None
+    return difference_of(both, over_splits=over_splits, draws=draws, rng_seed=rng_seed)
+
+
+def difference_of(
+    both: pd.DataFrame, *, over_splits: bool = False, draws: int = 2000, rng_seed: int = 0
+) -> Difference:
+    """The difference between the columns a and b of a table that `pair` made."""
     delta_N = both["a"].to_numpy(float) - both["b"].to_numpy(float)
     groups_N, seeds_N = (split_keys(both) if over_splits else None), seed_codes(both)
     draws_D = bootstrap_means(

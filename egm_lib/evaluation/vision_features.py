@@ -123,7 +123,7 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
         if checkpoint.family != "qwen3-vl":
             rows.append({"model": name})
             continue
-        model = load_model(checkpoint.location, checkpoint.dtype)
+        model = load_model(checkpoint.location, checkpoint.dtype, family=checkpoint.family)
         processor = load_processor(checkpoint.location, checkpoint.family)
         features_N_D = cell_features(
             model, processor, images, [sample["gt_box"] for sample in samples]

@@ -5,8 +5,9 @@ import io
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx2
 import openai
@@ -24,6 +25,10 @@ from egm_lib.inference.answer_form import (
 from egm_lib.inference.engine import THINK_END, Answer, Request
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
+
+# Answers may be this many batches in front of a slow one, which is given out before them: the
+# longest answer (4,096 tokens) takes as long as some ten of the usual 300 to 400
+AHEAD_BATCHES = 8
 
 # Parameters of the client's own; others are sent in its extra_body
 _CLIENT_OPTIONS = ("temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
@@ -97,10 +102,22 @@ class OpenAIEngine:
         self.client.close()
 
     def answer(
-        self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
+        self, requests: Iterable[Request], sampling: Sampling, *, reasoning: bool = True
     ) -> Iterator[Answer]:
+        """Takes the next request as soon as an earlier one is answered; the answers in order."""
+        ahead = AHEAD_BATCHES * self.batch_size
+        asked: deque[Future[Answer]] = deque()
         with ThreadPoolExecutor(max_workers=max(1, self.batch_size)) as pool:
-            yield from pool.map(lambda request: self._ask(request, sampling, reasoning), requests)
+            try:
+                for request in requests:
+                    asked.append(pool.submit(self._ask, request, sampling, reasoning))
+                    if len(asked) > ahead:
+                        yield asked.popleft().result()
+                while asked:
+                    yield asked.popleft().result()
+            finally:
+                for future in asked:
+                    future.cancel()
 
     def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
         if request.begun:
@@ -115,7 +132,7 @@ class OpenAIEngine:
             {"type": "text", "text": request.prompt},
         ]
         try:
-            reply = self._reply([{"role": "user", "content": content}], sampling, reasoning)
+            reply = self._reply(request, content, sampling, reasoning)
         # Not every version of the client wraps its transport's errors within a stream. ValueError
         # and RecursionError: it was sent something that calls itself JSON and is not.
         except (openai.OpenAIError, httpx2.HTTPError, ValueError, RecursionError) as error:
@@ -144,7 +161,9 @@ class OpenAIEngine:
             first_token_ms,
         )
 
-    def _reply(self, messages: list[dict], sampling: Sampling, reasoning: bool) -> ChatReply:
+    def _reply(
+        self, request: Request, content: list[dict], sampling: Sampling, reasoning: bool
+    ) -> ChatReply:
         """What the service answers, asked with the options that it accepts.
 
         Raises openai.OpenAIError, httpx2.HTTPError, and ValueError for what is not JSON.
@@ -159,7 +178,8 @@ class OpenAIEngine:
             "top_k": sampling.top_k or -1,
             **self.extra_body,
         }
-        fixed = {"stream": True, "stream_options": {"include_usage": True}} if self.stream else {}
+        stream = self.stream or request.on_text is not None
+        fixed = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
         bound = {}
         if not reasoning:
             if self.family.name == "qwen3-vl":
@@ -174,16 +194,25 @@ class OpenAIEngine:
             try:
                 completion = self.client.chat.completions.create(
                     model=self.model,
-                    messages=messages,
+                    messages=[{"role": "user", "content": content}],
                     extra_body={**sent, **bound} or None,
                     **options,
                     **fixed,
                 )
-                return read_stream(completion) if self.stream else read_reply(completion)
+                if not stream:
+                    return read_reply(completion)
+                return read_stream(completion, self._teller(request, reasoning))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if not self._learn(f"{error.param or ''} {error}", names):
                     raise
         raise InputError(f"{self.base_url} refuses one option after another: {self.accepted.notes}")
+
+    def _teller(self, request: Request, reasoning: bool) -> Callable[[ChatReply], None] | None:
+        """What tells the request's on_text its text so far; None where it has none."""
+        on_text = request.on_text
+        if on_text is None:
+            return None
+        return lambda reply: on_text(self._raw_answer(reply, reasoning))
 
     def _learn(self, message: str, names: Mapping) -> bool:
         with self._learning:
@@ -199,7 +228,8 @@ class OpenAIEngine:
         if reply.reasoning is None:
             return self.opener + reply.text
         # A server with a reasoning parser hands the two parts over separately
-        if not reply.text and reply.finish == "length":  # cut within its reasoning
+        # Cut within its reasoning, or still writing it
+        if not reply.text and reply.finish in ("length", None):
             return f"<think>\n{reply.reasoning}"
         return f"<think>\n{reply.reasoning}\n{THINK_END}\n\n{reply.text}"
 

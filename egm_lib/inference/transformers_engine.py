@@ -3,7 +3,7 @@
 import gc
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import xxhash
@@ -52,8 +52,7 @@ class TransformersEngine:
         if isinstance(model_path, torch.nn.Module):
             model = model_path
         else:
-            hub = {} if revision is None else {"revision": revision}
-            model = load_model(model_path, dtype, **hub)
+            model = load_model(model_path, dtype, family=family, revision=revision)
             processor = processor or load_processor(model_path, family, max_pixels, revision)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
         self.cache_vision = (
@@ -142,7 +141,8 @@ class TransformersEngine:
             pattern = ANSWER_PATTERNS[self.family.name]
             form = AnswerForm(pattern, self._text, self.eos_ids, self.pieces)
         rng = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self.seed}:{texts}".encode()))
-        done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form)
+        tell = self._teller(requests, begun)
+        done = complete(self.model, prefix, 1, options, self.eos_ids, rng, form, tell)
         latency_ms, first_token_ms = (
             (time.perf_counter() - start) * 1000,
             (done.first_token_at - start) * 1000,
@@ -166,6 +166,21 @@ class TransformersEngine:
                 )
             )
         return answers
+
+    def _teller(
+        self, requests: list[Request], begun: Sequence[str]
+    ) -> Callable[[int, int], None] | None:
+        """What tells each request's on_text its text so far; None where no request has one."""
+        if all(request.on_text is None for request in requests):
+            return None
+        written: list[list[int]] = [[] for _ in requests]
+
+        def tell(row: int, token: int) -> None:
+            if (on_text := requests[row].on_text) is not None and token not in self.eos_ids:
+                written[row].append(token)
+                on_text(begun[row] + self._text(written[row]))
+
+        return tell
 
     def _read(self, images: list[Image.Image], texts: Sequence[str]) -> Prefix:
         if self.reader is not None:  # an image of several questions is processed once

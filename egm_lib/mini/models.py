@@ -1,6 +1,6 @@
-"""Tiny Qwen3-VL configurations: one vision tower, a shallow and a deep language model.
+"""Tiny Qwen3-VL configurations: one vision tower, language models of three sizes.
 
-Both have the same width, so that tower, mergers and embeddings are the same tensors in both. Only
+All have the same width, so that tower, mergers and embeddings are the same tensors in all. Only
 the language models' depth and MLP differ.
 """
 
@@ -22,11 +22,13 @@ CELLS = SIZE_PX // (PATCH_PX * MERGE)  # merged cells per side: 8 x 8 = 64 image
 LANGUAGE = {
     "small": {"num_hidden_layers": 3, "intermediate_size": 256},
     "large": {"num_hidden_layers": 6, "intermediate_size": 768},
+    # 16 times the language parameters of small, as the paper's 235B has 29 times those of its 8B
+    "huge": {"num_hidden_layers": 12, "intermediate_size": 1600},
 }
 
 
 def config(size: str, tokenizer) -> Qwen3VLConfig:
-    """The configuration of `small` or `large` for a tokenizer with Qwen's vision tokens."""
+    """The configuration of a size of LANGUAGE for a tokenizer with Qwen's vision tokens."""
     ids = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
         vision_config={

@@ -73,6 +73,26 @@ class Scene:
                 found.setdefault(key, []).append(i)
         return found
 
+    # What a playground arranges (`Arrangement` in egm_lib/viewer/playground.py)
+
+    @property
+    def objects(self) -> list[tuple[str, Box]]:
+        """Name and full box (px) of every thing, in drawing order."""
+        return [(f"{thing.colour} {thing.shape}", thing.full_box_px) for thing in self.things]
+
+    def image(self) -> Image.Image:
+        """The scene's RGB image, 128 x 128."""
+        return render(self)
+
+    def moved(self, number: int, by_px: tuple[float, float]) -> Scene:
+        """The scene with one thing moved by whole pixels, as far as it stays on the image."""
+        x1, y1, x2, y2 = self.things[number].full_box_px
+        dx = round(min(max(by_px[0], -x1), SIZE_PX - x2))
+        dy = round(min(max(by_px[1], -y1), SIZE_PX - y2))
+        thing = replace(self.things[number], full_box_px=(x1 + dx, y1 + dy, x2 + dx, y2 + dy))
+        things = (*self.things[:number], thing, *self.things[number + 1 :])
+        return with_visibility(Scene(things, self.ground_seed))
+
 
 def _outline(shape: str, box: Box) -> list[tuple[float, float]]:
     x1, y1, x2, y2 = box

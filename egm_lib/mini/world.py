@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -23,7 +23,7 @@ from random import Random
 
 import numpy as np
 
-from egm_lib.boxes import iou
+from egm_lib.boxes import Box, iou
 from egm_lib.cli import ends
 from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
 from egm_lib.files import read_json
@@ -34,6 +34,7 @@ from egm_lib.profile import Data, ProfileError, load_profile
 VERSION = 3  # of what the recipes draw; a world of another version is written again
 GT_ERROR_SHARE, AMBIGUOUS_SHARE, UNVERIFIED_SHARE = 0.02, 0.02, 0.04
 TINY_SHARE_OF_THINGS = 0.02
+EDITION = 1000  # from the streams of some test scenes to those of the next
 # As people / objects
 SHAPES_OF_SPLIT = {"testA": ("circle", "ring", "star"), "testB": ("square", "triangle", "cross")}
 
@@ -54,8 +55,13 @@ class Recipe:
     per_image: int = 3
 
 
-def recipes() -> dict[str, Recipe]:
-    """Every file of the world, by its path below the root."""
+def recipes(test_scenes: int = 0) -> dict[str, Recipe]:
+    """Every file of the world, by its path below the root.
+
+    test_scenes: which scenes the test splits have. Each number gives other scenes of
+    the same recipes; training, selection and validation stay as they are.
+    """
+    tests = EDITION * test_scenes
     found = {
         "train.jsonl": Recipe("refcoco", "train", 101, (0.12, 0.38, 0.33, 0.17), per_image=6),
         "train_amodal.jsonl": Recipe(
@@ -76,14 +82,14 @@ def recipes() -> dict[str, Recipe]:
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
             dataset,
             split,
-            201 + number,
+            tests + 201 + number,
             mixes[dataset],
             location=dataset != "refcoco+",
             per_image=2,
         )
     for number, (dataset, split) in enumerate(AMODAL_SPLITS):
         found[f"eval/{dataset}_{split}.jsonl"] = Recipe(
-            dataset, split, 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_image=2
+            dataset, split, tests + 221 + number, (0.35, 0.4, 0.25, 0.0), amodal=True, per_image=2
         )
     return found
 
@@ -104,15 +110,19 @@ def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | Non
     return None
 
 
+def _scene(recipe: Recipe, number: int) -> Scene:
+    return sample_scene(
+        np.random.default_rng([recipe.stream, number]),
+        occlusion=0.5 if recipe.amodal else 0.06,
+        tiny=TINY_SHARE_OF_THINGS,
+    )
+
+
 def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
     """(scene, image id, samples, what the teacher knows), image by image, for `count` samples."""
     made, number = 0, 0
     while made < count:
-        scene = sample_scene(
-            np.random.default_rng([recipe.stream, number]),
-            occlusion=0.5 if recipe.amodal else 0.06,
-            tiny=TINY_SHARE_OF_THINGS,
-        )
+        scene = _scene(recipe, number)
         rng = Random(f"{recipe.stream}-{number}")
         image_id = f"{recipe.dataset}_{recipe.split}_{number:06d}"
         number += 1
@@ -154,7 +164,7 @@ def _sample(
         words, cause = kind.name(), "AMBIGUOUS-IMAGE"
     elif recipe.amodal and fault < UNVERIFIED_SHARE and crowd:
         amodal_expression, verified = kind.name(), "NO"
-    # COCO-Amodal has names, not expressions: in training they are the teacher's to write
+    # COCO-Amodal has names, not expressions; in training the teacher writes the expressions
     expression = kind.name() if recipe.split in ("train", "selection") and recipe.amodal else words
     row = {
         "dataset": recipe.dataset,
@@ -185,6 +195,26 @@ def _sample(
     return row, truth
 
 
+def objects_in(sample: Mapping, data: Data) -> list[Box] | None:
+    """Full boxes (xyxy px) of every object that can be seen in a sample's image.
+
+    The scene is drawn again from its seed, in about a millisecond. None where the objects are not
+    known: for other data than the miniature's, for a flipped image, and for a sample whose box is
+    none of the scene's, which another version of the world has drawn.
+    """
+    if data.source != "mini" or sample.get("flipped"):
+        return None
+    split = sample.get("dataset"), sample.get("split")
+    number = str(sample.get("image_id")).rpartition("_")[2]
+    for recipe in recipes(data.test_scenes).values():
+        if (recipe.dataset, recipe.split) == split and number.isdecimal():
+            things = [thing for thing in _scene(recipe, int(number)).things if thing.visible_box_px]
+            boxes = {box for thing in things for box in (thing.full_box_px, thing.visible_box_px)}
+            known = tuple(sample.get("gt_box") or ()) in boxes
+            return [thing.full_box_px for thing in things] if known else None
+    return None
+
+
 def counts(data: Data) -> dict[str, int]:
     """How many samples each file gets under a profile."""
     limits = {
@@ -202,12 +232,12 @@ def counts(data: Data) -> dict[str, int]:
     return wanted
 
 
-def write_split(folder: Path, name: str, count: int) -> dict[bytes, str]:
+def write_split(folder: Path, name: str, count: int, test_scenes: int = 0) -> dict[bytes, str]:
     """Writes images, samples and what the teacher knows; returns {digest: image id}."""
     digests: dict[bytes, str] = {}
     rows: list[dict] = []
     with open(_truths(folder, name), "w", encoding="utf-8") as truths_file:
-        for scene, image_id, found, truths in samples(recipes()[name], count):
+        for scene, image_id, found, truths in samples(recipes(test_scenes)[name], count):
             image = render(scene)
             digests[hashlib.blake2b(image.tobytes(), digest_size=16).digest()] = image_id
             image.save(folder / "images" / f"{image_id}.png", compress_level=1)
@@ -221,13 +251,15 @@ def _truths(folder: Path, name: str) -> Path:
     return folder / f"teacher-{name.replace('/', '-')}"
 
 
-def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
-    """Writes the world, unless it is there with the same sizes; returns the samples of each file.
+def write_world(out: Path, wanted: dict[str, int], test_scenes: int = 0) -> dict[str, int]:
+    """Writes the world, unless it is there with the same sizes and test scenes; returns the samples
+    of each file.
 
     The folder appears whole or not at all: it is written beside its place, one process for each
     file, and then moved there.
     """
     done, made = out / "world.json", {"version": VERSION, "samples": wanted}
+    made |= {"test_scenes": test_scenes} if test_scenes else {}
     if read_json(done, f"delete {out} to write it again") == made:
         return wanted
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +269,9 @@ def write_world(out: Path, wanted: dict[str, int]) -> dict[str, int]:
         (scratch / "eval").mkdir()
         seen: dict[bytes, str] = {}
         with ProcessPoolExecutor() as pool:
-            for digests in pool.map(write_split, repeat(scratch), wanted, wanted.values()):
+            sizes = wanted.values()
+            parts = pool.map(write_split, repeat(scratch), wanted, sizes, repeat(test_scenes))
+            for digests in parts:
                 if twice := seen.keys() & digests.keys():
                     pair = {(seen[digest], digests[digest]) for digest in twice}
                     raise RuntimeError(
@@ -270,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _write(args: argparse.Namespace) -> None:
-    made = write_world(args.out, counts(load_profile(args.profile).data))
+    data = load_profile(args.profile).data
+    made = write_world(args.out, counts(data), data.test_scenes)
     print(f"{sum(made.values())} samples in {len(made)} files under {args.out}")
 
 

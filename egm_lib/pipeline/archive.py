@@ -1,16 +1,18 @@
-"""What a run's tables and figures are made from, as one small file that can be committed and put
-back.
+"""What a run's tables and figures are made from, in one small file.
 
     python -m egm_lib.pipeline.archive --profile mini-full
     python -m egm_lib.pipeline.archive --profile mini-full --restore
 
-Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and images.
-Curated data, of which Table 3 is made, is large and counted for the first seed only; so it is kept
-of that one.
+The file can be committed and restored. It holds predictions, judgements, latencies, logs and the
+manifest: everything but checkpoints, ledgers and images. Curated data is large, so only its counts
+(Table 3) and the traces of Fig. 3 are kept. To look at other traces, or to train on them, the run
+must be made again.
 """
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 import sys
 import tarfile
@@ -22,6 +24,8 @@ from egm_lib.data.fetch import unpack
 from egm_lib.errors import InputError
 from egm_lib.files import atomic_open, project_root
 from egm_lib.pipeline.jobs import data_job
+from egm_lib.reports.curated import SUMMARY
+from egm_lib.reports.curated import summary as curated_summary
 from egm_lib.run import Run
 
 KEPT = (
@@ -34,7 +38,6 @@ KEPT = (
     "groups",
     "ablations",
 )
-KEPT_OF_FIRST = ("curation", "traces")
 
 
 def archive_file(run: Run) -> Path:
@@ -43,17 +46,22 @@ def archive_file(run: Run) -> Path:
 
 def pack(run: Run) -> Path:
     """Writes a run's archive, byte for byte the same from the same files; returns it."""
-    first = run.seed == run.profile.seeds[0]
-    places = [run.root / name for name in (*KEPT, *(KEPT_OF_FIRST if first else ()))]
+    places = [run.root / name for name in KEPT]
     files = [path for place in places for path in (place.rglob("*") if place.is_dir() else [place])]
+    curated = curated_summary(run.root)
     out = archive_file(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         atomic_open(out, "wb") as file,
         tarfile.open(fileobj=file, mode="w:xz", preset=9) as archive,
     ):
+        if curated:
+            content = json.dumps(curated, ensure_ascii=False, indent=1).encode()
+            member = tarfile.TarInfo(f"{run.root.name}/{SUMMARY}")
+            member.size = len(content)
+            archive.addfile(_anonymous(member), io.BytesIO(content))
         for path in sorted(files):
-            if path.is_file() and path.suffix in (".json", ".jsonl") and ".ledger" not in path.name:
+            if path.is_file() and path.suffix in (".json", ".jsonl"):
                 archive.add(
                     path, f"{run.root.name}/{path.relative_to(run.root)}", filter=_anonymous
                 )
@@ -61,7 +69,7 @@ def pack(run: Run) -> Path:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without owner, rights and time, which say nothing about the run."""
+    """The member without owner, rights and time, which say nothing about the run."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     member.mode = 0o644
@@ -69,10 +77,10 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def restore(run: Run) -> Path:
-    """Puts a run's archived files back where they were, all or none; returns the folder.
+    """Restores a run's archived files, all or none; returns the run's folder.
 
-    Raises FileExistsError where the run is there already, FetchError for an archive that is broken
-    or reaches outside.
+    Raises FileExistsError if the run exists, and FetchError for an archive that is broken or has
+    members outside the folder.
     """
     if run.root.exists():
         raise FileExistsError(

@@ -1,17 +1,30 @@
-"""The notebooks of a run: their order, and storing the executed ones."""
+"""Publishing a run: its tables, figures and executed notebooks become those of the repository.
+
+    python -m egm_lib.pipeline.publish --profile mini
+
+A run writes into folders that git ignores. Only this command replaces what is committed.
+"""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from nbformat import ValidationError
 
+from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.errors import EgmError
-from egm_lib.files import atomic_open, project_root
+from egm_lib.files import atomic_open, project_root, read_json, write_text
 from egm_lib.prompts import TASKS, Task
-from egm_lib.run import Run
+from egm_lib.reports import readme
+from egm_lib.run import CARD, Run
+
+NOTEBOOKS_OF = "mini"  # the profile whose outputs the stored notebooks show
 
 
 class ReproduceError(EgmError, RuntimeError):
@@ -28,9 +41,23 @@ def stages() -> list[Path]:
     return found
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook. Raises ReproduceError for a file that is none."""
+    try:
+        book = nbformat.read(path, as_version=4)
+        nbformat.validate(book)
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ReproduceError(
+            f"{path} is no notebook ({reason}): put it back with `git checkout`, or delete it if a "
+            "run made it"
+        ) from error
+    return book
+
+
 def tasks_of(notebook: Path) -> Sequence[Task]:
     """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all."""
-    return nbformat.read(notebook, as_version=4).metadata.get("egm", {}).get("tasks", TASKS)
+    return read_notebook(notebook).metadata.get("egm", {}).get("tasks", TASKS)
 
 
 def clean(path: Path) -> None:
@@ -38,7 +65,7 @@ def clean(path: Path) -> None:
     of this machine.
     """
     root = f"{project_root()}/"
-    book = nbformat.read(path, as_version=4)
+    book = read_notebook(path)
     book.metadata.pop("widgets", None)
     book.metadata.pop("papermill", None)
     for cell in book.cells:
@@ -54,9 +81,38 @@ def clean(path: Path) -> None:
 
 
 def publish(run: Run) -> None:
-    """Puts the run's executed notebooks in the place of the stored ones, with outputs but without
-    papermill's cell and the times of cells. All of them, or none: ReproduceError where one was not
-    run or was changed since."""
+    """Puts the run's tables and figures into `figures/<profile>/`, with a card that says what made
+    them; of the profile that the notebooks name, the executed notebooks as well.
+
+    Raises ReproduceError if there is nothing to publish, and stores nothing then.
+    """
+    made, published = run.figures, run.published
+    summary = made / "summary.json"
+    if not summary.exists():
+        raise ReproduceError(
+            f"{summary} is missing: run `make reproduce PROFILE={run.profile.name}` first"
+        )
+    stated = read_json(summary, shape=dict)
+    books = _executed_notebooks(run) if run.profile.name == NOTEBOOKS_OF else {}
+    if made != published:
+        copy = published.with_name(f"{published.name}.tmp")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(made, copy)
+        shutil.rmtree(published)
+        copy.rename(published)
+    card = {name: stated.get(name) for name in ("profile", "seeds", "git", "hardware")}
+    write_text(published / CARD, json.dumps(card, indent=1) + "\n")
+    if run.profile.name in readme.PROFILES:
+        readme.main()
+    for notebook, book in books.items():
+        with atomic_open(notebook) as file:
+            nbformat.write(book, file)
+
+
+def _executed_notebooks(run: Run) -> dict[Path, nbformat.NotebookNode]:
+    """The stored notebooks with the outputs of the run, without papermill's cell and the times of
+    cells. Raises ReproduceError if one was not run or was changed since.
+    """
     books = {}
     for notebook in stages():
         executed = run.notebook(notebook.name)
@@ -66,7 +122,7 @@ def publish(run: Run) -> None:
             raise ReproduceError(
                 f"{executed} is missing: run the whole profile before its notebooks are published"
             )
-        book = nbformat.read(executed, as_version=4)
+        book = read_notebook(executed)
         book.cells = [
             cell
             for cell in book.cells
@@ -81,9 +137,7 @@ def publish(run: Run) -> None:
                 f"{notebook.name} was changed since it was run: run the profile again first"
             )
         books[notebook] = book
-    for notebook, book in books.items():
-        with atomic_open(notebook) as file:
-            nbformat.write(book, file)
+    return books
 
 
 def _worth_seeing(output: nbformat.NotebookNode) -> bool:
@@ -100,8 +154,18 @@ def _worth_seeing(output: nbformat.NotebookNode) -> bool:
 
 
 def code_of_file(notebook: Path) -> list[str]:
-    return code_of(nbformat.read(notebook, as_version=4))
+    return code_of(read_notebook(notebook))
 
 
 def code_of(book: nbformat.NotebookNode) -> list[str]:
     return [cell.source for cell in book.cells if cell.cell_type == "code"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = run_parser("pipeline.publish", "Make a run's results those of the repository.")
+    args = parser.parse_args(argv)
+    return ends(lambda: publish(run_of(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

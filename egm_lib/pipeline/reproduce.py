@@ -61,8 +61,8 @@ OUTPUTS = (  # folders that stages fill
 def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
     """Runs the stages whose number lies between `first` and `last`. fresh: finished ones, too.
 
-    Raises ReproduceError where another process works on the run, where the profile was changed
-    since the run began, and where a notebook fails.
+    Raises ReproduceError if another process works on the run, if the profile was changed
+    since the run began, and if a notebook fails.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     with _locked(run.root / ".lock"):
@@ -201,7 +201,7 @@ def _missing(run: Run, done: dict) -> bool:
 def agree_on_costs(run: Run) -> None:
     """Says what the paid services of a run will cost, and asks for a budget where none is set.
 
-    Raises ReproduceError where there is nobody to ask, or no budget is given.
+    Raises ReproduceError if there is nobody to ask, or no budget is given.
     """
     estimate = estimate_run(run)
     if not estimate.stages:
@@ -227,10 +227,10 @@ def _show_results(run: Run) -> None:
 
     The tables are made again, since the manifest is complete only now.
     """
-    committed = committed_json(f"figures/{run.profile.name}/summary.json")
+    committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    summary = read_json(run.figures / "summary.json")
+    summary = read_json(run.figures / "summary.json", shape=dict)
     print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
     print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
     print(f"Does it reproduce the committed results?\n\n{verdict(summary, committed)}\n")
@@ -248,7 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
     parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
     parser.add_argument(
-        "--publish", action="store_true", help="store the executed notebooks, with their outputs"
+        "--publish",
+        action="store_true",
+        help="make tables, figures and executed notebooks those of the repository",
     )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
@@ -262,9 +264,9 @@ def _reproduce_all(args: argparse.Namespace) -> None:
         run = Run(profile, seed)
         print(f"{profile.title}: profile {profile.name}, seed {seed} -> {run.root}", flush=True)
         reproduce(run, first=args.first, last=args.last, fresh=args.fresh)
+    _show_results(run)
     if args.publish:
         publish(Run(profile, seeds[0]))
-    _show_results(run)
 
 
 if __name__ == "__main__":

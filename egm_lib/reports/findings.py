@@ -6,14 +6,12 @@ Notebooks show them below their figures and tables. A finding whose files are ab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import pandas as pd
-
-from egm_lib.curation.outputs import JsonlSamples
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate
 from egm_lib.files import read_json, read_jsonl
+from egm_lib.reports.curated import outcomes
 from egm_lib.reports.tables.beyond_paper import latency_stats
 from egm_lib.reports.tables.paper import cause_shares, gain
 
@@ -101,30 +99,29 @@ def _causes(results: Results) -> Iterator[str]:
 
 
 def _curation(results: Results) -> Iterator[str]:
-    folder = results.roots[0] / "curation"
-    for name, what in (("trace", "traces"), ("amodal-trace-train", "amodal traces")):
-        outcomes = _outcomes(folder / f"{name}.jsonl")
-        if outcomes.empty:
+    for stage, what in (("trace", "traces"), ("amodal-trace-train", "amodal traces")):
+        found = outcomes(results.roots[0], stage)
+        if found is None:
             continue
-        kept, dropped = outcomes.get("kept", 0), outcomes.drop("kept", errors="ignore")
-        sentence = f"Of {outcomes.sum():,} {what}, {100 * kept / outcomes.sum():.1f} % are kept"
-        if len(dropped):
-            sentence += f"; the most frequent reason for dropping one is {dropped.idxmax()}"
+        lost = found.dropped | ({"failed": found.failed} if found.failed else {})
+        total = found.kept + sum(lost.values())
+        if not total:
+            continue
+        sentence = f"Of {total:,} {what}, {100 * found.kept / total:.1f} % are kept"
+        if lost:
+            sentence += f"; the most frequent reason for dropping one is {max(lost, key=lost.get)}"
         yield f"{sentence}."
-
-
-def _outcomes(path: Path) -> pd.Series:
-    """How often each outcome ("kept", a filter's name, "failed") occurs in an output file."""
-    rows = JsonlSamples(path) if path.is_file() else ()
-    outcomes = ["kept" if row["status"] == "ok" else row["filter"] or "failed" for row in rows]
-    return pd.Series(outcomes, dtype=object).value_counts()
 
 
 def _logged(results: Results, stage: str, column: str) -> Iterator[tuple[str, float, float, int]]:
     """(task, mean of the first tenth, mean of the last tenth, steps) of the first seed's logs."""
     for task in ("vanilla", "amodal"):
         path = results.roots[0] / "logs" / f"{stage}-{task}.jsonl"
-        rows = [row for row in read_jsonl(path) if column in row] if path.is_file() else []
+        rows = [
+            row
+            for row in (read_jsonl(path) if path.is_file() else ())
+            if isinstance(row.get("step"), int) and isinstance(row.get(column), int | float)
+        ]
         if rows:
             tenth = max(1, len(rows) // 10)
             values = [row[column] for row in rows]
@@ -138,7 +135,16 @@ def _sft(results: Results) -> Iterator[str]:
 
 
 def _selection(results: Results) -> Iterator[str]:
-    counts = (read_json(results.roots[0] / "selection.json") or {}).get("vanilla")
+    path = results.roots[0] / "selection.json"
+    counts = (read_json(path, shape=dict) or {}).get("vanilla") or {}
+    needed = ("pool", "learnable", "kept")
+    if counts and not (
+        isinstance(counts, dict) and all(isinstance(counts.get(name), int) for name in needed)
+    ):
+        raise InputError(
+            f"{path}: 'vanilla' lacks the counts {', '.join(needed)}; delete it and run notebook "
+            "05 again"
+        )
     if counts and counts["pool"]:
         share = 100 * counts["learnable"] / counts["pool"]
         yield (

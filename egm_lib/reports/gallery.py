@@ -16,7 +16,9 @@ from pathlib import Path
 
 import egm_lib.viewer
 from egm_lib.cli import ends, run_parser, runs_of
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.files import atomic_open, read_json
 from egm_lib.reports.figures.material import (
     EGM,
@@ -25,14 +27,14 @@ from egm_lib.reports.figures.material import (
     Material,
     data_root,
     outcome_title,
-    sample_fixed,
 )
 from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, summarised
 from egm_lib.viewer.comparison import OUTCOMES, models_in
-from egm_lib.viewer.page import view_of
+from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import style_of
 
 DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
+REDRAW = "draw the figures again: python -m egm_lib.reports.figures"
 TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at about 5 MB
 TABLES = (
     "table4",
@@ -64,11 +66,13 @@ def build_gallery(
     title = f"EGM: profile {results.profile}, {'seed' if len(results.seeds) == 1 else 'seeds'} "
     title += ", ".join(map(str, results.seeds))
     here = Path(egm_lib.viewer.__file__).parent
-    drawn = read_json(figures_dir / "figures.json") or []
+    drawn = read_json(figures_dir / "figures.json", REDRAW, shape=list) or []
+    if not all(isinstance(figure, dict) and "name" in figure for figure in drawn):
+        raise InputError(f"{figures_dir / 'figures.json'} is no list of figures; {REDRAW}")
     page = _PAGE.format(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
-        headline=_headline(read_json(figures_dir / "summary.json")),
+        headline=_headline(read_json(figures_dir / "summary.json", shape=dict)),
         # The viewer itself is in the page: its still image is left out.
         figures="\n".join(
             _figure(figure, figures_dir) for figure in drawn if figure["name"] != "viewer"
@@ -76,9 +80,7 @@ def build_gallery(
         or '<p class="not-run">Figures: not run (python -m egm_lib.reports.figures)</p>',
         tables="\n".join(_table(figures_dir / f"{name}.md") for name in TABLES),
         traces=_script_safe(json.dumps(_traces(material), ensure_ascii=False, allow_nan=False)),
-        viewer=(here / "viewer.js")
-        .read_text(encoding="utf-8")
-        .replace("export default { render };", ""),
+        viewer=page_script("viewer").replace("export default { render };", ""),
         pager=_PAGER,
     )
     with atomic_open(out_html) as file:
@@ -94,7 +96,13 @@ def _traces(material: Material) -> dict:
         for outcome in OUTCOMES:
             samples = material.with_outcome(task, outcome)
             views = [
-                view_of(sample, models, root=material.root, max_side_px=480)
+                view_of(
+                    sample,
+                    models,
+                    root=material.root,
+                    objects=material.objects(sample.sample),
+                    max_side_px=480,
+                )
                 for sample in sample_fixed(samples, TRACES_A_KIND)
             ]
             for view in views:

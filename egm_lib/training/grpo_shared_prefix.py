@@ -19,8 +19,9 @@ from egm_lib.training.prefix_logps import suffix_logps
 
 
 class SharedPrefixGRPO(TimedGRPO):
-    """GRPOTrainer whose rollouts and update read each image and prompt once a group. One process,
-    frozen vision.
+    """GRPOTrainer whose rollouts and update read each image and prompt once a group.
+
+    It needs a single process and a frozen vision tower.
     """
 
     def __init__(self, *args, reader: Reader, rollout_dtype: str, **kwargs):
@@ -32,23 +33,32 @@ class SharedPrefixGRPO(TimedGRPO):
             self.waiting = self._roll_out(generation_batch)
         return self.waiting.pop(0)
 
-    def _policy(self, model):
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
-
     def _roll_out(self, rows: list[dict]) -> list[dict]:
-        """Samples, scores and normalises a step's groups; returns one part for each accumulation
-        step.
+        """Samples a step's groups and computes rewards and advantages.
+
+        Returns one part for each accumulation step.
         """
         self._plan_check()
-        group_size, began = self.num_generations, time.perf_counter()
-        processor = self.processing_class
-        first = rows[::group_size]
+        prompts, completions, logps, rewards_B = self._answer(rows, self.num_generations)
+        self._count_tokens(prompts, completions)
+        advantages_B = group_advantages(rewards_B, self.num_generations)
+        return self._parts(prompts, completions, logps, advantages_B)
+
+    def _score_held_out(self, rows: list[dict]) -> None:
+        self._answer(rows, self.num_generations_eval)
+
+    def _answer(
+        self, rows: list[dict], group_size: int
+    ) -> tuple[list, list[list[int]], list[list[float]], Tensor]:
+        """Prompts, one a group, and completions, log-probs and rewards, one a row; notes what they
+        tell.
+        """
+        began, processor = time.perf_counter(), self.processing_class
         prompts = [
             self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"]))
-            for row in first
+            for row in rows[::group_size]
         ]
-        completions, logps = self._sample(prompts)
+        completions, logps = self._sample(prompts, group_size)
         sampled = time.perf_counter()
         self._note_rollout(completions, sampled - began)
         texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -56,11 +66,10 @@ class SharedPrefixGRPO(TimedGRPO):
         columns["log_metric"] = lambda name, value: self._note(**{name: value})
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
         self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
-        self._note_rollouts(rewards_B, completions)
-        self._count_tokens(prompts, completions)
-        return self._parts(prompts, completions, logps, group_advantages(rewards_B, group_size))
+        self._note_rollouts(rewards_B, completions, group_size)
+        return prompts, completions, logps, rewards_B
 
-    def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
+    def _sample(self, prompts, group_size: int) -> tuple[list[list[int]], list[list[float]]]:
         """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
         options = SamplingOptions(
             self.max_completion_length,
@@ -69,28 +78,31 @@ class SharedPrefixGRPO(TimedGRPO):
             self.top_k,
             image_token_ids(self.model.config),
         )
-        policy, completions, logps = self._policy(self.model), [], []
-        step = max(1, ROLLOUT_ROWS // self.num_generations)
+        policy, completions, logps = self._bare(self.model), [], []
+        step = max(1, ROLLOUT_ROWS // group_size)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
         cast = (
             nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)
         )
+        was_training = policy.training
         policy.eval()
         with cast:
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 features = self.reader.features([prompt.image for prompt in part])
                 tokens, scores = sample(
-                    policy, part, features, self.num_generations, options, self.eos_token_ids
+                    policy, part, features, group_size, options, self.eos_token_ids
                 )
                 completions += tokens
                 logps += scores
-        policy.train()
+        policy.train(was_training)
         return completions, logps
 
-    def _note_rollouts(self, rewards_B: Tensor, completions: list[list[int]]) -> None:
-        """What TRL notes itself, under its names."""
-        groups = rewards_B.view(-1, self.num_generations)
+    def _note_rollouts(
+        self, rewards_B: Tensor, completions: list[list[int]], group_size: int
+    ) -> None:
+        """Logs what TRL's trainer logs, under the same names."""
+        groups = rewards_B.view(-1, group_size)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
         cut = sum(map(self._is_truncated, completions))
         self._note(
@@ -119,8 +131,10 @@ class SharedPrefixGRPO(TimedGRPO):
     def _trained_rows(
         self, completions: list[list[int]], advantages_B: Tensor
     ) -> dict[int, list[int]]:
-        """Completions to train on, by group: those of mixed groups, without truncated ones where
-        they are masked.
+        """Completions to train on, by group.
+
+        These are the completions of groups with unequal rewards, without truncated ones if those
+        are masked.
         """
         size, trained = self.num_generations, {}
         for group in advantages_B.view(-1, size).ne(0).any(dim=1).nonzero()[:, 0].tolist():
@@ -134,8 +148,9 @@ class SharedPrefixGRPO(TimedGRPO):
         return trained
 
     def _parts(self, prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
-        """The groups in as many parts as there are accumulation steps, of like lengths, so that
-        little is padded.
+        """The groups in as many parts as there are accumulation steps.
+
+        Groups of similar length are put together, so that little is padded.
         """
         device, trained = self.accelerator.device, self._trained_rows(completions, advantages_B)
         groups = sorted(
@@ -169,7 +184,7 @@ class SharedPrefixGRPO(TimedGRPO):
         return parts
 
     def _compute_loss(self, model, inputs):
-        if not inputs["prompts"]:  # no mixed group in this part
+        if not inputs["prompts"]:  # no group with unequal rewards in this part
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         prompts, mask = inputs["prompts"], inputs["mask"]
         features = self.reader.features([prompt.image for prompt in prompts])
@@ -177,7 +192,7 @@ class SharedPrefixGRPO(TimedGRPO):
         with self.accelerator.autocast():
             entropy = "gradient" if self.entropy_coef else "value"
             logps, entropy = suffix_logps(
-                self._policy(model), *batch, temperature=self.temperature, entropy=entropy
+                self._bare(model), *batch, temperature=self.temperature, entropy=entropy
             )
         if not self.checked:
             keep = mask.bool()
@@ -205,7 +220,7 @@ class SharedPrefixGRPO(TimedGRPO):
         if self.beta == 0.0:
             return None
         adapter = self.ref_model is None  # LoRA: the reference is the model without its adapter
-        reference = self._policy(model) if adapter else self.ref_model
+        reference = self._bare(model) if adapter else self.ref_model
         without = (
             self.accelerator.unwrap_model(model).disable_adapter() if adapter else nullcontext()
         )

@@ -9,6 +9,7 @@ import torch
 
 from egm_lib.errors import EgmError
 from egm_lib.inference.loading import load_model, load_processor
+from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.profile import GRPO, SFT, Lora, Model
 from egm_lib.prompts import Family
 
@@ -44,6 +45,20 @@ def use_one_gpu(config) -> None:
         config._n_gpu = 1  # what transformers itself sets for a model that is placed by hand
 
 
+def rollout_context(options: GRPO) -> int:
+    """Tokens of prompt and completion that vLLM has room for.
+
+    Raises TrainingError where none is left for a prompt.
+    """
+    length = options.max_model_len or MAX_MODEL_LEN
+    if length <= options.max_completion_length:
+        raise TrainingError(
+            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
+            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
+        )
+    return length
+
+
 def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
     """Whether prompts of one image can be read once, by our own trainers.
 
@@ -62,7 +77,7 @@ def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
 def lora_config(lora: Lora | None):
     """peft's configuration for a profile's `lora`: all linear layers of the language model.
 
-    Raises TrainingError where weights are divided among processes: they could not be merged.
+    Raises TrainingError if weights are divided among processes: they could not be merged.
     """
     if lora is None:
         return None
@@ -97,29 +112,14 @@ def freeze_tower(model, family: Family, *, tower: bool, merger: bool) -> None:
             parameter.requires_grad_(not (merger if is_merger else tower))
 
 
-def limit_pixels(processor, family: Family, max_pixels: int | None) -> None:
-    """Lets a processor shrink images to max_pixels. It enlarges none: its least is one token.
-
-    Raises TrainingError for InternVL-3, whose images are cut into tiles of one size.
-    """
-    if max_pixels is None:
-        return
-    if family.name != "qwen3-vl":
-        raise TrainingError(
-            f"sft.max_pixels is for Qwen3-VL, not for {family.name}: set it to null."
-        )
-    images = processor.image_processor
-    token_pixels = (images.patch_size * images.merge_size) ** 2
-    images.size = type(images.size)(shortest_edge=token_pixels, longest_edge=max_pixels)
-
-
 def load_start(place: str, start: Model, dtype: str):
     """(model, processor) that a training starts from.
 
     Raises TrainingError for a model that is gated or out of reach.
     """
     try:
-        return load_model(place, dtype=dtype), load_processor(place, start.family, start.max_pixels)
+        model = load_model(place, dtype, family=start.family, revision=start.revision)
+        return model, load_processor(place, start.family, start.max_pixels, start.revision)
     except FileNotFoundError:
         raise  # says it in one sentence
     except OSError as error:  # transformers' word for "gated", "no such model" and "no network"

@@ -10,8 +10,6 @@ load widget scripts), as long as the kernel runs. Where widgets do not run (GitH
 papermill's output) the same cell shows a still image.
 """
 
-import base64
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,10 +28,12 @@ from egm_lib.viewer.comparison import (
     rows_of,
 )
 from egm_lib.viewer.drawing import comparison_figure
-from egm_lib.viewer.page import view_of
-from egm_lib.viewer.palette import save, style_of, styled
+from egm_lib.viewer.page import page_script, view_of
+from egm_lib.viewer.palette import save, style_of
+from egm_lib.viewer.playground import MAX_MODELS, Playground
+from egm_lib.viewer.still import DPI, figure_bytes, png_bundle
 
-MAX_MODELS = 4  # more boxes on one image cannot be told apart
+__all__ = ["Playground", "TraceViewer"]
 ANY = "any"
 
 SHOWS: dict[str, Callable[[Comparison, str, str], bool]] = {
@@ -70,8 +70,8 @@ class TraceViewer(anywidget.AnyWidget):
     {"sample_id", "completions": [text, ...]} and, where known, "rewards", "advantages", "step" and
     "frame" (default NORM_1000). A group whose sample has no prediction holds the sample's fields
     itself. If a sample has several groups, the last one is shown.
-    objects: boxes (xyxy px) of every object in the image, by sample_id, where they are known: a
-    step of a trace that lies on none of them is marked.
+    objects: boxes (xyxy px) of every object in the image of a sample, None where they are not
+    known: a step of a trace that lies on none of them is marked.
 
     Traits to set and to read: `index` (position among the samples that the filter leaves),
     `filter` (a dict of show, a, b, split, prompt_kind, num_lookalikes, cause, search, sample_ids),
@@ -81,7 +81,7 @@ class TraceViewer(anywidget.AnyWidget):
     filter or sort.
     """
 
-    _esm = Path(__file__).parent / "viewer.js"
+    _esm = page_script("viewer")
     _css = Path(__file__).parent / "viewer.css"
 
     index = traitlets.Int(0).tag(sync=True)
@@ -101,10 +101,10 @@ class TraceViewer(anywidget.AnyWidget):
         root: str | Path = ".",
         causes: Mapping[str, str] | None = None,
         groups: Iterable[Mapping] = (),
-        objects: Mapping[str, Sequence[Box]] | None = None,
+        objects: Callable[[Mapping], Sequence[Box] | None] = lambda sample: None,
         **traits,
     ):
-        self._root, self._causes, self._objects = Path(root), causes or {}, objects or {}
+        self._root, self._causes, self._objects = Path(root), causes or {}, objects
         self._comparisons = compare(rows_of(predictions))
         groups = [readable(identified(group, number)) for number, group in enumerate(groups, 1)]
         self._groups = {group["sample_id"]: group for group in groups}
@@ -184,7 +184,7 @@ class TraceViewer(anywidget.AnyWidget):
             self._root,
             note=self._causes.get(self._id(), ""),
             group=self.view.get("group"),
-            objects=self._objects.get(self._id()),
+            objects=self._objects(self._current().sample),
         )
 
     def export(self, path: str | Path, dpi: int = 200) -> Path:
@@ -192,14 +192,8 @@ class TraceViewer(anywidget.AnyWidget):
         return save(self.figure(), path, dpi)
 
     def _repr_mimebundle_(self, **kwargs):
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         summary = f"TraceViewer: {self.total} samples of {', '.join(self.models) or 'no model'}"
-        return {
-            **data,
-            "text/plain": summary,
-            "image/png": base64.b64encode(self._bytes("png")).decode(),
-        }, metadata
+        return png_bundle(super()._repr_mimebundle_(**kwargs), self.figure(), summary)
 
     # --- how it works
 
@@ -208,12 +202,6 @@ class TraceViewer(anywidget.AnyWidget):
 
     def _id(self) -> str:
         return self._current().sample["sample_id"]
-
-    def _bytes(self, kind: str) -> bytes:
-        file = io.BytesIO()
-        with styled():
-            self.figure().savefig(file, format=kind, dpi=110 if kind == "png" else 200)
-        return file.getvalue()
 
     @property
     def _pair(self) -> tuple[str, str]:
@@ -318,7 +306,7 @@ class TraceViewer(anywidget.AnyWidget):
             root=self._root,
             group=self._groups.get(name),
             causes={"cause": self._causes[name]} if name in self._causes else None,
-            objects=self._objects.get(name),
+            objects=self._objects(self._current().sample),
         )
 
     def _answer_page(self, _, message: Mapping, buffers) -> None:
@@ -327,7 +315,7 @@ class TraceViewer(anywidget.AnyWidget):
             kind = message["export"]
             self.send(
                 {"export": kind, "name": f"{_file_safe(str(self._id()))}.{kind}"},
-                buffers=[self._bytes(kind)],
+                buffers=[figure_bytes(self.figure(), kind, DPI if kind == "png" else 200)],
             )
 
 

@@ -19,17 +19,23 @@ FAULTS = {
     "no_box": "no box",
     "unclosed_reasoning": "cut off while reasoning",
     "malformed": "malformed box",
+    "waiting": "waiting",
+    "writing": "still writing",
+    "stopped": "stopped",
 }
 
 
 class ScoredAnswer(NamedTuple):
-    """A model's prediction row, and how good it is; error says why a row cannot be shown."""
+    """A model's prediction row, and how good it is; error says why a row cannot be shown.
+
+    Where the ground truth is not known, iou is nan and success None.
+    """
 
     model: str
     row: Mapping[str, Any]
     box: Box | None  # xyxy px
     iou: float
-    success: bool
+    success: bool | None
     status: str
     error: str | None
 
@@ -43,6 +49,8 @@ class ScoredAnswer(NamedTuple):
         x1, y1, x2, y2 = self.box
         if x1 == x2 or y1 == y2:
             return "miss, the box is empty (no area)"
+        if self.success is None:
+            return f"box from {x1:.0f}, {y1:.0f} to {x2:.0f}, {y2:.0f} px"
         return f"{'hit' if self.success else 'miss'}, IoU {self.iou:.2f}"
 
 
@@ -170,7 +178,7 @@ def readable(row: Mapping) -> Mapping:
 
 def frame_of(row: Mapping) -> BoxFrame:
     """The frame of a row's numbers; NORM_1000 where the row does not say."""
-    return BoxFrame(row.get("frame") or BoxFrame.NORM_1000)
+    return BoxFrame.read(row.get("frame") or BoxFrame.NORM_1000)
 
 
 def judge(row: Mapping) -> ScoredAnswer:

@@ -203,9 +203,11 @@ def comparison_figure(
     return figure
 
 
-def comparison_height_in(comparison: Comparison, models: Sequence[str]) -> float:
+def comparison_height_in(
+    comparison: Comparison, models: Sequence[str], objects: Sequence[Box] | None = None
+) -> float:
     """The height that draw_comparison needs for its text, in inches."""
-    return _height_in(_blocks(comparison, models, None))
+    return _height_in(_blocks(comparison, models, objects))
 
 
 # What is written of a model: its look, its answer, its steps, its reasoning in lines.
@@ -264,7 +266,7 @@ def draw_comparison(
     for style, answer, _, lines in blocks:
         swatch(right, 0, y, style)
         right.text(0.085, y, style.label, va="center", fontweight="bold")
-        colour = SOLVED if answer.success else FAILED
+        colour = {True: SOLVED, False: FAILED, None: INK}[answer.success]
         verdict = textwrap.shorten(answer.verdict, 44)
         right.text(0.48, y, verdict, va="center", color=colour)
         y += 1.25

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -26,6 +27,13 @@ from egm_lib.viewer.steps import Step, places
 
 SMALL_IMAGE_PX = 256  # up to this side an image is a drawing: its pixels stay crisp when enlarged
 CRISP_SIDE_PX = 768  # a small image is enlarged to about this side before it is drawn
+
+
+def page_script(name: str) -> str:
+    """The script of a page ("viewer" or "playground"), with what both draw before it."""
+    here = Path(__file__).parent
+    files = (here / "drawing.js", here / f"{name}.js")
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def image_of(sample: Mapping, root: str | Path) -> Image.Image:
@@ -174,7 +182,7 @@ def view_of(
     except (OSError, ValueError, KeyError, TypeError) as problem:
         view["error"] = f"the image cannot be shown: {problem}"
     view["models"] = [
-        _answer_view(comparison.answers.get(model), model, index, objects)
+        answer_view(comparison.answers.get(model), model, index, objects)
         for index, model in enumerate(models)
     ]
     view["group"] = None
@@ -186,9 +194,10 @@ def view_of(
     return view
 
 
-def _answer_view(
+def answer_view(
     answer: ScoredAnswer | None, model: str, index: int, objects: Sequence[Box] | None
 ) -> dict:
+    """What the page draws of one answer: JSON values only. index: of the model in its list."""
     style = style_of(model, index)
     view = {"model": model, "label": style.label, "colour": style.colour, "dash": list(style.dash)}
     view["run"] = answer is not None
@@ -201,7 +210,7 @@ def _answer_view(
     return view | {
         "box": answer.box and list(answer.box),
         "num_boxes": len(row.get("boxes") or ()),
-        "iou": answer.iou,
+        "iou": None if math.isnan(answer.iou) else answer.iou,
         "success": answer.success,
         "status": answer.status,
         "verdict": answer.verdict,
@@ -220,6 +229,8 @@ def _answer_view(
         "answer": text,
         "tokens": _sum(row.get("reasoning_tokens"), row.get("answer_tokens")),
         "latency_ms": row.get("latency_ms"),
+        "first_token_ms": row.get("first_token_ms"),
+        "note": row.get("note"),
         "truncated": row.get("finish_reason") == "length",
     }
 

@@ -2,7 +2,7 @@
 and markers for print in grey.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -32,7 +32,9 @@ LOOKS = {
     "small-egm-no-reasoning": Look("EGM, no reasoning", "#56B4E9", (6, 1.5, 1.2, 1.5), "v"),
     "small-direct-control": Look("direct control", "#CC79A7", (2.5, 1), "<"),
     "small-sft-control": Look("SFT control", "#8C6D1F", (5, 1, 1, 1), ">"),
+    "small-egm-unselected": Look("EGM, prompts at random", "#999999", (3, 1, 1, 1, 1, 1), "X"),
     "large-base": Look("large base", "#009E73", (7, 2), "P"),
+    "reference": Look("reference", "#8A4FBF", (3, 1), "X"),
 }
 _SPARE = (
     ("#D55E00", (4, 2), "o"),
@@ -47,9 +49,19 @@ FAULT = "#C2185B"  # around a step that is wrong
 TINTS = {"place": "#CFE5F5", "alike": "#FBE3A6"}
 
 
+VARIANT_DASHES = {"edited": (1, 1), "no reasoning": (6, 1.5, 1.2, 1.5)}
+
+
 def style_of(model: str, index: int = 0) -> Look:
-    """The look of a model of a run; any other model gets a spare one by its index in the list."""
-    return LOOKS.get(model) or Look(model, *_SPARE[index % len(_SPARE)])
+    """The look of a model of a run; any other model gets a spare one by its index in the list.
+
+    A variant, such as "small-egm, edited", has its model's colour and a dash of VARIANT_DASHES.
+    """
+    name, _, variant = model.partition(", ")
+    look = LOOKS.get(name) or Look(name, *_SPARE[index % len(_SPARE)])
+    if variant not in VARIANT_DASHES:
+        return look if name == model else replace(look, label=model)
+    return replace(look, label=f"{look.label}, {variant}", dash=VARIANT_DASHES[variant])
 
 
 STYLE = {

@@ -80,7 +80,7 @@ def test_training_leaves_out_every_tested_image_and_adds_twins(refcoco_root, cap
     assert [len(read_eval(refcoco_root, *split)) for split in EVAL_SPLITS] == [1] * 8
 
 
-def test_leaks_and_flips_are_choices(refcoco_root):
+def test_leaks_and_flips_are_optional(refcoco_root):
     report = prepare(refcoco_root, tasks=["vanilla"], flips=False, keep_leaks=True)["vanilla"]
     assert report["samples"] == 9 and report["images"] == 2
     assert not (refcoco_root / "images" / "train2014_flip").exists()
@@ -149,7 +149,7 @@ def test_amodal_data_is_prepared_without_tao_and_says_so(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("folder", ["tao_amodal", "tao_amodal/amodal_annotations"])
-def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder):
+def test_tao_is_found_in_both_places(tmp_path, folder):
     amodal_root(tmp_path)
     (tmp_path / folder).mkdir(parents=True)
     write_tao(tmp_path / folder / "train.json", tao(1, (-40, 10, 60, 30)))
@@ -157,8 +157,8 @@ def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder)
     assert report["samples"] == 2 and report["tao_amodal"] is True
 
 
-def test_one_task_is_prepared_where_the_files_of_the_other_are_missing(refcoco_root, capsys):
-    assert run("prepare", refcoco_root) == 1
+def test_one_task_is_prepared_if_files_of_the_other_are_missing(refcoco_root, capsys):
+    assert run("prepare", refcoco_root) == 2
     assert "amodal is not prepared: no file" in capsys.readouterr().err
     assert len(read_train(refcoco_root, "vanilla")) > 0
     assert not (refcoco_root / "train_amodal.jsonl").exists()
@@ -175,7 +175,7 @@ def test_a_profile_with_the_amodal_task_alone_needs_no_vanilla_files(tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{", "null"])
 def test_a_report_that_cannot_be_read_is_one_sentence(refcoco_root, capsys, content):
     (refcoco_root / "prepare-vanilla.json").write_text(content)
-    assert run("prepare", refcoco_root, "--task", "vanilla") == 1
+    assert run("prepare", refcoco_root, "--task", "vanilla") == 2
     assert "prepare-vanilla.json" in (error := capsys.readouterr().err)
     assert "delete it" in error and error.count("\n") == 1
 
@@ -189,13 +189,13 @@ def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     (folder / coco_image(7)["file_name"]).write_text("no image")
     # Beyond PIL's own limit
     Image.new("1", (20_000, 10_000)).save(folder / coco_image(2)["file_name"], format="PNG")
-    assert run("check", refcoco_root) == 1
+    assert run("check", refcoco_root) == 2
     out = capsys.readouterr().out
     assert f"{coco_image(3)['file_name']} (e.g. sample refcoco-val-10-100): no such file" in out
     assert "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable image") >= 2
 
 
-def test_a_turned_image_has_the_size_it_is_seen_with(refcoco_root):
+def test_a_rotated_image_has_its_upright_size(refcoco_root):
     prepare(refcoco_root, tasks=["vanilla"])
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -225,11 +225,11 @@ def test_boxes_per_image_counts_boxes_not_expressions(refcoco_root):
 
 def test_the_command_line_says_what_is_missing(tmp_path, capsys):
     assert (
-        run("stats", tmp_path) == 1
-        and run("check", tmp_path) == 1
-        and run("prepare", tmp_path) == 1
+        run("stats", tmp_path) == 2
+        and run("check", tmp_path) == 2
+        and run("prepare", tmp_path) == 2
     )
-    assert main(["fetch", "imagenet", "--root", str(tmp_path)]) == 1
+    assert main(["fetch", "imagenet", "--root", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert "`prepare` makes them" in errors and "fetch" in errors and "'imagenet'" in errors
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import httpx2
 import openai
 import pytest
+from engine_world import requests_of
 from PIL import Image
 
 from egm_lib.inference.answer_form import ConstraintIgnored
@@ -97,6 +98,25 @@ def test_a_stream_with_null_choices_and_deltas_is_read():
     answer = ask(endpoint(lambda body: stream(*chunks, "[DONE]"), stream=True))
     assert (answer.raw_answer, answer.finish_reason) == ("[1, 2, 3, 4]", "stop")
     assert answer.first_token_ms > 0
+
+
+def test_who_watches_gets_the_text_as_it_streams():
+    """Reasoning set apart is shown as it comes, and closed once the answer begins."""
+    pieces = [{"reasoning_content": "left"}, {"reasoning_content": " one"}, {"content": BOX}]
+    chunks = [{"id": "c", "choices": [{"index": 0, "delta": delta}]} for delta in pieces]
+    chunks.append({"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    bodies, seen = [], []
+
+    def respond(body):
+        bodies.append(body)
+        return stream(*chunks, "[DONE]")
+
+    request = Request(Image.new("RGB", (64, 48)), "find the cup", on_text=seen.append)
+    [answer] = endpoint(respond).answer([request], GREEDY)
+    assert bodies[0]["stream"] is True  # though the engine was not told to stream
+    whole = f"<think>\nleft one\n</think>\n\n{BOX}"
+    assert list(dict.fromkeys(seen)) == ["<think>\nleft", "<think>\nleft one", whole]
+    assert answer.raw_answer == whole and answer.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
@@ -197,6 +217,57 @@ def test_a_refusal_of_the_sample_itself_marks_its_row():
     respond = refusing({"messages": "The image is too large"}, bodies := [])
     answer = ask(endpoint(respond))
     assert answer.finish_reason == "error" and len(bodies) == 1
+
+
+class FakeServer:
+    """Answers chat.completions.create; bound answers only where it honours response_format."""
+
+    def __init__(self, honours: bool):
+        self.honours, self.calls = honours, []
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def create(self, **call):
+        self.calls.append(call)
+        bound = self.honours and "response_format" in call
+        content = (
+            '[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]'
+            if bound
+            else "hm\n</think>\n\n[1, 2, 3, 4]"
+        )
+        message = SimpleNamespace(content=content, reasoning_content=None)
+        usage = SimpleNamespace(
+            prompt_tokens=7, completion_tokens=9, completion_tokens_details=None
+        )
+        return SimpleNamespace(
+            choices=[SimpleNamespace(message=message, finish_reason="stop")], usage=usage
+        )
+
+
+def scripted(server) -> OpenAIEngine:
+    """An engine on a client that is made by hand."""
+    return OpenAIEngine("http://localhost", "m", "qwen3-vl", 4, client=server, opens_reasoning=True)
+
+
+def test_endpoint_sends_table_8_and_a_lossless_image():
+    server = FakeServer(honours=True)
+    [answer] = scripted(server).answer(requests_of(1), replace(GREEDY, top_k=20))
+    [call] = server.calls
+    assert (call["temperature"], call["top_p"], call["max_tokens"]) == (0, 1, 12)
+    assert call["extra_body"] == {"repetition_penalty": 1.0, "top_k": 20}
+    assert call["messages"][0]["content"][0]["image_url"]["url"].startswith(
+        "data:image/png;base64,"
+    )
+    assert answer.raw_answer == "<think>\nhm\n</think>\n\n[1, 2, 3, 4]" and answer.latency_ms > 0
+
+
+def test_endpoint_without_reasoning_is_bound_by_a_schema():
+    [answer] = scripted(FakeServer(honours=True)).answer(requests_of(1), GREEDY, reasoning=False)
+    assert answer.raw_answer == '</think>\n\n[{"bbox_2d": [1, 2, 3, 4], "label": "cup"}]'
+
+
+def test_an_endpoint_that_silently_ignores_the_schema_is_noticed():
+    with pytest.raises(ConstraintIgnored, match="ignores structured output"):
+        list(scripted(FakeServer(honours=False)).answer(requests_of(1), GREEDY, reasoning=False))
 
 
 def test_the_profile_s_token_limit_and_fields_are_sent():

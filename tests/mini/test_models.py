@@ -131,9 +131,10 @@ def test_scene_batches_are_a_function_of_seed_and_index():
     assert not np.array_equal(first, scene_batch(3, 5, 2)[1])
 
 
-def test_a_grown_large_model_computes_what_the_small_one_does(tiny):
+@pytest.mark.parametrize("sizes", [("small", "large"), ("large", "huge")])
+def test_a_grown_model_computes_what_it_grew_out_of(sizes):
     tokenizer = build_tokenizer()
-    large = build("large", tokenizer, seed=2).eval()
+    tiny, large = (build(size, tokenizer, seed=2).eval() for size in sizes)
     pretrain.grow(tiny.state_dict(), large)
     ids = torch.tensor([tokenizer("Locate red circle left of the blue star").input_ids])
     with torch.no_grad():
@@ -153,7 +154,7 @@ def test_the_shipped_models_speak_the_language_of_this_code(name):
     assert load_processor(folder, "qwen3-vl").tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_the_shipped_models_look_through_the_same_eyes():
+def test_the_shipped_models_have_the_same_vision_tower():
     small, *others = (
         load_model(pretrain.SHIPPED / name).model.visual.state_dict() for name in SHIPPED
     )

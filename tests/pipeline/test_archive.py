@@ -1,6 +1,4 @@
-"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written
-over.
-"""
+"""A restored run gives the same tables. An archive holds no checkpoint and overwrites nothing."""
 
 import json
 import shutil
@@ -10,11 +8,14 @@ from dataclasses import replace
 import pytest
 from roots import use_root
 from toy_run import write_run
+from trace_world import write_rows
 
 from egm_lib import cli
 from egm_lib.data.fetch import FetchError
+from egm_lib.files import read_jsonl
 from egm_lib.pipeline import archive
 from egm_lib.profile import load_profile
+from egm_lib.reports import curated
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 
@@ -40,7 +41,7 @@ def tables(run: Run, out) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_run_that_was_put_back_gives_the_same_tables(run, tmp_path):
+def test_a_restored_run_gives_the_same_tables(run, tmp_path):
     before = tables(run, tmp_path / "before")
     packed = archive.pack(run)
     assert packed.read_bytes() == archive.pack(run).read_bytes()  # as git wants it
@@ -53,12 +54,40 @@ def test_a_run_that_was_put_back_gives_the_same_tables(run, tmp_path):
         assert all(member.uname == "" and member.mtime == 0 for member in opened)
 
 
-def test_curated_data_is_kept_of_the_first_seed_only(run):
-    second = Run(run.profile, 1)
-    shutil.copytree(run.root, second.root)
-    for each, kept in ((run, True), (second, False)):
-        with tarfile.open(archive.pack(each)) as opened:
-            assert any("/traces/" in name for name in opened.getnames()) is kept
+def test_the_archive_has_counts_and_examples_in_place_of_curated_data(run):
+    with tarfile.open(archive.pack(run)) as opened:
+        names = opened.getnames()
+    assert f"{run.root.name}/curated.json" in names
+    assert not [name for name in names if "/traces/" in name or "/curation/" in name]
+
+
+def test_a_live_and_a_restored_run_show_the_same_of_their_curated_data(run):
+    """By hand: 1 dropped of 2 answered, 1 failed; the words of the toy's traces; its samples."""
+    outcomes = [{"status": "ok"}, {"status": "filtered", "filter": "echo"}, {"status": "failed"}]
+    write_rows(run.root / "curation/verify-train.jsonl", outcomes)
+    traces = read_jsonl(run.traces("amodal"))
+    live = curated.summary(run.root)
+    assert live["outcomes"]["verify-train"] == {"kept": 1, "failed": 1, "dropped": {"echo": 1}}
+    words = sum(len(row["reasoning"].split()) for row in traces)
+    images = len({row["image_id"] for row in traces})
+    assert live["traces"]["amodal"] == {"samples": len(traces), "images": images, "words": words}
+    assert all(row in traces for row in live["examples"]["amodal"])
+    assert len(live["examples"]["amodal"]) == curated.EXAMPLES
+    packed = archive.pack(run).read_bytes()
+    shutil.rmtree(run.root)
+    archive.restore(run)
+    assert not run.traces("amodal").exists()
+    assert curated.summary(run.root) == live
+    assert archive.pack(run).read_bytes() == packed  # a restored run can be packed again
+
+
+def test_new_curated_data_counts_before_the_archived_summary(run):
+    archive.pack(run)
+    shutil.rmtree(run.root)
+    archive.restore(run)
+    write_rows(run.traces("amodal"), [{"reasoning": "two words", "image_id": "1"}])
+    assert curated.trace_counts(run.root, "amodal") == curated.TraceCounts(1, 1, 2)
+    assert curated.trace_counts(run.root, "vanilla").samples > 1  # not curated again
 
 
 def test_nothing_is_written_over_and_a_broken_archive_leaves_nothing(run):
@@ -101,5 +130,5 @@ def test_a_restore_says_where_images_come_from(run, monkeypatch, capsys, there):
     if there:
         run.profile.data.path.mkdir(parents=True)
     assert archive.main(["--profile", "toy", "--restore"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in said) is there
+    output = capsys.readouterr().out
+    assert output.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in output) is there

@@ -3,6 +3,7 @@ clear sentence.
 """
 
 import fcntl
+import hashlib
 import json
 import subprocess
 import time
@@ -14,6 +15,7 @@ import pytest
 from roots import use_root
 
 from egm_lib.errors import InputError
+from egm_lib.files import write_text
 from egm_lib.pipeline import manifest
 from egm_lib.pipeline import publish as publish_module
 from egm_lib.pipeline import reproduce as module
@@ -211,6 +213,15 @@ def test_the_manifest_says_what_ran(project):
     assert "torch" in manifest["versions"]
 
 
+def test_the_manifest_states_the_protocol_that_a_run_followed(project):
+    """A protocol that is edited after the answers is no registration."""
+    run, _, _, root = project
+    write_text(root / "docs" / "protocol.md", "frozen")
+    reproduce(run)
+    digest = hashlib.sha256(b"frozen").hexdigest()
+    assert json.loads(run.manifest.read_text())["protocol"] == digest
+
+
 def test_clean_strips_widget_state_and_keeps_the_image(tmp_path):
     data = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "image/png": "aGk="}
     said = nbformat.v4.new_output(
@@ -231,9 +242,11 @@ def test_clean_strips_widget_state_and_keeps_the_image(tmp_path):
     nbformat.validate(nbformat.read(tmp_path / "07.ipynb", as_version=4))
 
 
-def test_published_notebooks_have_outputs_and_the_same_code(project):
+def test_published_notebooks_have_outputs_and_the_same_code(project, monkeypatch):
     run, ran, _, root = project
     reproduce(run)
+    monkeypatch.setattr(publish_module, "NOTEBOOKS_OF", run.profile.name)
+    write_text(run.figures / "summary.json", "{}")
     executed = nbformat.read(run.notebook("01_b.ipynb"), as_version=4)
     job = (
         "sft-vanilla: started\nsft-vanilla: 0 min 30 s, {'loss': 1}\nseen\n"
@@ -257,6 +270,7 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
     assert output.text == "seen\n"  # neither the job's progress, nor warnings, nor bars
     assert published.metadata == {}
     assert again(run, ran) == []
+    write_text(run.figures / "summary.json", "{}")
     write_notebook(root / "notebooks" / "02_c.ipynb", "print('newer')")
     # As before, without its outputs
     write_notebook(root / "notebooks" / "01_b.ipynb", "print('01_b')")
@@ -264,6 +278,24 @@ def test_published_notebooks_have_outputs_and_the_same_code(project):
         publish(run)
     # All or none
     assert nbformat.read(root / "notebooks" / "01_b.ipynb", as_version=4).cells[-1].outputs == []
+
+
+def test_only_publishing_replaces_published_figures(project):
+    """A user's run leaves the committed results, and so `git status`, as they were."""
+    run, *_ = project
+    with pytest.raises(ReproduceError, match=r"summary.json is missing: run `make reproduce"):
+        publish(run)
+    assert run.figures == run.published
+    write_text(run.figures / "summary.json", json.dumps({"git": "first", "seeds": [0]}))
+    publish(run)
+    assert json.loads((run.published / "published.json").read_text())["git"] == "first"
+    assert run.figures != run.published
+    write_text(run.figures / "summary.json", json.dumps({"git": "second", "seeds": [0]}))
+    write_text(run.figures / "table4.md", "new")
+    assert json.loads((run.published / "summary.json").read_text())["git"] == "first"
+    publish(run)
+    assert json.loads((run.published / "published.json").read_text())["git"] == "second"
+    assert (run.published / "table4.md").read_text() == "new"
 
 
 def test_command_line_says_one_sentence(capsys):
@@ -322,3 +354,36 @@ def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch)
         subprocess.run([*git, *words], check=True)
     (tmp_path / "a.json").write_text('{"n": 2}')
     assert manifest.committed_json("a.json") == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "holds a list, not an object"),
+        ("{}", "has no 'values'"),
+        ('{"values": {}, "models": [], "stages": {}, "wall_seconds": {}}', "'models' in .* a list"),
+        (
+            '{"values": {}, "models": {}, "stages": {"00_a": null}, "wall_seconds": {}}',
+            "stage '00_a' is no record",
+        ),
+        (
+            '{"values": {}, "models": {}, "stages": {"00_a": {"key": 1}}, "wall_seconds": {}}',
+            "stage '00_a' is no record",
+        ),
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_sentence(project, content, reason):
+    run, ran, _, _ = project
+    run.root.mkdir(parents=True)
+    run.manifest.write_text(content)
+    with pytest.raises((InputError, ReproduceError), match=f"{reason}.*delete it, and the run"):
+        reproduce(run)
+    assert ran == [] and run.manifest.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": 1, "nbformat": 4}', "{", '"text"'])
+def test_a_file_that_is_no_notebook_is_one_sentence(project, content):
+    run, ran, _, root = project
+    (root / "notebooks/01_b.ipynb").write_text(content)
+    with pytest.raises(ReproduceError, match="01_b.ipynb is no notebook .*: put it back"):
+        reproduce(run)

@@ -1,6 +1,4 @@
-"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an
-interruption.
-"""
+"""SFT: the loss covers the answer only and equals TRL's; training survives an interruption."""
 
 import json
 import math
@@ -16,8 +14,10 @@ from training_world import VIDEOS, make_samples, moved_names, sft_options, store
 from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import grpo, sft
+from egm_lib.errors import InputError
 from egm_lib.files import write_jsonl
-from egm_lib.inference.loading import load_processor, video_half
+from egm_lib.inference.loading import limit_pixels, load_processor, video_half
+from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
@@ -27,8 +27,7 @@ from egm_lib.training import model_setup
 from egm_lib.training.checkpoints import is_finished, train_to, work_folder
 from egm_lib.training.clock import Clock, TimedSchedule, logged_tokens
 from egm_lib.training.command import stage_command
-from egm_lib.training.model_setup import TrainingError, limit_pixels, lora_config
-from egm_lib.training.plan import count_parameters
+from egm_lib.training.model_setup import TrainingError, lora_config
 from egm_lib.training.preflight import check_device, check_memory
 from egm_lib.training.sft_trainers import ImageSampler, PlainCollator
 
@@ -114,7 +113,7 @@ def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
+def test_an_answer_beyond_max_length_is_cut(world, tmp_path, shared):
     whole, processor = trainer_of(world, tmp_path, shared=shared)
     row = [whole.train_dataset[0]]
 
@@ -132,7 +131,7 @@ def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
-def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
+def test_shared_prefix_and_plain_trainer_give_the_same_losses(world, tmp_path, changes):
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
         trainer, processor = trainer_of(
@@ -182,7 +181,7 @@ def check_readable(out, family):
         (True, Lora(r=2, alpha=4), ("_proj.weight",)),
     ],
 )
-def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
+def test_only_trainable_parameters_change(world, tmp_path, merger, lora, moves):
     trainer, processor = trainer_of(world, tmp_path, freeze_merger=merger, lora=lora)
     out = train_to(trainer, processor, tmp_path / "out")
     moved = moved_names(world[0], out)
@@ -201,7 +200,9 @@ def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
         (True, Lora(r=2, alpha=4), ("_proj.weight",)),
     ],
 )
-def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merger, lora, moves):
+def test_only_trainable_parameters_of_internvl_change(
+    internvl_world, tmp_path, merger, lora, moves
+):
     trainer, processor = trainer_of(
         internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora
     )
@@ -213,7 +214,7 @@ def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merge
     assert all(any(part in name for part in moves) and "vision_tower" not in name for name in moved)
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(world, tmp_path):
+def test_a_killed_run_continues_to_the_same_losses(world, tmp_path):
     class Killed(Exception):
         pass
 
@@ -265,7 +266,7 @@ def test_the_clock_ends_a_run_and_its_schedule():
     assert clock.progress(0, 10) == 1.0
 
 
-def test_rows_of_a_image_stand_together_and_every_row_once():
+def test_rows_of_an_image_stand_together_and_every_row_occurs_once():
     images = [str(n % 10) for n in range(45)]
     sampler = ImageSampler(images, together=2, seed=3)
     order = list(sampler)
@@ -276,7 +277,7 @@ def test_rows_of_a_image_stand_together_and_every_row_once():
     assert list(sampler) != order
 
 
-def test_profile_values_arrive_under_trl_s_names(tmp_path):
+def test_profile_values_become_trl_s_options(tmp_path):
     options = trl_options(
         sft_options(learning_rate=3e-4, warmup_ratio=0.03, dtype="bfloat16"), tmp_path, seed=5
     )
@@ -290,8 +291,9 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
 
 
 def test_images_are_shrunk_to_the_profile_s_pixels(world):
-    """SFT and GRPO see images as the profile's `max_pixels` says; of 64 x 64 px there are 16
-    merged patches.
+    """SFT and GRPO shrink images to the profile's `max_pixels`.
+
+    An image of 64 x 64 px has 16 merged patches.
     """
     folder, _, root = world
     for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):
@@ -301,7 +303,7 @@ def test_images_are_shrunk_to_the_profile_s_pixels(world):
         assert grid.prod() == 4 * merged
 
 
-def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
+def test_missing_and_empty_traces_are_reported_in_one_sentence(tmp_path):
     with pytest.raises(TrainingError, match="is missing: run notebook 02"):
         read_traces(tmp_path / "none.jsonl", tmp_path, "vanilla")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -309,8 +311,22 @@ def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
         read_traces(tmp_path / "empty.jsonl", tmp_path, "vanilla")
 
 
+def test_a_row_that_is_no_trace_is_left_out(tmp_path, monkeypatch):
+    """Whole traces stay, and bare ones are joined, whatever stands between them."""
+    samples = [{"sample_id": str(number), "gt_box": [0, 0, 9, 9]} for number in range(3)]
+    monkeypatch.setattr(sft, "read_train", lambda *args: samples)
+    whole = {**samples[2], "reasoning": "so"}
+    odd = [{"sample_id": "1"}, {"reasoning": "so"}, {"sample_id": [], "reasoning": "so"}]
+    unknown = {"sample_id": "9", "reasoning": "so"}
+    bare = [{"sample_id": 0, "reasoning": "so"}, {"sample_id": "1", "reasoning": "so"}]
+    write_jsonl(tmp_path / "traces.jsonl", [odd[0], bare[0], *odd, unknown, whole, bare[1]])
+    traces = read_traces(tmp_path / "traces.jsonl", tmp_path, "vanilla")
+    assert [str(trace["sample_id"]) for trace in traces] == ["0", "2", "1"]
+    assert all(trace["gt_box"] and trace["reasoning"] == "so" for trace in traces)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
-def test_half_precision_without_a_gpu_is_said_before_anything_starts():
+def test_half_precision_without_a_gpu_is_reported_before_anything_starts():
     check_device("float32", "sft")
     with pytest.raises(
         TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"
@@ -318,13 +334,14 @@ def test_half_precision_without_a_gpu_is_said_before_anything_starts():
         check_device("bfloat16", "sft")
 
 
-def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(world, monkeypatch):
+def test_a_gpu_too_small_for_the_optimizer_is_reported_before_anything_is_loaded(
+    world, monkeypatch
+):
     profile, place = load_profile("paper-qwen3vl-8b"), str(world[0])
-    config = AutoConfig.from_pretrained(place)
-    parameters = count_parameters(config)
-    trained = parameters["total"] - (parameters["vision"] - parameters["merger"])
-    # Weights twice; gradients and two moments in float32
-    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)
+    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    trained = shape.parameters - shape.vision.tower
+    # ZeRO-3: weights and gradients in bfloat16; master weights and two moments in float32
+    needed = shape.parameters * 2 + trained * (4 + 8 + 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for total_memory, processes, refused in (
         (needed, 1, False),
@@ -342,12 +359,12 @@ def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.3, False), (0.001, True)])
-def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_is_loaded(
+def test_a_share_too_small_for_a_colocated_vllm_is_reported_before_anything_is_loaded(
     world, monkeypatch, share, refused
 ):
     base, place = load_profile("paper-qwen3vl-8b"), str(world[0])
     profile = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
-    memory = 100 * count_parameters(AutoConfig.from_pretrained(place))["total"]
+    memory = 100 * shape_from_config(AutoConfig.from_pretrained(place)).parameters
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
@@ -361,7 +378,7 @@ def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_i
 
 
 @pytest.mark.parametrize("stage", [sft, grpo])
-def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_path, capsys):
+def test_memory_is_checked_before_anything_else(stage, monkeypatch, tmp_path, capsys):
     def refuse(*args):
         raise TrainingError("no room")
 
@@ -373,7 +390,7 @@ def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_pa
     assert capsys.readouterr().err == "no room\n"
 
 
-def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
+def test_a_gated_model_is_reported_in_one_sentence(monkeypatch):
     def gated(*args, **kwargs):
         raise OSError(
             "You are trying to access a gated repo.\nMake sure to have access to it at ..."
@@ -388,7 +405,7 @@ def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
         model_setup.load_start(small.path, small, "float32")
 
 
-def test_too_little_memory_is_said_in_one_sentence(capsys):
+def test_too_little_memory_is_reported_in_one_sentence(capsys):
     def full(run, args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
@@ -424,8 +441,11 @@ def traces_run(world, tmp_path, monkeypatch, **changes) -> Run:
     return run
 
 
-def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp_path, monkeypatch):
-    """Else everyone who loads the model later answers with smaller images than its authors."""
+@pytest.mark.parametrize("limits", ["sft", "model"])
+def test_a_profile_s_pixel_limits_are_not_stored_in_a_checkpoint(
+    world, tmp_path, monkeypatch, limits
+):
+    """Otherwise everyone who loads the model later would answer with smaller images."""
     seen = []
     collate = PlainCollator.__call__
     monkeypatch.setattr(
@@ -434,7 +454,10 @@ def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp
         lambda self, rows: seen.append(collate(self, rows)) or seen[-1],
     )
     monkeypatch.setattr(sft, "can_share_prefix", lambda *args: False)
-    run = traces_run(world, tmp_path, monkeypatch, max_pixels=1024)
+    run = traces_run(world, tmp_path, monkeypatch, max_pixels=1024 if limits == "sft" else None)
+    models = run.profile.models
+    small = replace(models.small, max_pixels=1024 if limits == "model" else None)
+    run = replace(run, profile=replace(run.profile, models=replace(models, small=small)))
     out = run_sft(run, "vanilla")
     assert {int(grid.prod()) for batch in seen for grid in batch["image_grid_thw"]} == {4 * 4}
     start, made = (
@@ -446,11 +469,11 @@ def test_sft_alone_shrinks_images_and_the_checkpoint_does_not_keep_it(world, tmp
 def test_no_image_is_enlarged(world):
     """An image below the limit keeps its size; the authors' least is one token too."""
     processor = load_processor(world[0], "qwen3-vl")
-    limit_pixels(processor, FAMILY, 50_176)
+    limit_pixels(processor, FAMILY.name, 50_176)
     grid = processor.image_processor([Image.new("RGB", (16, 32))], return_tensors="pt")
     assert grid["image_grid_thw"][0].tolist() == [1, 4, 2]
-    with pytest.raises(TrainingError, match="for Qwen3-VL"):
-        limit_pixels(processor, INTERNVL, 50_176)
+    with pytest.raises(InputError, match="for Qwen3-VL"):
+        limit_pixels(processor, "internvl-3", 50_176)
 
 
 def test_a_preview_needs_no_trainer(world, tmp_path, monkeypatch):
@@ -481,7 +504,7 @@ def test_a_control_gets_the_tokens_of_what_it_is_compared_with(
     assert f"{tokens['grpo']:,} of grpo" in stated and "steps x" in stated
 
 
-def test_tokens_are_counted_alike_by_both_trainers_and_across_an_interruption(world, tmp_path):
+def test_both_trainers_count_the_same_tokens_also_across_an_interruption(world, tmp_path):
     counts = []
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
@@ -516,7 +539,7 @@ def test_lora_on_divided_weights_is_refused(monkeypatch, name, value):
         lora_config(Lora(r=2, alpha=4))
 
 
-def test_steps_govern_the_schedule_and_minutes_only_guard(world, tmp_path):
+def test_steps_set_the_schedule_and_minutes_only_limit_it(world, tmp_path):
     """Else the learning rate, and so the weights, depend on how fast the machine is."""
     trainer, _ = trainer_of(
         world, tmp_path, max_steps=10, max_minutes=0.001, lr_scheduler_type="linear"

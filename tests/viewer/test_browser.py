@@ -21,6 +21,7 @@ from toy_run import write_run
 from trace_world import EGM, SMALL, draw_world, group_of, predictions_of, write_rows
 
 from egm_lib.boxes import iou
+from egm_lib.pipeline.playground import playground
 from egm_lib.profile import load_profile
 from egm_lib.reports.figures import build_figures
 from egm_lib.reports.gallery import build_gallery
@@ -169,21 +170,89 @@ def test_viewer_in_jupyterlab(lab, tmp_path):
         "from egm_lib.viewer import TraceViewer\nfrom egm_lib.files import read_jsonl\n"
         "TraceViewer('rows.jsonl', root='world', groups=read_jsonl('groups.jsonl'))"
     )
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
-    notebook.metadata.kernelspec = {
-        "name": "python3",
-        "display_name": "Python 3",
-        "language": "python",
-    }
-    nbformat.write(notebook, tmp_path / "look.ipynb")
+    notebook_of(tmp_path / "look.ipynb", code)
     seen = look_at_viewer(
         "lab", f"{lab}/look.ipynb", compare(rows_of(tmp_path / "rows.jsonl")), groups=True
     )
     assert seen["tiles"] == 16 and "advantage" in seen["tile_text"]
 
 
-def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
-    """Notebook 07 with all its cells, in a copy of the project, so that the run stays as it is."""
+def test_viewer_of_notebook_07_in_jupyterlab(project, lab):
+    run = Run(load_profile("smoke"), 0)
+    comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
+    seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
+    gained = sum(sample.failed(SMALL) and sample.solved(EGM) for sample in comparisons)
+    # As the notebook sets the filter
+    assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"
+
+
+def test_playground_in_jupyterlab(lab, tmp_path):
+    """The round trip with the miniature: typed, answered, edited, dragged, and a file opened."""
+    samples = playground(Run(load_profile("mini"), 0))._samples
+    place_in_list, sample = 3, samples[3]  # "green star closest to the triangle"
+    scene, target = sample["scene"], sample["gt_box"]
+    number = next(
+        number
+        for number, thing in enumerate(scene.things)
+        if list(thing.visible_box_px or ()) == target
+    )
+    name = scene.objects[number][0]
+    other = max(scene.things, key=lambda thing: abs(thing.centre_px[0] - target[0]))
+    place = " ".join(str(20 * round(side / 128 * 50)) for side in other.centre_px)
+    bad, own = tmp_path / "notes.png", tmp_path / "mine.png"
+    bad.write_text("no image")
+    scene.image().resize((256, 256)).save(own)
+    code = (
+        "import egm_lib.viewer.playground\n"
+        "from egm_lib.pipeline.playground import playground\n"
+        "from egm_lib.run import open_run\n"
+        "egm_lib.viewer.playground.REFRESH_S = 0  # every token, however fast the machine is\n"
+        f"page = playground(open_run('mini', 0), models=['reference'])\n"
+        f"page.show_sample({place_in_list})\npage"
+    )
+    notebook_of(tmp_path / "play.ipynb", code)
+    by_px = [96 - target[0], 0]
+    seen = drive(
+        {
+            "what": "playground",
+            "name": "playground",
+            "url": f"{lab}/play.ipynb",
+            "expression": sample["expression"],
+            "edited": f"the triangle is at 140 780. the {name} nearest to it is at {place}.",
+            "drag": number,
+            "by_px": by_px,
+            "file": str(own),
+            "bad_file": str(bad),
+        }
+    )
+    assert seen["errors"] == []
+    asked, answers = seen["asked"], {}
+    for look in ("asked", "without", "edited", "dragged", "own"):
+        answers[look] = {
+            model: box for model, box in seen[look]["boxes"].items() if model != "ground truth"
+        }
+    assert iou(answers["asked"]["reference"], target) > 0.5
+    assert len(asked["marks"]) > 0 and "hit" in asked["cards"][0]["verdict"]
+    assert "first token after" in asked["cards"][0]["facts"]
+    # It arrived bit by bit: the trace grew while it was written, with its steps
+    lengths = [length for verdict, length, _ in seen["written"] if verdict == "still writing"]
+    assert len(set(lengths)) > 2 and lengths == sorted(lengths)
+    assert seen["without"]["cards"][1]["reasoning"].startswith("(answers without reasoning)")
+    edited = answers["edited"]["reference, edited"]
+    assert iou(edited, other.visible_box_px) > 0.5 > iou(edited, target)
+    assert seen["asked"]["things"] == len(scene.things)
+    # The dragged object is drawn where it was put, and the question is answered anew
+    assert len(seen["dragged"]["cards"]) == 1 and "reference" in answers["dragged"]
+    assert "hit" not in seen["dragged"]["cards"][0]["verdict"]
+    moved = scene.moved(number, by_px)
+    assert seen["keyed"] == pytest.approx(moved.things[number].full_box_px[0] - 4, abs=2)
+    assert "notes.png: not a readable image" in seen["bad_file"]
+    assert "reference" in answers["own"] and seen["own"]["things"] == 0
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A copy of the project with a finished smoke run, so that the run stays as it is."""
     run = Run(load_profile("smoke"), 0)
     if not run.predictions("small-egm", "coco_amodal_test").is_file():
         pytest.skip("needs a run of the smoke profile: make reproduce PROFILE=smoke")
@@ -192,18 +261,37 @@ def test_notebook_07_of_a_finished_smoke_run_in_jupyterlab(lab, tmp_path):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    path = tmp_path / "notebooks" / "07_evaluation.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    parameters = next(
-        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])
-    )
-    parameters.source = parameters.source.replace('"mini"', '"smoke"')
+    for path in (tmp_path / "notebooks").glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = cell.source.replace('"mini"', '"smoke"')
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")))
+def test_every_notebook_of_a_finished_smoke_run_in_jupyterlab(name, project, lab):
+    """All cells run in the browser, without an error of its console, and no figure is empty."""
+    url = f"{lab}/notebooks/{name}.ipynb"
+    seen = drive({"what": "notebook", "name": name, "url": url, "timeout_ms": 900_000})
+    assert seen["errors"] == []
+    for figure in seen["figures"]:
+        assert figure["shown"] > 100 and figure["colours"] > 20, figure
+    assert seen["text"], "no cell has an output"
+
+
+def notebook_of(path: Path, code: str) -> None:
+    """Writes a notebook of one cell."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(notebook, path)
-    comparisons = compare(rows_of([run.root / "predictions" / model for model in (SMALL, EGM)]))
-    seen = look_at_viewer("notebook-07", f"{lab}/notebooks/07_evaluation.ipynb", comparisons)
-    gained = sum(sample.failed(SMALL) and sample.solved(EGM) for sample in comparisons)
-    # As the notebook sets the filter
-    assert seen["opened"]["of"] == f"of {gained} (all: {len(comparisons)})"
 
 
 def look_at_viewer(

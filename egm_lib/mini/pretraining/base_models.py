@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from random import Random
@@ -23,10 +24,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import Qwen3VLForConditionalGeneration
 
+from egm_lib.cli import ends
 from egm_lib.files import project_root
 from egm_lib.mini.grid import GRID_1000, grid_length, level
-from egm_lib.mini.models import CELLS, WIDTH, build, encode_images, patchify, save
+from egm_lib.mini.models import CELLS, LANGUAGE, WIDTH, build, encode_images, patchify, save
 from egm_lib.mini.pretraining.packing import pack, packed_loss
 from egm_lib.mini.pretraining.questions import questions
 from egm_lib.mini.pretraining.vision import cell_of, optimizers, rate_factor, scene_batch
@@ -34,6 +37,7 @@ from egm_lib.mini.scenes import Thing
 from egm_lib.mini.tokens import build_tokenizer
 
 TRUNK_STEPS = 2000  # then `large` is grown out of `small`
+LARGE_STEPS = 10_000  # then `huge` is grown out of `large`
 OCCLUSION = 0.25  # chance of a thing to be partly hidden; gives enough questions about full boxes
 SHIPPED = project_root() / "data" / "mini"
 SPELLED = {
@@ -163,7 +167,7 @@ def first_coordinate_hits(
 
 
 def grow(small: dict[str, Tensor], large) -> None:
-    """Loads a small model's weights into the large one, which then computes the same function.
+    """Loads a model's weights into one of twice its layers, which then computes the same function.
 
     As LLaMA Pro and Net2Net do. Every second layer is new and adds nothing, since its output
     projections are zero; nor do the new units of the other layers.
@@ -195,11 +199,15 @@ def base(args: argparse.Namespace) -> None:
 
     The first TRUNK_STEPS are common to both sizes: `large` is grown out of the state that `small`
     leaves in trunk.pt. Trained from nothing, `large` did not find plain things yet after as many
-    images as `small` had needed.
+    images as `small` had needed. `huge` is grown out of the shipped `large`, and has a schedule of
+    its own from LARGE_STEPS on.
     """
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
-    model = load_aligned(args.size, args.out, args.seed, tokenizer)
+    if args.size == "huge":  # takes everything from `large`
+        model = build("huge", tokenizer, args.seed)
+    else:
+        model = load_aligned(args.size, args.out, args.seed, tokenizer)
     model.model.visual.requires_grad_(False)  # so that both sizes have the same tower
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     opts = optimizers(named, args.rate)
@@ -216,13 +224,19 @@ def base(args: argparse.Namespace) -> None:
         state = torch.load(trunk, weights_only=True)
         grow(state["model"], model)
         first = state["step"]
+    elif args.size == "huge" and not state_file.exists():
+        large = Qwen3VLForConditionalGeneration.from_pretrained(
+            SHIPPED / "large", dtype=torch.float32
+        )
+        grow(large.state_dict(), model)
+        first = LARGE_STEPS
     elif state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
             opt.load_state_dict(saved)
         first, spent = state["step"], state["minutes"]
-    start = time.time() - spent * 60
+    start, scheduled = time.time() - spent * 60, LARGE_STEPS if args.size == "huge" else 0
     held_out = [
         base_batch(990_001, i, args.batch, tokenizer, args.steps) for i in range(args.held_out)
     ]
@@ -230,8 +244,8 @@ def base(args: argparse.Namespace) -> None:
         batch, images, _ = base_batch(args.seed + 2, step, args.batch, tokenizer, step)
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = args.rate * rate_factor(step, args.steps, 100)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+                group["lr"] = args.rate * rate_factor(step - scheduled, args.steps - scheduled, 100)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not args.float32):
             with torch.no_grad():
                 merged, deepstack = encode_images(model.model.visual, patchify(images))
             loss, _ = packed_loss(model, batch, merged, deepstack)
@@ -301,15 +315,15 @@ def evaluate(model, held_out, tokenizer) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """One stage: align, base or export, into --out, for --size small or large."""
+def main() -> int:
+    """One stage: align, base or export, into --out, for --size small, large or huge."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("stage", choices=["align", "base", "export"])
     parser.add_argument("--out", type=Path, required=True, help="folder of the work in progress")
     parser.add_argument(
         "--to", type=Path, default=SHIPPED, help="export: folder of the shipped checkpoints"
     )
-    parser.add_argument("--size", choices=["small", "large"], default="small")
+    parser.add_argument("--size", choices=list(LANGUAGE), default="small")
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--rate", type=float, default=None)
@@ -317,6 +331,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=24, help="batches")
+    parser.add_argument("--float32", action="store_true", help="base: for a CPU without bfloat16")
     args = parser.parse_args()
     defaults = {"align": (300, 32, 3e-3), "base": (10_000, 4, 2e-3), "export": (0, 0, 0.0)}[
         args.stage
@@ -326,8 +341,8 @@ def main() -> None:
         for given, default in zip((args.steps, args.batch, args.rate), defaults, strict=True)
     )
     torch.set_num_threads(args.threads)
-    {"align": align, "base": base, "export": export}[args.stage](args)
+    return ends(lambda: {"align": align, "base": base, "export": export}[args.stage](args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

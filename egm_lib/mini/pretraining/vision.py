@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from egm_lib.cli import ends
 from egm_lib.mini.grid import GRID_1000, LEVELS, level
 from egm_lib.mini.models import CELLS, WIDTH, build, encode_images, patchify
 from egm_lib.mini.scenes import COLOURS, SHAPES, SIZE_PX, Scene, Thing, render, sample_scene
@@ -176,7 +178,7 @@ def train(rank: int, world: int, args: argparse.Namespace) -> None:
             )
 
 
-def main() -> None:
+def main() -> int:
     """Train the tower: `python -m egm_lib.mini.pretraining.vision --out data/runs/pretrain`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -187,6 +189,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--port", type=int, default=29511)
     args = parser.parse_args()
+    return ends(lambda: _train_all(args))
+
+
+def _train_all(args: argparse.Namespace) -> None:
     if args.workers == 1:
         train(0, 1, args)
     else:
@@ -194,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,7 @@ from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
 from egm_lib.files import write_text
 from egm_lib.reports.figures.accuracy import fig5, iou_histogram, lookalikes, solved_share
-from egm_lib.reports.figures.comparisons import forest, splits
+from egm_lib.reports.figures.comparisons import forest, hypotheses, splits
 from egm_lib.reports.figures.curves import training
 from egm_lib.reports.figures.examples import fig3, fig4, fig6, fig12, overview, viewer
 from egm_lib.reports.figures.failures import fig2, fig2_examples
@@ -28,6 +28,7 @@ FIGURES: dict[str, tuple[str, Callable[[Material], tuple[Figure, str]]]] = {
     "overview": ("EGM at a glance", overview),
     "fig5": ("Fig. 1, 5: accuracy against latency", fig5),
     "forest": ("Differences between models", forest),
+    "hypotheses": ("The registered hypotheses", hypotheses),
     "splits": ("Accuracy by split", splits),
     "fig2": ("Fig. 2: failures by cause", fig2),
     "fig2_examples": ("Fig. 2: a failure of each cause", fig2_examples),

@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
+from egm_lib.evaluation.hypotheses import MARGIN
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import estimate
 from egm_lib.reports.figures.curves import TASKS
@@ -11,6 +12,7 @@ from egm_lib.reports.figures.material import DRAWS, EGM, LARGE, SMALL, Material,
 from egm_lib.reports.figures.pieces import down_up
 from egm_lib.reports.tables.beyond_paper import differences
 from egm_lib.reports.tables.cells import Number, p_text, percent
+from egm_lib.reports.tables.evidence import answered
 from egm_lib.viewer.palette import FAINT, INK, new_figure, style_of
 
 SPLIT_MODELS = (SMALL, "small-sft", EGM, "small-direct-control", "small-sft-control", LARGE)
@@ -60,6 +62,41 @@ def forest(material: Material) -> tuple[Figure, str]:
         figure,
         "Differences paired on samples, mean over the splits, with 95 % intervals; p after Holm's "
         "correction over all of them. Hollow: the interval holds zero.",
+    )
+
+
+ANSWERS = {"holds": "#009E73", "does not hold": "#D55E00", "not told apart": FAINT}
+
+
+def hypotheses(material: Material) -> tuple[Figure, str]:
+    """The registered hypotheses, each with its difference, its interval and its answer."""
+    found = [row for row in answered(material.results) if row.difference is not None]
+    if not found:
+        raise NotRun("the registered experiment (docs/protocol.md)")
+    figure = new_figure(9.2, 1.0 + 0.3 * len(found))
+    ax = figure.subplots()
+    heights = np.arange(len(found))[::-1]
+    ax.axvspan(-100 * MARGIN, 100 * MARGIN, color=FAINT, alpha=0.15, linewidth=0)
+    ax.axvline(0, color=FAINT, linewidth=0.9)
+    for y, row in zip(heights, found, strict=True):
+        points, marks = percent(row.difference), {"markersize": 5, "elinewidth": 1.2}
+        colour = ANSWERS.get(row.status, FAINT)
+        ax.errorbar(points.value, y, xerr=down_up([row.difference]), fmt="o", color=colour, **marks)
+        written = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+        ax.text(1.02, y, f"{points}   {row.status}", color=colour, **written)
+    labels = [
+        f"{row.hypothesis.name}  {row.hypothesis.says}"
+        + (", amodal" if row.hypothesis.task == "amodal" else "")
+        for row in found
+    ]
+    ax.set_yticks(heights, labels, fontsize=8)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("difference in accuracy at IoU > 0.5, points")
+    ax.grid(True, axis="x")
+    return (
+        figure,
+        "The hypotheses of the protocol with their 95 % intervals over images and seeds. Shaded: "
+        "the margin, within which a difference is treated as none.",
     )
 
 

@@ -6,13 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from egm_lib.evaluation.results import paper
+from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.reports.figures.material import (
     DRAWS,
     LARGE,
     SMALL,
     Material,
     NotRun,
-    sample_fixed,
 )
 from egm_lib.reports.figures.pieces import down_up, draw_legend
 from egm_lib.reports.tables.paper import cause_shares, counted_failures

@@ -15,7 +15,7 @@ from egm_lib.evaluation.results import MODELS, Results
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate
 from egm_lib.files import write_text
-from egm_lib.reports.tables import beyond_paper, paper
+from egm_lib.reports.tables import beyond_paper, evidence, paper
 from egm_lib.reports.tables.cells import (
     Table,
     stated_text,
@@ -32,7 +32,9 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "table4_answers": beyond_paper.table_answers,
     "table4_decoding": beyond_paper.table_decoding,
     "table4_latency": beyond_paper.table_latency,
+    "table4_samples": evidence.table_samples,
     "ablation_grpo": beyond_paper.table_ablations,
+    "hypotheses": evidence.table_hypotheses,
 }
 
 

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rule",
         choices=RULES,
-        help="default: the profile's; another rule writes to figures/<profile>/<rule>",
+        help="default: the profile's; another rule writes to a subfolder of that name",
     )
     parser.add_argument(
         "--only", action="append", choices=TABLES, help="e.g. table4; may be given several times"
@@ -34,6 +34,8 @@ def _write(args: argparse.Namespace) -> None:
     print(f"{len(tables) - len(not_run)} tables -> {out_dir}")
     if not_run:
         print(f"not run: {', '.join(not_run)}")
+    for name in args.only or ():
+        print((out_dir / f"{name}.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

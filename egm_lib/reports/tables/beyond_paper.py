@@ -22,6 +22,7 @@ COMPARISONS = (
     ("small-egm", "small-egm-no-reasoning"),
     ("small-egm", "small-direct-control"),
     ("small-egm", "small-sft-control"),
+    ("small-egm", "small-egm-unselected"),
     ("small-sft", "small-direct-control"),
     ("large-base", "small-base"),
 )
@@ -163,14 +164,10 @@ def table_decoding(results: Results) -> Table:
     """Accuracy by way of decoding and number of tokens (`egm_lib.inference.decoding`)."""
     columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
     table = Table("table4_decoding", "Other ways to decode", columns)
-    plain = list(dict.fromkeys(model.partition("@")[0] for model in results.variants)) or [
-        "small-egm"
-    ]
+    variants = [name for name in results.variants if "@sample-" not in name]  # table4_samples
+    plain = list(dict.fromkeys(name.partition("@")[0] for name in variants)) or ["small-egm"]
     for model in plain:
-        for name in [
-            model,
-            *(name for name in results.variants if name.partition("@")[0] == model),
-        ]:
+        for name in [model, *(name for name in variants if name.partition("@")[0] == model)]:
             rows = results.of(name)
             if rows.empty:
                 table.rows.append(Row(name, "ours", [None] * 4))
@@ -313,7 +310,7 @@ def table_latency(results: Results) -> Table:
 
 
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
-    """Mean (with interval), p50 and p95 of a model's latency in ms; None where it was not run."""
+    """Mean (with interval), p50 and p95 of a model's latency in ms; None if it was not run."""
     rows = results.latency
     if len(rows):
         asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)

@@ -1,18 +1,18 @@
 """Tables 1-12 of the paper, our numbers beside the published ones."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 
 import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation.results import Results, paper, read_object
+from egm_lib.evaluation.results import Results, paper
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate, paired_difference
-from egm_lib.files import iter_jsonl
+from egm_lib.files import read_json
 from egm_lib.profile import ProfileError, Sampling, load_profile
+from egm_lib.reports.curated import outcomes, trace_counts
 from egm_lib.reports.tables.cells import (
     NOT_REPORTED,
     NOT_RUN,
@@ -190,32 +190,22 @@ def _first_seed_note(results: Results) -> list[str]:
 
 def _dropped(results: Results, stage: str) -> Cell:
     """Share of a curation stage's answers that its filters dropped, in the first seed."""
-    outcomes = Counter(
-        row.get("status") for row in _first_seeds_rows(results, f"curation/{stage}.jsonl")
-    )
-    answered = outcomes["ok"] + outcomes["filtered"]
-    return Number(100 * outcomes["filtered"] / answered, n=answered) if answered else None
+    found = outcomes(results.roots[0], stage)
+    if found is None or not found.answered:
+        return None
+    return Number(100 * sum(found.dropped.values()) / found.answered, n=found.answered)
 
 
 def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
-    """Table 3's counts of the samples with traces of a task, None where there are none."""
-    samples, words, images = 0, 0, set()
-    for row in _first_seeds_rows(results, f"traces/{task}.jsonl"):
-        samples, words = samples + 1, words + len(str(row.get("reasoning") or "").split())
-        images.add(row.get("image_id"))
-    if not samples:
+    """Table 3's counts of the samples with traces of a task, None if there are none."""
+    counts = trace_counts(results.roots[0], task)
+    if counts is None:
         return None
     return {
-        "samples": count(samples),
-        "images": count(len(images)),
-        "words a trace, mean": Number(words / samples),
+        "samples": count(counts.samples),
+        "images": count(counts.images),
+        "words a trace, mean": Number(counts.words / counts.samples),
     }
-
-
-def _first_seeds_rows(results: Results, relative: str) -> Iterator[dict]:
-    """Rows of a file of the first seed, one at a time; none where there is no such file."""
-    path = results.roots[0] / relative
-    return iter_jsonl(path) if path.is_file() else iter(())
 
 
 def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
@@ -242,7 +232,7 @@ def table7(results: Results) -> Table:
         Row(row["name"], "paper", [count(value) for value in row["values"]])
         for row in source["rows"]
     ]
-    stats = read_object(results.roots[0] / "selection.json")
+    stats = read_json(results.roots[0] / "selection.json", shape=dict)
     table.rows += [
         Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])
     ]
@@ -253,9 +243,10 @@ def table7(results: Results) -> Table:
 def table6(results: Results) -> Table:
     """GRPO's hyperparameters: the paper's, and those that the run began with."""
     trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
-    manifests = [read_object(root / "manifest.json") or {} for root in trained]
+    manifests = [read_json(root / "manifest.json", shape=dict) or {} for root in trained]
     stated = [manifest.get("values") for manifest in manifests]
-    return _settings("table6", [values["grpo"] for values in stated if values])
+    ours = [values.get("grpo") for values in stated if isinstance(values, dict)]
+    return _settings("table6", [values for values in ours if isinstance(values, dict)])
 
 
 def table8(results: Results) -> Table:

@@ -1,4 +1,4 @@
-// Drives a headless Chromium for tests/viewer/test_browser.py: node drive.mjs '{"what": "gallery" | "lab", "url": ..., "out": folder}'
+// Drives a headless Chromium for tests/viewer/test_browser.py: node drive.mjs '{"what": "gallery" | "lab" | "playground" | "notebook", "url": ..., "out": folder}'
 // Prints what was seen as one JSON object; the judging is done in Python. Needs playwright-core (`npm install --no-save
 // playwright-core`, or PLAYWRIGHT_CORE=its folder) and a Chromium (CHROMIUM=path, default: the one in PATH).
 import { mkdtempSync } from "node:fs";
@@ -92,8 +92,8 @@ async function gallery() {
   }
 }
 
-// Runs the whole notebook, then looks at its viewer: walks, filters, jumps, hovers, hides, saves, searches.
-async function lab() {
+// Opens the notebook and runs all its cells; a cell that fails ends the test.
+async function runAll() {
   await page.goto(job.url);
   await page.waitForSelector(".jp-Notebook .jp-Cell");
   const idle = () => page.waitForFunction(() => document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")); // the kernel
@@ -102,7 +102,86 @@ async function lab() {
   await idle();
   seen.cell_errors = await page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
   if (seen.cell_errors.length) throw new Error(seen.cell_errors[0]);
-  await page.locator(".egm-viewer").scrollIntoViewIfNeeded();
+}
+
+// The playground: types a question, watches the answer arrive, asks without reasoning, edits, drags, opens a file.
+async function playground() {
+  await runAll();
+  await page.locator(".egm-playground").scrollIntoViewIfNeeded();
+  await page.waitForSelector(".egm-playground .egm-image");
+  // What each card said while its answer was written.
+  await page.evaluate(() => {
+    window.cards = [];
+    new MutationObserver(() => {
+      const card = [...document.querySelectorAll(".egm-card")].at(-1);
+      if (card) window.cards.push([card.querySelector(".egm-verdict")?.innerText, card.querySelector(".egm-reasoning")?.innerText.length ?? 0, document.querySelectorAll(".egm-mark").length]);
+    }).observe(document.querySelector(".egm-playground .egm-main"), { childList: true });
+  });
+  const done = (count) => page.waitForFunction((number) => {
+    const names = [...document.querySelectorAll(".egm-card .egm-verdict")].map((node) => node.innerText);
+    return !document.querySelector(".egm-busy") && names.length === number && !names.some((text) => /waiting|writing/.test(text));
+  }, count);
+  const cards = () => page.evaluate(() => [...document.querySelectorAll(".egm-card")].map((node) => ({
+    name: node.querySelector(".egm-name").innerText.trim(), verdict: node.querySelector(".egm-verdict").innerText,
+    reasoning: node.querySelector(".egm-reasoning")?.innerText ?? "", facts: node.querySelector(".egm-facts")?.innerText ?? "" })));
+  const look = async () => ({ boxes: await boxes(), marks: await marks(), cards: await cards(), things: await page.locator(".egm-thing").count() });
+  await shot("opened");
+  await page.fill("input[aria-label=expression]", job.expression);
+  await page.click('.egm-playground button >> text="ask"');
+  await done(1);
+  seen.asked = await look();
+  seen.written = await page.evaluate(() => window.cards);
+  await shot("asked");
+  await page.click('.egm-playground button >> text="ask without reasoning"');
+  await done(2);
+  seen.without = await look();
+  await page.click('.egm-card >> nth=0 >> text="edit the reasoning"');
+  await page.fill(".egm-edit textarea", job.edited);
+  await shot("editing");
+  await page.click('text="go on from here"');
+  await done(3);
+  seen.edited = await look();
+  await shot("edited");
+
+  const drag = async (number, dx, dy) => { // in pixels of the image
+    const at = await page.locator(`.egm-thing[data-number="${number}"]`).boundingBox();
+    const scale = await page.evaluate(() => { const d = document.querySelector(".egm-stage .egm-image"); return d.querySelector("image").getBoundingClientRect().width / d.dataset.width; });
+    const [x, y] = [at.x + at.width / 2, at.y + at.height / 2];
+    await page.mouse.move(x, y);
+    await page.mouse.down();
+    await page.mouse.move(x + dx * scale / 2, y + dy * scale / 2);
+    await page.mouse.move(x + dx * scale, y + dy * scale);
+    await page.mouse.up();
+    await page.waitForFunction(() => !document.querySelector(".egm-card"));
+  };
+  await drag(job.drag, job.by_px[0], job.by_px[1]);
+  await page.click('.egm-playground button >> text="ask"');
+  await done(1);
+  seen.dragged = await look();
+  await shot("dragged");
+  await page.locator(`.egm-thing[data-number="${job.drag}"]`).focus();
+  await page.keyboard.press("ArrowLeft");
+  await page.waitForFunction(() => !document.querySelector(".egm-card"));
+  await page.waitForFunction(() => document.activeElement?.classList.contains("egm-thing")); // the object stays in hand
+  seen.keyed = await page.evaluate((number) => Number(document.querySelector(`.egm-thing[data-number="${number}"]`).getAttribute("x")), job.drag);
+
+  await page.setInputFiles(".egm-file", job.bad_file);
+  await page.waitForFunction(() => document.querySelector(".egm-error").innerText);
+  seen.bad_file = await text(".egm-playground > .egm-error");
+  await page.setInputFiles(".egm-file", job.file);
+  await page.waitForFunction(() => document.querySelector(".egm-legend").innerText.includes("mine.png"));
+  await page.click('.egm-playground button >> text="ask"');
+  await done(1);
+  seen.own = await look();
+  await page.setViewportSize({ width: 390, height: 844 });
+  await page.locator(".egm-playground").scrollIntoViewIfNeeded();
+  await shot("phone");
+}
+
+// Runs the whole notebook, then looks at its viewer: walks, filters, jumps, hovers, hides, saves, searches.
+async function lab() {
+  await runAll();
+  await page.locator(".egm-viewer").first().scrollIntoViewIfNeeded(); // a playground may follow it
   await page.waitForSelector(".egm-image, .egm-empty"); // a run of two steps may have nothing that its filter shows
   await shot("lab");
 
@@ -159,8 +238,27 @@ async function lab() {
   await shot("lab-group");
 }
 
+// Runs the whole notebook and measures every figure in it.
+async function notebook() {
+  await runAll();
+  const cells = await page.locator(".jp-Notebook .jp-Cell").count();
+  for (let number = 0; number < cells; number += 1) await page.locator(".jp-Notebook .jp-Cell").nth(number).scrollIntoViewIfNeeded().catch(() => {});
+  await page.waitForFunction(() => [...document.querySelectorAll(".jp-OutputArea img")].every((image) => image.complete));
+  // A figure is not empty: it has a size, and more than a few colours.
+  seen.figures = await page.evaluate(() => [...document.querySelectorAll(".jp-OutputArea img")].map((image) => {
+    const canvas = Object.assign(document.createElement("canvas"), { width: image.naturalWidth, height: image.naturalHeight }), pen = canvas.getContext("2d");
+    pen.drawImage(image, 0, 0);
+    const { data } = pen.getImageData(0, 0, canvas.width, canvas.height), colours = new Set();
+    for (let at = 0; at < data.length; at += 4) colours.add((data[at] << 16) | (data[at + 1] << 8) | data[at + 2]);
+    return { width: image.naturalWidth, height: image.naturalHeight, colours: colours.size, shown: image.getBoundingClientRect().width };
+  }));
+  seen.text = await page.locator(".jp-OutputArea-output").allInnerTexts();
+  const numbers = await page.locator(".jp-OutputArea img").count();
+  for (let number = 0; number < numbers; number += 1) await page.locator(".jp-OutputArea img").nth(number).screenshot({ path: join(job.out, `figure-${number}.png`) });
+}
+
 try {
-  await { gallery, lab }[job.what]();
+  await { gallery, lab, playground, notebook }[job.what]();
 } catch (error) {
   seen.failed = String(error);
   await shot("failed").catch(() => {});

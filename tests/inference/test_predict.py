@@ -1,0 +1,156 @@
+"""Prediction files: complete, in order, and the same after a kill."""
+
+import types
+import typing
+from types import SimpleNamespace
+
+import pytest
+from engine_world import FakeEngine, run, sample
+
+from egm_lib.data.records import Prediction
+from egm_lib.evaluation.scoring import SCORING_COLUMNS
+from egm_lib.inference import predict as predict_module
+from egm_lib.inference.predict import EngineFailure
+from egm_lib.prompts import FAMILIES
+
+
+def test_rows_carry_sample_prompt_and_boxes_in_pixels(images):
+    [row] = run(FakeEngine(), [sample(1)], images, images / "out.jsonl")
+    prompt = FAMILIES["qwen3-vl"].prompt(sample(1)["expression"], "vanilla")
+    assert row["prompt"] == prompt and row["reasoning"] == "look" and row["status"] == "ok"
+    assert row["box"] == pytest.approx([0, 0, len(prompt) * 64 / 1000, 24.0])
+    assert row["frame"] == "norm_1000" and row["revision"] == "r1"
+    assert {"iou", "success"}.isdisjoint(row)
+    assert set(sample(1)) <= set(row)
+
+
+def is_a(value: object, hint: object) -> bool:
+    """Whether a value is of an annotated type; the items of a list are not looked at."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(
+        value in typing.get_args(option)
+        if typing.get_origin(option) is typing.Literal
+        else isinstance(value, typing.get_origin(option) or option)
+        for option in options
+    )
+
+
+def test_a_row_has_the_declared_columns_and_types(images):
+    """Even if the image cannot be read. Scoring asks for no column that is not declared."""
+    declared = typing.get_type_hints(Prediction)
+    (images / "1.png").write_bytes(b"not an image")
+    rows = run(FakeEngine(), [sample(0), sample(1)], images, images / "out.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "error"]
+    for row in rows:
+        assert row.keys() == declared.keys()
+        assert [name for name, hint in declared.items() if not is_a(row[name], hint)] == []
+    assert set(SCORING_COLUMNS) <= declared.keys()
+
+
+def test_a_killed_run_continues_and_leaves_the_same_file(images):
+    samples = [sample(number) for number in range(50)]
+    whole = images / "whole.jsonl"
+    run(FakeEngine(), samples, images, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    for kept, torn in [(0, 30), (20, 0), (20, 40), (50, 0)]:
+        out = images / f"killed-{kept}-{torn}.jsonl"
+        out.write_text("".join(lines[:kept]) + "".join(lines[kept : kept + 1])[:torn])
+        engine = FakeEngine()
+        run(engine, samples, images, out)
+        assert out.read_text() == whole.read_text()
+        # What is finished is not asked again, but for one window
+        assert engine.asked < 50 - kept + 16
+
+
+def test_a_damaged_row_is_asked_again(images):
+    """Valid JSON without the fields of a row: the others are kept."""
+    samples, whole, out = (
+        [sample(n) for n in range(6)],
+        images / "whole.jsonl",
+        images / "odd.jsonl",
+    )
+    run(FakeEngine(), samples, images, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    odd = ["{}\n", '{"sample_id": ["a"], "status": "ok"}\n', '{"status": null}\n']
+    out.write_text("".join([lines[0], *odd, *lines[2:]]))
+    run(FakeEngine(), samples, images, out)
+    assert out.read_text() == whole.read_text()
+
+
+def test_rows_of_another_model_are_not_continued(images):
+    out = images / "out.jsonl"
+    run(FakeEngine(), [sample(0)], images, out)
+    before = out.read_text()
+    with pytest.raises(ValueError, match="written for model 'small-base'"):
+        run(FakeEngine(), [sample(0)], images, out, model="large-base")
+    assert out.read_text() == before
+
+
+def test_a_corrupt_image_marks_its_row_and_the_run_continues(images):
+    (images / "1.png").write_bytes(b"not an image")
+    rows = run(FakeEngine(), [sample(number) for number in range(6)], images, images / "out.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "error", "ok"]
+    assert (
+        "1.png" in rows[1]["error"]
+        and rows[1]["box"] is None
+        and rows[1]["finish_reason"] == "error"
+    )
+
+
+def test_rows_with_errors_are_answered_again_only_on_request(images):
+    samples, out = [sample(number) for number in range(6)], images / "out.jsonl"
+    longest = FAMILIES["qwen3-vl"].prompt(sample(3)["expression"], "vanilla")
+    rows = run(FakeEngine(lambda prompt: prompt == longest), samples, images, out)
+    assert [row["sample_id"] for row in rows if row["status"] == "error"] == ["s3"]
+    engine = FakeEngine()
+    assert run(engine, samples, images, out) == rows and engine.asked == 0
+    mended = run(FakeEngine(), samples, images, out, retry_errors=True)
+    assert [row["sample_id"] for row in mended] == [row["sample_id"] for row in samples]
+    assert all(row["status"] == "ok" for row in mended)
+
+
+def test_an_engine_that_fails_everywhere_stops_the_run(images):
+    with pytest.raises(EngineFailure, match="no memory"):
+        run(
+            FakeEngine(lambda prompt: True),
+            [sample(0), sample(1)],
+            images,
+            images / "out.jsonl",
+        )
+
+
+def test_rows_of_answers_given_together_have_no_latency(images):
+    engine = FakeEngine()
+    rows = run(engine, [sample(0), sample(1)], images, images / "two.jsonl")
+    assert [row["latency_ms"] for row in rows] == [None, None]
+    engine.batch_size = 1
+    [row] = run(engine, [sample(0)], images, images / "one.jsonl")
+    assert row["latency_ms"] == 1.5
+
+
+def test_an_engine_is_closed_before_the_next_is_built(monkeypatch):
+    """Two models do not fit one GPU."""
+    events = []
+
+    class Engine:
+        def __init__(self, name):
+            self.name = name
+            events.append(f"open {name}")
+
+        def close(self):
+            events.append(f"close {self.name}")
+
+    def fail_for_b(engine, *args):
+        if engine.name == "b":
+            raise RuntimeError("out of memory")
+
+    names = iter("abc")
+    monkeypatch.setattr(predict_module, "model_of", lambda *args: None)
+    monkeypatch.setattr(predict_module, "make_engine", lambda *args, **more: Engine(next(names)))
+    monkeypatch.setattr(predict_module, "_use_engine", fail_for_b)
+    run = SimpleNamespace(profile=SimpleNamespace(tasks=("vanilla",)), seed=0)
+    args = SimpleNamespace(model=["a", "b"], task=None, split=None, latency=False)
+    monkeypatch.setattr(predict_module, "run_of", lambda args: run)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        predict_module._predict_all(args)
+    assert events == ["open a", "close a", "open b", "close b"]
