@@ -93,7 +93,7 @@ def test_a_run_of_the_amodal_task_alone_is_compared_on_its_own_samples(tmp_path,
     }
     model, processor = tiny_qwen()
     monkeypatch.setattr(vision_features, "model_of", lambda run, name, task: checkpoints[name])
-    monkeypatch.setattr(vision_features, "load_model", lambda *_: model)
+    monkeypatch.setattr(vision_features, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(vision_features, "load_processor", lambda *_: processor)
     profile = SimpleNamespace(tasks=("amodal",), data=SimpleNamespace(path=tmp_path))
     table = compare_models(SimpleNamespace(profile=profile), list(families))

@@ -23,6 +23,15 @@ def write_weights(folder, bias, name="bias"):
     )
 
 
+def group(*rewards):
+    return {
+        "step": 1,
+        "completions": [""] * len(rewards),
+        "rewards": rewards,
+        "advantages": [0.0] * len(rewards),
+    }
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A rehearsal of one task that has done all that it should."""
@@ -34,7 +43,7 @@ def run(tmp_path, monkeypatch):
     for number, stage in enumerate(("sft", "grpo"), start=1):
         write_rows(run.log(f"{stage}-vanilla.jsonl"), {"loss": 0.5, "grad_norm": 1.0})
         write_weights(run.checkpoint("vanilla", ("small-sft", "small-egm")[number - 1]), number)
-    write_rows(run.groups("vanilla"), {"rewards": [0.0, 0.0]}, {"rewards": [0.0, 0.2]})
+    write_rows(run.groups("vanilla"), group(0.0, 0.0), group(0.0, 0.2))
     row = {"status": "ok", "box": [1, 2, 3, 4], "error": None}
     write_rows(run.root / "predictions" / "small-egm" / "refcoco_val.jsonl", row)
     return run
@@ -56,7 +65,7 @@ def test_says_what_was_shown(run):
             lambda run: write_weights(run.checkpoint("vanilla", "small-egm"), 1.0),
             "changed no weight",
         ),
-        (lambda run: write_rows(run.groups("vanilla"), {"rewards": [0.2, 0.2]}), "earned the same"),
+        (lambda run: write_rows(run.groups("vanilla"), group(0.2, 0.2)), "earned the same"),
         (lambda run: write_rows(run.groups("vanilla")), "in each of 0 groups"),
         (lambda run: write_rows(run.log("grpo-vanilla.jsonl")), "has no step"),
         (
