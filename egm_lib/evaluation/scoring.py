@@ -45,6 +45,7 @@ KINDS = {
     "gt_box": list,
 }
 TOKEN_COLUMNS = ("reasoning_tokens", "answer_tokens")
+TOO_LARGE = 2.0**53  # from here on, a float is not exact to one
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
@@ -79,9 +80,10 @@ def _values(rows: Sequence[Mapping], name: str) -> list:
 
 
 def numeric(column: pd.Series) -> pd.Series:
-    """A column as numbers; nan for what is none."""
+    """A column as numbers; nan for what is none, or too large to have been measured."""
     plain = column.map(lambda value: isinstance(value, str | int | float))
-    return pd.to_numeric(column.where(plain), errors="coerce")
+    numbers = pd.to_numeric(column.where(plain), errors="coerce").astype(float)
+    return numbers.where(numbers.abs() < TOO_LARGE)
 
 
 def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
