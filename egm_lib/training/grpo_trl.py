@@ -11,13 +11,28 @@ from functools import partial
 import torch
 from accelerate import DistributedType
 from torch import Tensor
+from torch.nn.functional import pad
 from trl.generation import vllm_generation
+from trl.trainer.utils import (
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from egm_lib.data import open_image
 from egm_lib.inference.vllm_engine import vllm_images
 from egm_lib.training.grpo_trainer import TimedGRPO, answer_texts
-from egm_lib.training.micro_batches import micro_batches, row_lengths
+from egm_lib.training.micro_batches import (
+    by_group,
+    by_length,
+    micro_batches,
+    packed_row_counts,
+    row_counts,
+    row_lengths,
+)
 from egm_lib.training.model_setup import TrainingError
+from egm_lib.training.packed_groups import packed_logps, use_packed_attention
+from egm_lib.training.packing_check import check_packing
 
 
 def collapse_image_tokens(
@@ -83,13 +98,23 @@ class PlainGRPO(TimedGRPO):
 
     The step whose sampler is compared with the trainer is sampled without top-p and top-k. Images
     are opened once a step. With micro_batch_tokens, the rows of an accumulation step go through the
-    model in micro-batches of at most so many tokens.
+    model in micro-batches of at most so many tokens. With pack_groups, the model reads the image
+    and prompt of a group once, if the first step shows that log-probs and gradient are TRL's.
     """
 
-    def __init__(self, *args, rollout_dtype: str, micro_batch_tokens: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        rollout_dtype: str,
+        micro_batch_tokens: int | None = None,
+        pack_groups: bool = False,
+        **kwargs,
+    ):
         self.micro_batch_tokens = micro_batch_tokens
         with vllm_options(dtype=rollout_dtype, **vllm_images(kwargs["processing_class"])):
             super().__init__(*args, **kwargs)
+        # TRL's own way, until both have been compared on the first batch of this session
+        self.packs, self.packing_unchecked = False, pack_groups and self._can_pack()
         if self.use_vllm and self.vllm_mode == "colocate":
             self.vllm_generation.generate = partial(
                 self._generate_in_process, self.vllm_generation.generate
@@ -99,6 +124,25 @@ class PlainGRPO(TimedGRPO):
                 self._sync_in_process, self.vllm_generation.sync_weights
             )
 
+    def _can_pack(self) -> bool:
+        """Whether groups can be packed; says why not."""
+        rows, size = self.args.per_device_train_batch_size, self.num_generations
+        reason = None
+        if rows % size:
+            reason = (
+                f"grpo.per_device_train_batch_size = {rows} is not a multiple of "
+                f"grpo.num_generations = {size}, so groups would be divided"
+            )
+        elif not all(map(use_packed_attention, self._all_models())):
+            reason = "the model's attention is not SDPA"
+        if reason:
+            print(f"Every completion reads its own prompt (grpo.shared_prefix): {reason}.")
+        return reason is None
+
+    def _all_models(self) -> list:
+        models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
+        return [self._bare(model) for model in models]
+
     def _sync_in_process(self, sync_weights: Callable[[], None]) -> None:
         sync_weights()
         reset_caches(self.vllm_generation.llm)
@@ -106,7 +150,7 @@ class PlainGRPO(TimedGRPO):
     def _generate(self, prompts):
         began = time.perf_counter()
         self._plan_check()
-        if self.use_vllm and not self.checked:
+        if self.use_vllm and not self.checked and self.model.training:
             self.vllm_importance_sampling_correction = True  # TRL then computes our log-probs too
             with self._uncut_sampling():
                 generated = super()._generate(prompts)
@@ -130,6 +174,21 @@ class PlainGRPO(TimedGRPO):
         finally:
             sampler.top_p, sampler.top_k = cut
 
+    def _prepare_inputs(self, generation_batch):
+        """TRL's, but it leaves the rows of a group together where groups are packed.
+
+        TRL shuffles the rows of a rollout before it divides them into accumulation steps. All of
+        them belong to one update, so their order has no effect on it.
+        """
+        if not (self.packs or self.packing_unchecked) or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            parts = split_tensor_dict(split_pixel_values_by_grid(batch), steps)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+        return self._buffered_inputs[self._step % steps]
+
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
         """TRL's, on rows whose `image` is a file. It is called once a step, while the loader brings
         each row once for every accumulation step; so images are opened here.
@@ -137,6 +196,9 @@ class PlainGRPO(TimedGRPO):
         images = {file: open_image(file) for file in {row["image"] for row in inputs}}
         rows = [{**row, "image": images[row["image"]]} for row in inputs]
         return super()._generate_and_score_completions(rows)
+
+    def _score_held_out(self, rows: list[dict]) -> None:
+        self._generate_and_score_completions(rows)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()
@@ -170,6 +232,9 @@ class PlainGRPO(TimedGRPO):
         # sampler), summed over a completion. Eq. 3 has no such weight, and with top-p below 1 it is
         # far below 1: the sampler's are those of a cut and renormalised distribution.
         self.vllm_importance_sampling_correction = False
+        if self.packing_unchecked:
+            self.packing_unchecked = False
+            self.packs = check_packing(self, super()._compute_loss, model, inputs)
         if self.micro_batch_tokens is None:
             return super()._compute_loss(model, inputs)
         return self._loss_of_micro_batches(super()._compute_loss, model, inputs)
@@ -191,8 +256,8 @@ class PlainGRPO(TimedGRPO):
         """The loss of all micro-batches; the gradient of all but the last is already computed."""
         entropy_coef, loss = self.entropy_coef, 0.0
         num_tokens = inputs["completion_mask"].sum().clamp(min=1)
-        lengths_2_B = self.accelerator.gather(row_lengths(inputs)[None]).amax(dim=0)
-        parts = micro_batches(inputs, lengths_2_B, self.micro_batch_tokens)
+        order = by_group(inputs, self.num_generations) if self.packs else by_length(inputs)
+        parts = micro_batches(inputs, order, self._row_counts(row_lengths(inputs, order)))
         for number, part in enumerate(parts, start=1):
             # TRL's entropy bonus is a mean over the tokens of a call
             self.entropy_coef = entropy_coef * (part["completion_mask"].sum() / num_tokens).item()
@@ -207,6 +272,13 @@ class PlainGRPO(TimedGRPO):
         if "entropy_coef" in self._metrics["train"]:
             self._metrics["train"]["entropy_coef"] = [entropy_coef]
         return loss
+
+    def _row_counts(self, lengths_2_B: Tensor) -> list[int]:
+        """Rows of each micro-batch: the same on all ranks, from the longest rows of any of them."""
+        lengths = self.accelerator.gather(lengths_2_B[None]).amax(dim=0).tolist()
+        if self.packs:
+            return packed_row_counts(*lengths, self.num_generations, self.micro_batch_tokens)
+        return row_counts(*lengths, self.micro_batch_tokens)
 
     @contextmanager
     def _no_optimizer_step(self) -> Iterator[None]:
@@ -227,7 +299,16 @@ class PlainGRPO(TimedGRPO):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        """TRL's; where it computes without gradient, in batches of rows within the budget."""
+        """TRL's, or that of packed groups.
+
+        Where it computes without gradient, batch_size is given: then in batches within the budget.
+        """
+        if self.packs:
+            batch = {key: value for key, value in kwargs.items() if value is not None}
+            for name, columns in (("ids", input_ids), ("mask", attention_mask)):
+                batch[f"prompt_{name}"] = columns[:, :-logits_to_keep]
+                batch[f"completion_{name}"] = columns[:, -logits_to_keep:]
+            return *self._packed_logps(model, batch, batch_size), None
         if self.micro_batch_tokens is not None and batch_size is not None:
             width = torch.tensor([input_ids.shape[1]], device=input_ids.device)
             widest = int(self.accelerator.gather(width).max())  # the same number on every rank
@@ -235,3 +316,27 @@ class PlainGRPO(TimedGRPO):
         return super()._get_per_token_logps_and_entropies(
             model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
         )
+
+    def _packed_logps(
+        self, model, batch: dict, batch_size: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies (B, C); in one forward pass where batch_size is None."""
+        rows, width = batch["completion_mask"].shape
+        counts = [rows]
+        if batch_size is not None and self.micro_batch_tokens is not None:
+            counts = self._row_counts(row_lengths(batch, list(range(rows))))
+        elif batch_size is not None:
+            counts = [len(part) for part in torch.arange(rows).split(batch_size)]
+        found = []
+        for part in micro_batches(batch, list(range(rows)), counts):
+            with self.accelerator.autocast():
+                found.append(packed_logps(model, self._bare(model), part))
+        logps, entropies = zip(*found, strict=True)
+        return _rows_of_width(logps, width), _rows_of_width(entropies, width)
+
+
+def _rows_of_width(parts: Sequence[Tensor | None], width: int) -> Tensor | None:
+    """Rows of all parts, with zeros after them up to one width; None where the parts are None."""
+    if parts[0] is None:
+        return None
+    return torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])

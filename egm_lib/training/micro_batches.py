@@ -32,10 +32,19 @@ def by_length(batch: dict) -> list[int]:
     return lengths_B.argsort(descending=True, stable=True).tolist()
 
 
-def row_lengths(batch: dict) -> Tensor:
-    """Tokens of prompts and of completions, (2, B), the longest row first."""
+def by_group(batch: dict, group_size: int) -> list[int]:
+    """Rows of TRL's batch, groups side by side: the longest group first, in it the longest row."""
+    completions_N_G = batch["completion_mask"].sum(dim=1).view(-1, group_size)
+    groups_N = batch["prompt_mask"].sum(dim=1)[::group_size] + completions_N_G.sum(dim=1)
+    rows_N_G = completions_N_G.argsort(dim=1, descending=True, stable=True)
+    rows_N_G += group_size * torch.arange(len(rows_N_G), device=rows_N_G.device)[:, None]
+    return rows_N_G[groups_N.argsort(descending=True, stable=True)].flatten().tolist()
+
+
+def row_lengths(batch: dict, order: list[int]) -> Tensor:
+    """Tokens of prompts and of completions, (2, B), of the rows in this order."""
     masks = (batch["prompt_mask"], batch["completion_mask"])
-    return torch.stack([mask.sum(dim=1) for mask in masks])[:, by_length(batch)]
+    return torch.stack([mask.sum(dim=1) for mask in masks])[:, order]
 
 
 def row_counts(prompts: Iterable[int], completions: Iterable[int], budget: int) -> list[int]:
@@ -55,14 +64,31 @@ def row_counts(prompts: Iterable[int], completions: Iterable[int], budget: int) 
     return counts
 
 
-def micro_batches(batch: dict, lengths_2_B: Tensor, budget: int) -> list[dict]:
-    """TRL's batch in micro-batches of at most `budget` tokens.
+def packed_row_counts(
+    prompts: Iterable[int], completions: Iterable[int], group_size: int, budget: int
+) -> list[int]:
+    """How many rows each micro-batch takes where the rows of a group are packed, without padding.
 
-    lengths_2_B: `row_lengths`, the greatest of all ranks.
+    A prompt counts once in a micro-batch. A group that does not fit goes on in the next one, which
+    reads its prompt again.
     """
-    split, order = split_pixel_values_by_grid(batch), by_length(batch)
+    counts, tokens, started = [0], 0, None
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        group = row // group_size
+        tokens += completion + (prompt if group != started else 0)
+        if counts[-1] and tokens > budget:
+            counts.append(0)
+            tokens = prompt + completion
+        started = group
+        counts[-1] += 1
+    return counts
+
+
+def micro_batches(batch: dict, order: list[int], counts: list[int]) -> list[dict]:
+    """TRL's batch in micro-batches: of its rows in this order, each takes its count."""
+    split = split_pixel_values_by_grid(batch)
     parts, start = [], 0
-    for count in row_counts(*lengths_2_B.tolist(), budget):
+    for count in counts:
         rows = order[start : start + count]
         part = {key: _rows_of(value, rows) for key, value in split.items()}
         parts.append(_unpadded(unsplit_pixel_values_by_grid(part)))

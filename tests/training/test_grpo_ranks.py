@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from egm_lib.grpo import make_grpo_trainer, question_rows
 from egm_lib.prompts import FAMILIES
-from egm_lib.training import ranks
+from egm_lib.training import grpo_trl, ranks
 from egm_lib.training.checkpoints import train_to, work_folder
 from egm_lib.training.model_setup import TrainingError
 
@@ -107,3 +107,97 @@ def test_two_processes_divide_a_step_and_keep_the_same_weights(tmp_path):
     assert [line["reward"] for line in log[:2]] == [0.5, 0.5]
     # The sampler of one rank alone has other weights: both stop, with the same number
     assert first["policy"] == second["policy"] == ["same policy", "0.0500"]
+
+
+class Gradients(TrainerCallback):
+    """The gradient of the first update, before the optimizer takes it."""
+
+    def __init__(self):
+        self.first: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not self.first:
+            self.first = {
+                name.removeprefix("module."): weight.grad.clone()
+                for name, weight in model.named_parameters()
+                if weight.grad is not None
+            }
+
+
+def _packed_update(rank: int, folder: str, size: int) -> None:
+    """One update of packed groups, whose completions depend on the prompt alone."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    root = Path(folder)
+    samples = [
+        {**sample, "expression": "square" + " red" * (4 * number)}
+        for number, sample in enumerate(json.loads((root / "samples.json").read_text()))
+    ]
+
+    def one_mixed_group(completions, sample, **kwargs) -> list[float]:
+        """Of two ranks, one has no group to learn from."""
+        rows = enumerate(sample)
+        return [float(row["sample_id"] == "0-0" and number % 2 == 0) for number, row in rows]
+
+    def single_turn(prompt_ids, *args, **kwargs):
+        lengths = [2 + (sum(ids) + row % 4) % 7 for row, ids in enumerate(prompt_ids)]
+        return [[40 + length] * length for length in lengths], None
+
+    passes: list[int] = []
+    plain = grpo_trl.packed_logps
+
+    def counted(model, bare, batch):
+        passes.append(len(batch["prompt_ids"]))
+        return plain(model, bare, batch)
+
+    grpo_trl.packed_logps = counted
+    trainer = make_grpo_trainer(
+        *stored(root / "model"),
+        question_rows(samples, FAMILY, root),
+        FAMILY,
+        grpo_options(
+            per_device_train_batch_size=8 // size,
+            micro_batch_tokens=60,
+            max_steps=1,
+            freeze_vision=False,
+            freeze_merger=False,
+        ),
+        work=work_folder(root / f"out-{size}"),
+        log=root / f"log-{size}.jsonl",
+        groups=root / f"groups-{size}.jsonl",
+        seed=0,
+        shared_prefix=False,
+        reward=one_mixed_group,
+    )
+    trainer._generate_single_turn = single_turn
+    with torch.no_grad():  # a reference that differs: the KL is not zero
+        trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
+    gradients, weights = Gradients(), Weights()
+    trainer.add_callback(gradients)
+    trainer.add_callback(weights)
+    trainer.train()
+    assert trainer.packs
+    seen = {"gradients": gradients.first, "sums": weights.sums, "passes": passes}
+    torch.save(seen, root / f"{size}-{rank}.pt")
+    ranks.leave()
+
+
+def test_packed_groups_on_two_processes_equal_those_on_one(tmp_path):
+    """As many forward passes on each rank, also where one has only groups that are all alike."""
+    store_model(tmp_path / "model")
+    (tmp_path / "samples.json").write_text(json.dumps(make_samples(tmp_path, per_image=1)))
+    for size in (1, 2):
+        multiprocessing.spawn(_packed_update, (str(tmp_path), size), nprocs=size)
+    alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    # After the comparison, groups are divided by the budget: as on the rank of the longest ones
+    assert first["passes"] == second["passes"] and len(first["passes"]) > 4
+    assert first["sums"] == second["sums"]
+    assert first["gradients"].keys() == alone["gradients"].keys()
+    assert any("visual" in name for name in alone["gradients"])
+    for name, gradient in alone["gradients"].items():
+        scale = gradient.abs().max().item()
+        for rank in (first, second):
+            torch.testing.assert_close(
+                rank["gradients"][name], gradient, atol=1e-5 * scale + 1e-7, rtol=0, msg=name
+            )

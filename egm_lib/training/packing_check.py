@@ -1,0 +1,103 @@
+"""Packed groups against TRL's own path, on rows of the first batch, before anything is trained."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor
+
+from egm_lib.training.micro_batches import micro_batches
+
+# Weights that a process holds only in part: their gradient cannot be asked for apart from a step
+DIVIDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+# Limits of (log-prob, nats a token; loss; gradient norm, relative). Ours: tiny models give up to
+# 1e-6, 1e-7 and 1e-6 in float32
+FLOAT32_LIMITS = (1e-4, 1e-4, 1e-3)
+# Half precision rounds each path in its own way
+HALF_LIMITS = (0.02, 0.02, 0.1)
+
+
+def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
+    """Whether packed groups give TRL's log-probs, loss and gradient norm; prints why not.
+
+    All ranks give the same answer. loss_of: TRL's `_compute_loss`. inputs: a batch of whole groups.
+    """
+    part = _first_rows(trainer, inputs)
+    before, trainer._metrics["train"] = trainer._metrics["train"], defaultdict(list)
+    found = []
+    for trainer.packs in (False, True):
+        logps_B_T = _logps(trainer, model, part)
+        part.setdefault("old_per_token_logps", logps_B_T)  # TRL's: the loss of both depends on them
+        found.append((logps_B_T, *_loss_and_norm(trainer, loss_of, model, part)))
+    trainer.packs, trainer._metrics["train"] = False, before
+    (trl_logps, trl_loss, trl_norm), (logps, loss, norm) = found
+    mask = part["completion_mask"].bool()
+    gaps = [
+        (logps - trl_logps)[mask].abs().mean(),
+        (loss - trl_loss).abs(),
+        (norm - trl_norm).abs() / trl_norm.clamp(min=1e-12),
+    ]
+    gaps = trainer.accelerator.gather(torch.stack(gaps)[None]).amax(dim=0).tolist()
+    half = trainer.accelerator.mixed_precision != "no" or trl_logps.dtype != torch.float32
+    limits = HALF_LIMITS if half else FLOAT32_LIMITS
+    if all(gap <= limit for gap, limit in zip(gaps, limits, strict=True)):
+        return True
+    if trainer.accelerator.is_main_process:
+        told = ", ".join(
+            f"{name} {gap:.2g} (limit {limit:g})"
+            for name, gap, limit in zip(
+                ("log-probs", "loss", "gradient norm"), gaps, limits, strict=True
+            )
+        )
+        print(
+            "Reading a group's prompt once gives other numbers than TRL's own path, which is used "
+            f"instead. Differences: {told}. Set grpo.shared_prefix to off to skip the comparison."
+        )
+    return False
+
+
+def _first_rows(trainer, inputs: dict) -> dict:
+    """At least two rows of the first group, as many as fit a micro-batch, with advantages of +1
+    and -1: those of the group may all be zero.
+    """
+    count, budget = trainer.num_generations, trainer.micro_batch_tokens
+    if budget is not None:
+        width = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
+        widest = trainer.accelerator.gather(torch.tensor([width], device=trainer.args.device))
+        count = min(count, max(2, budget // int(widest.max())))
+    part = micro_batches(inputs, list(range(count)), [count])[0]
+    part.pop("old_per_token_logps", None)
+    sign = torch.arange(count, device=part["advantages"].device) % 2
+    part["advantages"] = 1.0 - 2.0 * sign.to(part["advantages"].dtype)
+    part["num_items_in_batch"] = part["completion_mask"].sum() * trainer.accelerator.num_processes
+    return part
+
+
+@torch.no_grad()
+def _logps(trainer, model, part: dict) -> Tensor:
+    names = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "mm_token_type_ids")
+    return trainer._get_per_token_logps_and_entropies(
+        model,
+        torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1),
+        torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
+        part["completion_ids"].shape[1],
+        **{name: part.get(name) for name in names},
+    )[0]
+
+
+def _loss_and_norm(trainer, loss_of: Callable, model, part: dict) -> tuple[Tensor, Tensor]:
+    """The loss and the norm of its gradient, which is not kept; without one (zero) where weights
+    are divided among processes.
+    """
+    if trainer.accelerator.distributed_type in DIVIDED:
+        with torch.no_grad():
+            return loss_of(model, part), torch.zeros((), device=trainer.args.device)
+    model = trainer.accelerator.unwrap_model(model)
+    loss = loss_of(model, part)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    squares = [g.float().square().sum() for g in gradients if g is not None]
+    return loss.detach(), torch.stack(squares).sum().sqrt()

@@ -1,0 +1,344 @@
+"""Packed groups: the prompt of a group is read once, and nothing that is learnt from it changes.
+
+The truth is TRL's own path, which gives each completion its own prompt, on the same completions.
+"""
+
+import itertools
+
+import pytest
+import torch
+from training_world import grpo_options, make_samples, store_model, stored
+from trl import GRPOTrainer
+
+from egm_lib.grpo import make_grpo_trainer, question_rows
+from egm_lib.profile import Lora
+from egm_lib.prompts import FAMILIES
+from egm_lib.training import grpo_trl, packed_groups
+from egm_lib.training.checkpoints import work_folder
+from egm_lib.training.micro_batches import by_group, packed_row_counts
+from egm_lib.training.packed_groups import IGNORED, pack, packed_logps, shared_runs
+
+FAMILY_NAMES = ("qwen3-vl", "internvl-3")
+TRAINED_VISION = {"freeze_vision": False, "freeze_merger": False}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models of both families by name, and samples with prompts of unlike lengths."""
+    folder = tmp_path_factory.mktemp("world")
+    models = {name: store_model(folder / name, name) for name in FAMILY_NAMES}
+    samples = [
+        {**sample, "expression": "square" + " red" * (5 * number)}
+        for number, sample in enumerate(make_samples(folder, images=4, per_image=1))
+    ]
+    return models, samples, folder
+
+
+def half_right(completions, **kwargs) -> list[float]:
+    """Rewards of 1 and 0 in turns; the completions of every other group are all alike."""
+    return [float(row % 2 == 0 or row // 4 % 2) for row in range(len(completions))]
+
+
+def trainer_of(world, tmp_path, family: str = "qwen3-vl", reward=half_right, **changes):
+    """A trainer of TRL's rollouts, whose sampler gives 2 to 9 tokens; the longest are cut off."""
+    models, samples, root = world
+    model, processor = stored(models[family], family)
+    trainer = make_grpo_trainer(
+        model,
+        processor,
+        question_rows(samples, FAMILIES[family], root),
+        FAMILIES[family],
+        grpo_options(**changes),
+        work=work_folder(tmp_path / "out"),
+        log=tmp_path / "log.jsonl",
+        groups=tmp_path / "groups.jsonl",
+        seed=0,
+        shared_prefix=False,
+        reward=reward,
+    )
+    end, number = processor.tokenizer.eos_token_id, itertools.count(1)
+
+    def single_turn(prompt_ids, *args, **kwargs):
+        lengths = [2 + next(number) % 8 for _ in prompt_ids]
+        return [[40 + n] * (n - 1) + [end if n < 8 else 41] for n in lengths], None
+
+    trainer._generate_single_turn = single_turn
+    if trainer.ref_model is not None:  # a reference that differs: the KL is not zero
+        with torch.no_grad():
+            trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    return trainer
+
+
+def step(trainer) -> tuple[float, dict]:
+    """Loss and gradients of one update of 16 rows, in as many accumulation steps as it takes."""
+    rows = [row for row in trainer.train_dataset for _ in range(4)]
+    torch.manual_seed(0)
+    trainer.model.train()
+    count = trainer.args.gradient_accumulation_steps
+    loss = sum(trainer.training_step(trainer.model, rows, None).item() for _ in range(count))
+    return loss, {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def rollout(trainer) -> dict:
+    """TRL's batch of all rows, groups side by side."""
+    trainer.model.train()
+    return trainer._generate_and_score_completions(
+        [row for row in trainer.train_dataset for _ in range(4)]
+    )
+
+
+def logps(trainer, batch: dict, model=None, **kwargs) -> torch.Tensor:
+    ids = [batch[f"{part}_ids"] for part in ("prompt", "completion")]
+    masks = [batch[f"{part}_mask"] for part in ("prompt", "completion")]
+    names = ("pixel_values", "image_grid_thw", "num_images", "num_tiles", "mm_token_type_ids")
+    images = {name: batch.get(name) for name in names}
+    return trainer._get_per_token_logps_and_entropies(
+        model or trainer.model,
+        torch.cat(ids, 1),
+        torch.cat(masks, 1),
+        ids[1].shape[1],
+        **images,
+        **kwargs,
+    )[0]
+
+
+def test_a_packed_row_by_hand():
+    """Prompt 1 2 3 with completions 7 8 and 9, prompt 4 5 with 6; M-RoPE's positions may jump."""
+    positions = [torch.tensor([[0, 1, 5]]), torch.tensor([[0, 1]])]
+    row = pack(
+        [torch.tensor([1, 2, 3]), torch.tensor([4, 5])],
+        positions,
+        [[torch.tensor([7, 8]), torch.tensor([9])], [torch.tensor([6])]],
+    )
+    assert row.ids_1_L.tolist() == [[1, 2, 3, 7, 3, 4, 5]]
+    assert row.positions_A_L.tolist() == [[0, 1, 5, 6, 5, 0, 1]]
+    none = IGNORED
+    assert row.targets_1_L.tolist() == [[none, none, 7, 8, 9, none, 6]]
+    first, second = row.groups
+    assert (first.prompt, second.prompt) == (slice(0, 2), slice(5, 6))
+    assert first.places_N_T[first.keep_N_T].tolist() == [2, 3, 4]
+    assert first.keep_N_T.tolist() == [[True, True], [True, False]]
+
+
+def test_rows_share_a_prompt_only_with_their_image():
+    """Two images of one size may be asked the same question."""
+    prompts = [torch.tensor(ids) for ids in ([1, 2], [1, 2], [1, 2], [1, 2, 3])]
+    images = [torch.tensor(pixels) for pixels in ([0.0], [0.0], [1.0], [1.0])]
+    assert shared_runs(prompts, images) == [range(2), range(2, 3), range(3, 4)]
+
+
+def test_groups_fill_micro_batches_of_so_many_tokens():
+    # A prompt counts once: 10 + 5 + 5 = 20, and the next group would make it 35
+    assert packed_row_counts([10] * 4, [5] * 4, 2, 34) == [2, 2]
+    assert packed_row_counts([10] * 4, [5] * 4, 2, 35) == [3, 1]  # its second row reads it again
+    assert packed_row_counts([10] * 4, [5] * 4, 2, 40) == [4]
+    assert packed_row_counts([10, 10], [50, 5], 2, 30) == [1, 1]  # one beyond it stands alone
+    masks = {
+        "prompt_mask": torch.ones(4, 2),
+        "completion_mask": torch.ones(4, 5).tril(torch.tensor(-1)),
+    }
+    assert by_group(masks, 2) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_log_probs_equal_those_of_rows_with_their_own_prompt(world, tmp_path, family):
+    """Float32, prompts and completions of unlike lengths, some completions masked."""
+    options = {"family": family, "beta": 0.0, "mask_truncated_completions": True}
+    trainer = trainer_of(world, tmp_path, **options)
+    batch = rollout(trainer)
+    lengths = batch["completion_mask"].sum(dim=1)
+    assert batch["prompt_mask"].sum(dim=1).unique().numel() == 4 and (lengths == 0).any()
+    kept = batch["completion_mask"].bool()
+    with torch.no_grad():
+        expected = logps(trainer, batch)
+        trainer.packs = True
+        got = logps(trainer, batch)
+    # TRL counts InternVL-3's positions from the padding: rotations round otherwise
+    torch.testing.assert_close(got[kept], expected[kept], atol=1e-5, rtol=5e-6)
+    assert (got[~kept] == 0).all()
+    # Of a whole group that is masked nothing is scored, and its gradient is zero, not missing
+    nothing = {**batch, "completion_mask": torch.zeros_like(batch["completion_mask"])}
+    trainer.model.zero_grad()
+    packed_logps(trainer.model, trainer.model, nothing)[0].sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.01, **TRAINED_VISION},
+        # TRL's entropy is a mean over an accumulation step: there is only one
+        {
+            "beta": 0.0,
+            "entropy_coef": 0.05,
+            "mask_truncated_completions": True,
+            "per_device_train_batch_size": 16,
+        },
+        {"beta": 0.01, "lora": Lora(r=2, alpha=4)},
+        {"beta": 0.01, "ratio_level": "sequence", "micro_batch_tokens": 200, **TRAINED_VISION},
+    ],
+    ids=["vision", "entropy-masked", "lora", "budget"],
+)
+def test_loss_and_gradients_equal_trl_s(world, tmp_path, family, changes):
+    trl = trainer_of(world, tmp_path, family, shared_prefix="off", **changes)
+    packed = trainer_of(world, tmp_path, family, **changes)
+    for trainer in (trl, packed):  # an adapter that does something: it starts as zero
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    expected_loss, expected = step(trl)
+    loss, gradients = step(packed)
+    assert packed.packs and not trl.packs
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    assert gradients.keys() == expected.keys()
+    vision = [name for name in gradients if "visual" in name or "vision_tower" in name]
+    assert bool(vision) == (not grpo_options(**changes).freeze_vision)
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(
+            gradients[name], gradient, atol=1e-5 * scale + 1e-7, rtol=0, msg=name
+        )
+
+
+def test_gradient_checkpointing_and_clipping_change_nothing(world, tmp_path):
+    """Old log-probs that differ, so that some ratios are clipped."""
+    found = []
+    for mode in ("off", "auto"):
+        trainer = trainer_of(world, tmp_path, shared_prefix=mode, beta=0.0, **TRAINED_VISION)
+        batch = rollout(trainer)
+        with torch.no_grad():
+            old = logps(trainer, batch)
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+        batch["old_per_token_logps"] = old + 0.3 * noise
+        if mode == "auto":
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
+        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), clipped, gradients, trainer.packs))
+    (expected, share, truth, _), (loss, clipped, gradients, packs) = found
+    assert packs and 0.05 < share < 0.95
+    assert (loss, clipped) == pytest.approx((expected, share), abs=1e-6)
+    for name, gradient in truth.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_half_precision_differs_by_its_rounding(world, tmp_path):
+    """bfloat16 under autocast over float32 weights: no farther from float32 than TRL's path is."""
+
+    def gradient_of(mode: str, dtype: str | None):
+        changes = {"shared_prefix": mode, "compute_dtype": dtype, "beta": 0.0, **TRAINED_VISION}
+        trainer = trainer_of(world, tmp_path, **changes)
+        _, gradients = step(trainer)
+        assert trainer.packs == (mode == "auto")
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+    truth = gradient_of("off", None)
+    trl, packed = (gradient_of(mode, "bfloat16") for mode in ("off", "auto"))
+    error_trl, error = ((g - truth).norm() / truth.norm() for g in (trl, packed))
+    assert 0 < error < 1.5 * error_trl < 0.1
+
+
+def test_an_image_is_encoded_once_a_group_and_passes_keep_the_budget(world, tmp_path, monkeypatch):
+    budget, seen, patches = 200, [], []
+    plain = packed_groups.pack
+
+    def watched(*args):
+        row = plain(*args)
+        seen.append(row.ids_1_L.shape[1])
+        return row
+
+    monkeypatch.setattr(packed_groups, "pack", watched)
+    trainer = trainer_of(world, tmp_path, micro_batch_tokens=budget, beta=0.0)
+    trainer.model.model.visual.register_forward_pre_hook(
+        lambda module, args: patches.append(len(args[0]))
+    )
+    step(trainer)
+    seen.clear(), patches.clear()
+    trainer._step = 0
+    step(trainer)
+    image = 64  # 64 x 64 pixels in patches of 8
+    assert len(seen) > 2 and max(seen) <= budget
+    # Two accumulation steps of two groups; a group that goes on in another pass is read again
+    assert 4 * image <= sum(patches) <= (4 + len(seen)) * image < 16 * image
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 200}, {"lora": Lora(r=2, alpha=4)}])
+def test_the_kl_s_reference_reads_packed_groups_too(world, tmp_path, monkeypatch, changes):
+    """From the second rollout of a session on: the first is compared with TRL's path."""
+    trainer = trainer_of(world, tmp_path, **changes)
+    step(trainer)
+    assert trainer.packs
+    calls, plain = [], grpo_trl.packed_logps
+
+    def watched(model, bare, batch):
+        calls.append(torch.is_grad_enabled())
+        return plain(model, bare, batch)
+
+    monkeypatch.setattr(grpo_trl, "packed_logps", watched)
+    batch = rollout(trainer)
+    assert calls and not any(calls)
+    trainer.packs = False
+    with torch.no_grad():
+        if trainer.ref_model is None:
+            with trainer.model.disable_adapter():
+                expected = logps(trainer, batch, batch_size=8)
+        else:
+            expected = logps(trainer, batch, trainer.ref_model, batch_size=8)
+    kept = batch["completion_mask"].bool()
+    torch.testing.assert_close(
+        batch["ref_per_token_logps"][kept], expected[kept], atol=1e-5, rtol=0
+    )
+
+
+def test_without_a_kl_no_reference_is_run(world, tmp_path):
+    trainer = trainer_of(world, tmp_path, beta=0.0)
+    assert trainer.ref_model is None and "ref_per_token_logps" not in rollout(trainer)
+
+
+def test_where_packing_gives_other_numbers_trl_s_path_goes_on(world, tmp_path, monkeypatch, capsys):
+    """Positions that restart wrongly: only the comparison at the start can tell."""
+    plain = packed_groups._positions
+    monkeypatch.setattr(packed_groups, "_positions", lambda *args: [p * 2 for p in plain(*args)])
+    broken = trainer_of(world, tmp_path)
+    loss, gradients = step(broken)
+    told = capsys.readouterr().out
+    assert not broken.packs
+    assert "other numbers than TRL's own path, which is used instead" in told
+    assert "Set grpo.shared_prefix to off" in told
+    expected_loss, expected = step(trainer_of(world, tmp_path, shared_prefix="off"))
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_comparison_leaves_no_trace(world, tmp_path, alike):
+    """Neither in the log nor in the gradient; it also works where all advantages are zero."""
+    reward = (lambda completions, **kwargs: [1.0] * len(completions)) if alike else half_right
+    trainer = trainer_of(world, tmp_path, beta=0.0, reward=reward)
+    loss, gradients = step(trainer)
+    assert trainer.packs and len(trainer._metrics["train"]["entropy"]) == 2
+    if alike:
+        assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
+
+
+def test_groups_that_a_batch_divides_read_their_own_prompts(world, tmp_path, capsys):
+    changes = {"per_device_train_batch_size": 2, "beta": 0.0}
+    trainer = trainer_of(world, tmp_path, **changes)
+    assert not trainer.packing_unchecked
+    assert (
+        "grpo.per_device_train_batch_size = 2 is not a multiple of grpo.num_generations = 4"
+        in capsys.readouterr().out
+    )
+    assert isinstance(trainer, GRPOTrainer)
+
+
+def test_the_stored_model_does_not_name_our_attention(world, tmp_path):
+    trainer = trainer_of(world, tmp_path, beta=0.0)
+    trainer.model.save_pretrained(tmp_path / "stored")
+    assert packed_groups.ATTENTION not in (tmp_path / "stored" / "config.json").read_text()
