@@ -39,8 +39,8 @@ from egm_lib.run import Run
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 SHOWN = """
-Rehearsed: every notebook, the annotation formats, tokenizers and chat templates, what is asked of
-teachers and judges and what they refuse, both trainings, selection, predictions and tables."""
+Rehearsed: the profile's notebooks, the annotation formats, tokenizers and chat templates, the form
+of requests to teachers and judges, both trainings, selection, predictions and tables."""
 NOT_SHOWN = """
 Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and speed at real sizes,
 weights that know anything, downloads."""
