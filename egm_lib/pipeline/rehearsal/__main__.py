@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
+
 from egm_lib.cli import ends
 from egm_lib.curation.stages import BUDGET_VARIABLE
 from egm_lib.files import project_root
@@ -33,9 +35,12 @@ from egm_lib.pipeline.reproduce import reproduce
 from egm_lib.profile import PROFILES_VARIABLE, load_profile
 from egm_lib.run import Run
 
+# Stand-ins are so small that several threads wait for each other longer than they work.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
 SHOWN = """
-Rehearsed: every notebook, the annotation formats, tokenizers and chat templates, what is asked of
-teachers and judges and what they refuse, both trainings, selection, predictions and tables."""
+Rehearsed: the profile's notebooks, the annotation formats, tokenizers and chat templates, the form
+of requests to teachers and judges, both trainings, selection, predictions and tables."""
 NOT_SHOWN = """
 Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and speed at real sizes,
 weights that know anything, downloads."""
@@ -45,10 +50,12 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
     """Runs the rehearsal of a profile, and checks what it left behind; returns the run.
 
     fresh: without the files of an earlier rehearsal, which it removes. Prints the time of each
-    stage. Raises what `reproduce` and `check_run` raise, and OSError where
-    the local server's port is taken.
+    stage. Every process has one thread. Raises what `reproduce` and `check_run` raise, and OSError
+    where the local server's port is taken.
     """
     began = time.monotonic()
+    os.environ |= ONE_THREAD  # for the processes to come
+    torch.set_num_threads(1)
     build_standins(name, folder)
     print(f"Stand-ins in {folder}: {time.monotonic() - began:.0f} s", flush=True)
     path = rehearsal_profile(name, folder, full=full)
