@@ -1,14 +1,16 @@
-"""Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache,
-ours (shared prefix).
+"""Seconds and peak memory of a training step, in three ways.
+
+The ways are TRL's plain trainer, the same with the vision cache, and ours (shared prefix).
 
     python benchmarks/bench_training.py                      # SFT and GRPO, each in three ways
     python benchmarks/bench_training.py grpo --way ours --steps 2
     python benchmarks/bench_training.py grpo --way plain --size 8b --lora 16 --rows 16
 
-Each way runs in a process of its own, so that its peak is its own. On a CPU its time is taken, not
-the wall's: other work does not count. Rewards are drawn at random in half of the groups and equal
-in the others: the share of mixed groups is the same. Sizes of Qwen3-VL have its shapes and
-vocabulary and random weights; without LoRA there is no KL (no reference).
+Each way runs in a separate process, so that its peak memory can be measured. On a CPU, CPU seconds
+are taken, so that other work does not count. In half of the groups the rewards are random, in the
+others they are equal, so that the share of groups with unequal rewards is the same for all ways.
+Sizes of Qwen3-VL have its shapes, its vocabulary and random weights. Without LoRA there is no
+reference, and so no KL.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ WAYS = ("plain", "cache", "ours")
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each step; the first one, which fills caches, apart."""
+    """Seconds of each step; the first one, which fills caches, separately."""
 
     def __init__(self):
         self.at: list[float] = []
@@ -122,15 +124,16 @@ SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens an image
 
 
 def random_model(size: str, dtype: str):
-    """(model, processor) with random weights: it rarely ends an answer, so every way writes as many
-    tokens.
+    """(model, processor) with random weights.
+
+    Such a model rarely ends an answer, so every way samples as many tokens.
     """
     tokenizer = build_tokenizer()
     if size == "mini":
         folder = Path(tempfile.mkdtemp())
         save(build("small", tokenizer, seed=0), folder)
         return load_model(folder), load_processor(folder, "qwen3-vl")
-    own, tower = SIZES[size]
+    text_options, tower = SIZES[size]
     rope = {
         "rope_type": "default",
         "rope_theta": 5e6,
@@ -139,7 +142,7 @@ def random_model(size: str, dtype: str):
     }
     ids = config("small", tokenizer)  # the miniature's vocabulary is the beginning of theirs
     shape = Qwen3VLConfig(
-        text_config=own
+        text_config=text_options
         | {
             "vocab_size": 151_936,
             "num_key_value_heads": 8,
@@ -149,8 +152,8 @@ def random_model(size: str, dtype: str):
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config=tower | {"out_hidden_size": own["hidden_size"]},
-        tie_word_embeddings=own["tie_word_embeddings"],
+        vision_config=tower | {"out_hidden_size": text_options["hidden_size"]},
+        tie_word_embeddings=text_options["tie_word_embeddings"],
         **{name: getattr(ids, name) for name in TOKENS},
     )
     torch.set_default_dtype(DTYPES[dtype])
@@ -175,14 +178,14 @@ def drawn_samples(folder: Path, count: int) -> list[dict]:
 
 
 def peak_mb() -> int:
-    """Of GPU memory where there is one, else of the process."""
+    """Peak GPU memory, or without a GPU that of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def measure_all(stages: tuple[str, ...], ways: tuple[str, ...], options: list[str]) -> None:
-    """A row for each stage and way, each measured in a process of its own."""
+    """A row for each stage and way, each measured in a separate process."""
     for stage in stages:
         for way in ways:
             command = [sys.executable, __file__, stage, "--way", way, *options]

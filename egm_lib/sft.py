@@ -161,8 +161,8 @@ def make_sft_trainer(
 ):
     """The trainer of the stage.
 
-    rows: of `answer_rows`. shared_prefix None: where it is possible. config: of `sft_config`, where
-    it was needed before the model.
+    rows: from `answer_rows`. shared_prefix: None shares the prefix if that is possible.
+    config: from `sft_config`, if it was needed before the model.
     """
     dataset = Dataset.from_list(list(rows))
     config = config or sft_config(options, work, seed)
@@ -178,7 +178,7 @@ def make_sft_trainer(
     if shared_prefix is None:
         shared_prefix = can_share_prefix(family, options, config)
     if shared_prefix:
-        # It would drop the keys and values that rows of an image share
+        # It would drop the keys and values that rows of one image share
         config.gradient_checkpointing = False
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)
@@ -228,10 +228,9 @@ def control_options(
 ) -> SFT:
     """The SFT options of a control, which gets the compute of what it is compared with.
 
-    It takes as many steps as give the tokens in the logs of those stages; the sum is printed.
-    Where the profile limits SFT by minutes alone, or a log states no tokens, it takes their
-    minutes.
-    rows: of `answer_rows`. processor: as the training uses it.
+    Its steps are as many as process the tokens in the logs of those stages; the sum is printed.
+    If the profile limits SFT by minutes alone, or a log states no tokens, it takes their minutes.
+    rows: from `answer_rows`. processor: the one that the training uses.
     """
     options = run.profile.sft
     logs = [run.log(f"{stage}-{task}.jsonl") for stage in COMPARED[control]]

@@ -81,7 +81,7 @@ class Results:
 
     run_roots: folders data/runs/<profile>-<seed>. A file that a run lacks counts as empty. A row
     that lacks a field is left out with a warning.
-    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
+    Raises FileNotFoundError if none of the folders exists, ValueError if they are of several
     profiles.
     """
 
@@ -155,9 +155,7 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, such as small-egm@budget-16, by way and number; samples
-        (small-egm@sample-1) among them.
-        """
+        """Models decoded in another way, by way and number, such as small-egm@budget-16."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:
@@ -220,7 +218,7 @@ class Results:
         frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
         known = self.predictions[["sample_id", "image_id", "dataset", "split"]]
         frame = frame.merge(known.drop_duplicates("sample_id"), on="sample_id", how="left")
-        # Where the image is unknown, the sample is a cluster of its own.
+        # If the image is unknown, the sample forms a cluster by itself.
         return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
 
     @cached_property

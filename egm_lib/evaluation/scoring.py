@@ -91,8 +91,8 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     """Each answer read by `rule` and compared with its ground truth (Eq. 1).
 
     Adds iou (0 without a box), success, num_boxes, and status as this rule sees it; a row of status
-    "error" stays one. A row that no model could be blamed for, because its ground truth, image size
-    or frame cannot be read, is left out with a warning.
+    "error" stays one. A row whose ground truth, image size or frame cannot be read says nothing
+    about a model, and is left out with a warning.
     """
     columns = [
         predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")

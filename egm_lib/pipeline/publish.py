@@ -84,7 +84,7 @@ def publish(run: Run) -> None:
     """Puts the run's tables and figures into `figures/<profile>/`, with a card that says what made
     them; of the profile that the notebooks name, the executed notebooks as well.
 
-    Raises ReproduceError where there is nothing to publish, and stores nothing then.
+    Raises ReproduceError if there is nothing to publish, and stores nothing then.
     """
     made, published = run.figures, run.published
     summary = made / "summary.json"
@@ -112,7 +112,7 @@ def publish(run: Run) -> None:
 
 def _executed_notebooks(run: Run) -> dict[Path, nbformat.NotebookNode]:
     """The stored notebooks with the outputs of the run, without papermill's cell and the times of
-    cells. Raises ReproduceError where one was not run or was changed since.
+    cells. Raises ReproduceError if one was not run or was changed since.
     """
     books = {}
     for notebook in stages():

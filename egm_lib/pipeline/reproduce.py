@@ -62,8 +62,8 @@ OUTPUTS = (  # folders that stages fill
 def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
     """Runs the stages whose number lies between `first` and `last`. fresh: finished ones, too.
 
-    Raises ReproduceError where another process works on the run, where the profile was changed
-    since the run began, and where a notebook fails.
+    Raises ReproduceError if another process works on the run, if the profile was changed
+    since the run began, and if a notebook fails.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     with _locked(run.root / ".lock"):
@@ -202,7 +202,7 @@ def _missing(run: Run, done: dict) -> bool:
 def agree_on_costs(run: Run) -> None:
     """Says what the paid services of a run will cost, and asks for a budget where none is set.
 
-    Raises ReproduceError where there is nobody to ask, or no budget is given.
+    Raises ReproduceError if there is nobody to ask, or no budget is given.
     """
     estimate = estimate_run(run)
     if not estimate.stages:

@@ -36,8 +36,9 @@ def is_finished(out: Path) -> bool:
 
 
 def checkpoint_bytes(model) -> int:
-    """Size of a checkpoint of a model with its optimizer. ZeRO-3's own attribute counts what it
-    has divided among the processes.
+    """Size of a checkpoint of a model with its optimizer.
+
+    Under ZeRO-3 an attribute of the parameters counts what is divided among the processes.
     """
     sizes = [
         (getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)

@@ -77,7 +77,7 @@ def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
 def lora_config(lora: Lora | None):
     """peft's configuration for a profile's `lora`: all linear layers of the language model.
 
-    Raises TrainingError where weights are divided among processes: they could not be merged.
+    Raises TrainingError if weights are divided among processes: they could not be merged.
     """
     if lora is None:
         return None

@@ -18,7 +18,7 @@ from egm_lib.training.plan_memory import Setting, states, vllm_need
 
 
 def check_rollout(options: GRPO) -> None:
-    """Raises TrainingError where this machine cannot sample as the profile says."""
+    """Raises TrainingError if this machine cannot sample as the profile says."""
     if options.rollout == "transformers":
         return
     if not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def check_rollout(options: GRPO) -> None:
 
 
 def check_device(dtype: str, section: str, key: str = "dtype") -> None:
-    """Raises TrainingError where half precision is asked for and there is no GPU.
+    """Raises TrainingError if half precision is asked for and there is no GPU.
 
     section, key: where the profile asks for it.
     """
@@ -45,7 +45,7 @@ def check_device(dtype: str, section: str, key: str = "dtype") -> None:
 
 
 def check_memory(profile: Profile, stage: str, place: str) -> None:
-    """Raises TrainingError where not even weights and optimizer state fit into a GPU.
+    """Raises TrainingError if not even weights and optimizer state fit into a GPU.
 
     These are exact. Whether the rest fits too is an estimate, which egm_lib.training.plan makes.
     """

@@ -44,7 +44,7 @@ def file(tmp_path):
         (b'{"a": "\\ud83d"}\n', [{"a": "\ud83d"}]),  # half a surrogate pair, escaped
     ],
 )
-def test_whole_lines_are_kept_without_a_word(file, caplog, content, rows):
+def test_whole_lines_are_kept_without_a_warning(file, caplog, content, rows):
     file.write_bytes(content)
     assert read_jsonl(file) == rows
     assert caplog.text == ""

@@ -34,7 +34,7 @@ def make_run(tmp_path, monkeypatch):
     return make
 
 
-def test_a_stage_is_asked_with_the_profiles_settings(tmp_path, make_run):
+def test_a_stage_uses_the_profiles_settings(tmp_path, make_run):
     samples, run = make_root(tmp_path, 30), make_run(teacher())
     report = run_stage(run, "trace", samples)
     assert report.out == run.root / "curation" / "trace.jsonl" and report.out.is_file()
@@ -46,7 +46,7 @@ def test_a_stage_is_asked_with_the_profiles_settings(tmp_path, make_run):
     assert run_stage(run, "verify", samples[:10], "selection").asked == 0  # one ledger for a task
 
 
-def test_every_judge_is_asked_about_every_failure(tmp_path, make_run):
+def test_every_judge_gets_every_failure(tmp_path, make_run):
     samples, run = make_root(tmp_path, 8), make_run(teacher())
     samples[3]["box"] = [0, 0, 0, 0]  # a legal answer
     assert judge_failures(run, "small-base", samples) == 16
@@ -66,7 +66,7 @@ def test_judges_who_would_share_their_answers_are_refused(tmp_path, make_run, se
     assert not run.root.exists()
 
 
-def test_a_paid_service_without_a_budget_is_not_asked(tmp_path, make_run, monkeypatch):
+def test_a_paid_service_without_a_budget_gets_no_request(tmp_path, make_run, monkeypatch):
     samples, run = make_root(tmp_path, 2), make_run(teacher(PAID))
     for ask in (
         lambda: run_stage(run, "trace", samples),

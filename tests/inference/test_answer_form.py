@@ -194,7 +194,7 @@ def test_a_tokenizer_that_joins_with_more_than_its_texts_has_no_pieces():
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("label", ["red cup", 'the "big" one', "Café, left"])
-def test_the_form_admits_what_the_family_writes(family, label):
+def test_the_form_accepts_what_the_family_writes(family, label):
     text = family.answer((3, 4, 50, 40), (64, 48), label, None).removeprefix(
         family.no_reasoning_prefix
     )
@@ -239,7 +239,7 @@ def bound(engine, max_new_tokens: int):
     return answer, answer.raw_answer.removeprefix("<think>\n</think>\n\n")
 
 
-def test_a_bound_answer_ends_where_its_form_ends_or_where_its_tokens_do(engine):
+def test_a_bound_answer_ends_with_its_form_or_at_the_token_limit(engine):
     """Bytes as vocabulary: a token is a character, so that every place is a place to be cut off."""
     pattern, (whole, text) = ANSWER_PATTERNS["qwen3-vl"], bound(engine, 320)
     assert whole.finish_reason == "stop" and regex.fullmatch(pattern, text)

@@ -8,7 +8,7 @@ from egm_lib.evaluation.metrics import metrics
 from egm_lib.evaluation.results import Results, paper
 from egm_lib.evaluation.scoring import with_strata
 from egm_lib.evaluation.statistics import Difference, estimate, holm, paired_difference
-from egm_lib.inference.latency import CONCURRENCIES
+from egm_lib.inference.engine import CONCURRENCIES
 from egm_lib.parsing import RULES
 from egm_lib.reports.tables.cells import NOT_REPORTED, Number, Row, Table, count, p_text, percent
 from egm_lib.reports.tables.paper import accuracy_cells, gain
@@ -310,7 +310,7 @@ def table_latency(results: Results) -> Table:
 
 
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
-    """Mean (with interval), p50 and p95 of a model's latency in ms; None where it was not run."""
+    """Mean (with interval), p50 and p95 of a model's latency in ms; None if it was not run."""
     rows = results.latency
     if len(rows):
         asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)

@@ -197,7 +197,7 @@ def _dropped(results: Results, stage: str) -> Cell:
 
 
 def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
-    """Table 3's counts of the samples with traces of a task, None where there are none."""
+    """Table 3's counts of the samples with traces of a task, None if there are none."""
     counts = trace_counts(results.roots[0], task)
     if counts is None:
         return None
