@@ -94,9 +94,10 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     "error" stays one. A row whose ground truth, image size or frame cannot be read says nothing
     about a model, and is left out with a warning.
     """
-    columns = [
-        predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")
-    ]
+    needed = ("raw_answer", "gt_box", "width", "height", "status")
+    absent = [name for name in ("sample_id", *needed) if name not in predictions]
+    predictions = predictions.assign(**dict.fromkeys(absent))
+    columns = [predictions[name].tolist() for name in needed]
     frames = predictions["frame"].tolist() if "frame" in predictions else [None] * len(predictions)
     ious, counts, statuses, unreadable = [], [], [], {}
     for index, (raw_answer, gt_box, *image_wh, status, frame) in enumerate(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from egm_lib.boxes import Box, BoxFrame, check_box, iou, is_success
 from egm_lib.errors import InputError
-from egm_lib.files import read_jsonl
+from egm_lib.files import read_jsonl, writable_row
 from egm_lib.parsing import parse_completion, split_reasoning
 from egm_lib.viewer.palette import LOOKS
 
@@ -125,7 +125,7 @@ def compare(rows: Iterable[Mapping]) -> list[Comparison]:
     several_seeds = len({str(row.get("seed")) for row in rows}) > 1
     found: dict[tuple, Comparison] = {}
     for number, row in enumerate(rows, 1):
-        row = readable(identified(row, number))
+        row = readable(identified(writable_row(row), number))
         model = str(row.get("model") or "model")
         key = (row["sample_id"], str(row.get("seed")) if several_seeds else None)
         answers = found.setdefault(key, Comparison(row, {})).answers
@@ -152,9 +152,9 @@ _KINDS = {
         ("dataset", "split", "task", "expression", "raw_answer", "reasoning", "status", "error"),
         _TEXT,
     ),
-    **dict.fromkeys(
-        ("width", "height", "reasoning_tokens", "answer_tokens", "latency_ms"), _NUMBER
-    ),
+    **dict.fromkeys(("note", "finish_reason"), _TEXT),
+    **dict.fromkeys(("width", "height", "reasoning_tokens", "answer_tokens"), _NUMBER),
+    **dict.fromkeys(("latency_ms", "first_token_ms"), _NUMBER),
     **dict.fromkeys(
         ("prompt_kind", "num_lookalikes", "seed"), ((str, numbers.Real), "text or a number")
     ),
@@ -168,7 +168,11 @@ def readable(row: Mapping) -> Mapping:
     wrong = {
         name: f"{name} must be {words}, not {str(row[name])[:40]!r}"
         for name, (kinds, words) in _KINDS.items()
-        if row.get(name) is not None and not isinstance(row[name], kinds)
+        if row.get(name) is not None
+        and (
+            not isinstance(row[name], kinds)
+            or (isinstance(row[name], float) and not math.isfinite(row[name]))
+        )
     }
     if not wrong:
         return row

@@ -12,6 +12,7 @@ from PIL import Image
 
 from egm_lib.boxes import Box, iou, is_success
 from egm_lib.data import open_image, resolve_image
+from egm_lib.files import writable
 from egm_lib.parsing import parse_completion
 from egm_lib.reward import grounding_reward
 from egm_lib.viewer.comparison import (
@@ -241,13 +242,16 @@ def _group_view(group: Mapping, view: Mapping) -> dict:
     Rewards and advantages that the group does not hold are computed (Eq. 7 and 8).
     """
     # A completion that is no text has no box; the others are shown.
-    completions = [text if isinstance(text, str) else "" for text in group["completions"]]
+    completions = [writable(text) if isinstance(text, str) else "" for text in group["completions"]]
     frame, image_wh, gt = frame_of(group), (view["width"], view["height"]), view["gt_box"]
     parsed = [parse_completion(text, frame=frame, image_wh=image_wh) for text in completions]
     rewards = group.get("rewards") or [grounding_reward(answer.box, gt) for answer in parsed]
     advantages = group.get("advantages") or _advantages(rewards)
+    if not all(map(math.isfinite, [*rewards, *advantages])):
+        raise ValueError("its rewards and advantages must be finite numbers")
+    step = group.get("step")
     return {
-        "step": group.get("step"),
+        "step": step if isinstance(step, int) else None,
         "completions": [
             {
                 "box": answer.box and list(answer.box),

@@ -73,3 +73,13 @@ def test_predictions_of_a_folder_with_rows_that_lack_a_column(tmp_path):
     frame = load_predictions(tmp_path)
     assert frame["sample_id"].tolist() == ["a", "b"] and frame["num_lookalikes"].tolist()[0] == 3
     assert pd.isna(frame["num_lookalikes"].tolist()[1])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]\n", "{}\n", '{"sample_id": "a", "raw_answer": "x"}\n']
+)
+def test_a_file_without_a_whole_row_has_no_scored_row(tmp_path, content):
+    """A run that was killed before its first answer leaves one; the selection reads it."""
+    (tmp_path / "learner.jsonl").write_text(content)
+    scored = score(load_predictions(tmp_path / "learner.jsonl"))
+    assert scored.empty and {"sample_id", "status", "iou", "success"} <= set(scored)

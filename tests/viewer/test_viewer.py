@@ -217,13 +217,25 @@ def test_a_field_of_a_wrong_kind_shows_in_its_row_alone(world, field):
     root, samples = world
     rows = [answer_row(sample, EGM, sample["gt_box"], "the left one") for sample in samples]
     rows[0][field] = {"not": "this"}
+    rows[2]["latency_ms"] = float("nan")
     viewer = TraceViewer(rows, root=root)
     assert f"{field} must be" in viewer.view["models"][0]["error"]
     viewer.figure()
     viewer.index = 1
     assert viewer.view["error"] is None and viewer.view["models"][0]["success"]
     viewer.filter = {"show": "a row in error"}
-    assert viewer.sample_ids == [samples[0]["sample_id"]]
+    assert viewer.sample_ids == [samples[0]["sample_id"], samples[2]["sample_id"]]
+
+
+def test_half_a_surrogate_pair_reaches_the_page_as_text(world):
+    """A page is sent as UTF-8."""
+    root, samples = world
+    row = answer_row(samples[0], EGM, samples[0]["gt_box"], "half \ud83d of it")
+    group = group_of(samples[0])
+    group["completions"][0] = "\ud83d"
+    viewer = TraceViewer([row | {"expression": "\ud83d"}], root=root, groups=[group])
+    text = json.dumps(viewer.view, ensure_ascii=False, allow_nan=False)
+    assert "half \ufffd of it" in text and text.encode()
 
 
 def test_an_id_of_zero_is_an_id(world):
@@ -328,6 +340,8 @@ def test_a_small_image_is_enlarged_to_whole_squares():
         ({"completions": None}, "the group cannot be shown"),  # null in the file
         ({"rewards": [1.0]}, "the group cannot be shown"),  # fewer rewards than completions
         ({"gt_box": None}, "the group cannot be shown"),
+        ({"rewards": [1.0] * 15 + [float("nan")]}, "must be finite"),  # JSON has no nan
+        ({"rewards": [1.0] * 16, "advantages": [float("inf")] * 16}, "must be finite"),
     ],
 )
 def test_an_error_in_one_group_shows_at_its_sample(world, broken, words):
