@@ -16,8 +16,8 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test format \
-        bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
+.PHONY: help plan rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test \
+        format bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
 	@awk -F ':.*## |^##@ ' '/^##@/ {print "\n" $$2} /^[a-z%-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ $(READY): $(LOCK) pyproject.toml
 	@$(PIP) $(TORCH_FROM) -r $(LOCK)
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+plan: $(ENV) ## memory, disk and hours of PROFILE's training, with the arithmetic
+	@$(RUN) -m egm_lib.training.plan --profile $(PROFILE)
 
 reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it continues; paid services want BUDGET=USD
 	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)

@@ -4,7 +4,9 @@
 `small-sft`, and writes `small-egm`. Logged a step (TRL's names where it has one): reward and its
 parts (acc_at_50, mean_iou), group_std and frac_reward_zero_std (groups that teach nothing),
 completions/*, kl, entropy, clip_ratio/*, seconds of rollout, reward and update (time/*),
-tokens_per_second (sampled). Some of the last groups are kept to be read (egm_lib.training.groups).
+tokens_per_second (sampled). With `grpo.held_out_prompts` also rewards and completions of prompts
+that are not trained on, as eval_reward and so on. Some of the last groups are kept to be read
+(egm_lib.training.groups).
 
 Deviations from TRL, with rollouts by transformers on one process:
 1. A group's prompt is read once, in sampling and in the update.
@@ -24,8 +26,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from datasets import Dataset
@@ -35,7 +40,7 @@ from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.inference.loading import image_token_ids, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN, VLLM_LIMITS
+from egm_lib.inference.vllm_engine import VLLM_LIMITS
 from egm_lib.parsing import accepts, parse_completion
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
@@ -62,6 +67,7 @@ from egm_lib.training.model_setup import (
     freeze_tower,
     load_start,
     lora_config,
+    rollout_context,
     use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
@@ -105,21 +111,29 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
         "log_multimodal": False,  # TRL would send the images of all processes to each other
         "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
+        **(_held_out_options(options, num_processes) if options.held_out_prompts else {}),
     }
 
 
-def rollout_context(options: GRPO) -> int:
-    """Tokens of prompt and completion that vLLM has room for.
+def _held_out_options(options: GRPO, num_processes: int) -> dict:
+    """When, and in which batches, the held-out prompts are answered: each once.
 
-    Raises TrainingError where none is left for a prompt.
+    Raises TrainingError for batches of different sizes: TRL logs the mean of their means.
     """
-    length = options.max_model_len or MAX_MODEL_LEN
-    if length <= options.max_completion_length:
+    count = options.held_out_prompts
+    batch = min(options.per_device_train_batch_size, max(1, count // num_processes))
+    if count % (batch * num_processes):
         raise TrainingError(
-            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
-            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
+            f"grpo.held_out_prompts = {count} does not divide into batches of "
+            f"{batch * num_processes} ({num_processes} processes): take a multiple of it."
         )
-    return length
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": options.held_out_steps,
+        "eval_on_start": True,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": batch,
+    }
 
 
 def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
@@ -139,6 +153,25 @@ def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
             f"{config.world_size} processes. Start the stage with `accelerate launch`."
         )
     return config
+
+
+def hold_out(samples: Sequence[Mapping], count: int, seed: int) -> tuple[list, list]:
+    """(samples to train on, `count` samples held out), divided by images at random.
+
+    No image of a held-out sample is trained on. Raises TrainingError where nothing would be left.
+    """
+    images = sorted({sample["image_id"] for sample in samples})
+    random.Random(seed).shuffle(images)
+    sizes = Counter(sample["image_id"] for sample in samples)
+    filled = accumulate((sizes[image] for image in images), initial=0)
+    apart = {image for image, before in zip(images, filled, strict=False) if before < count}
+    trained = [sample for sample in samples if sample["image_id"] not in apart]
+    if not trained:
+        raise TrainingError(
+            f"grpo.held_out_prompts = {count} leaves none of {len(samples)} RL samples to train on:"
+            " lower it, or set it to 0."
+        )
+    return trained, [sample for sample in samples if sample["image_id"] in apart][:count]
 
 
 def question_rows(
@@ -205,13 +238,14 @@ def make_grpo_trainer(
     shared_prefix: bool | None = None,
     reward: Callable | None = None,
     config: GRPOConfig | None = None,
+    held_out: Iterable[Mapping] = (),
 ):
     """The trainer of the stage.
 
-    rows: of `question_rows`. groups: file of the groups that are kept (egm_lib.training.groups).
-    shared_prefix: whether to use the trainer that also samples so; None: where the profile allows
-    it and it is possible. reward: another than Eq. 8. config: of `grpo_config`,
-    where it was needed before the model.
+    rows, held_out: of `question_rows`. groups: file of the groups that are kept
+    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples so; None:
+    where the profile allows it and it is possible. reward: another than Eq. 8. config: of
+    `grpo_config`, where it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
     # counts positions from both (TRL #5785)
@@ -247,6 +281,7 @@ def make_grpo_trainer(
         "rollout_dtype": options.rollout_dtype,
         "check_steps": options.check_steps,
         "reward_funcs": reward or make_reward(processor, family, options.reward_weight),
+        "eval_dataset": Dataset.from_list(list(held_out)) if options.held_out_prompts else None,
     }
     auto = options.shared_prefix == "auto"
     if shared_prefix is None:
@@ -282,18 +317,20 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
         require_checkpoint(run, task, "small-sft", f"`python -m egm_lib.sft --task {task}`")
     )
     check_memory(profile, "grpo", start)
-    samples = read_samples(require_file(run.samples(prompts or f"rl_{task}"), "notebook 05"))
+    selected = read_samples(require_file(run.samples(prompts or f"rl_{task}"), "notebook 05"))
+    samples, held_out = hold_out(selected, options.held_out_prompts, run.seed)
     work = work_folder(out)
     config = grpo_config(options, work, run.seed)
     # A folder's name, not a model in memory: TRL loads the KL's reference from it.
     model, processor = load_start(
         start, profile.models.small, options.dtype if options.lora else "float32"
     )
+    prompt = (family, profile.data.path, options.prompt)
     try:
         trainer = make_grpo_trainer(
             model,
             processor,
-            question_rows(samples, family, profile.data.path, profile.grpo.prompt),
+            question_rows(samples, *prompt),
             family,
             options,
             work=work,
@@ -301,6 +338,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
             groups=run.groups("-".join(filter(None, (output, task)))),
             seed=run.seed,
             config=config,
+            held_out=question_rows(held_out, *prompt),
         )
     except OSError as error:  # a server that does not answer is one; TRL has waited for it
         if options.rollout != "vllm-server":

@@ -208,6 +208,10 @@ class GRPO:
     rollout: Literal["transformers", "vllm-colocate", "vllm-server"]
     # Ours: steps between comparisons of trainer and sampler; 2 % of the steps cost a forward more
     check_steps: int = 50
+    # Ours: so many RL samples, and all others of their images, are not trained on. They are
+    # answered at the start, after every held_out_steps and at the end (eval_reward). 0: none
+    held_out_prompts: int = 0
+    held_out_steps: int = 10
     # Share of each GPU that a colocated vLLM takes: TRL's default
     vllm_gpu_memory_utilization: float = 0.3
     # True: a colocated vLLM gives its memory to the update, and takes new weights after each

@@ -8,7 +8,7 @@ import egm_lib
 ROOT = Path(egm_lib.__file__).parent
 # From the bottom up; a module imports its own layer and those below it (docs/architecture.md).
 LAYERS = (
-    ("boxes", "loss", "learnability", "files", "errors"),
+    ("boxes", "loss", "learnability", "model_shapes", "files", "errors"),
     ("prompts", "scoring_rules", "profile"),
     ("parsing", "run", "data", "cli"),
     ("reward", "curation"),
@@ -21,7 +21,15 @@ LAYERS = (
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 # The miniature's teacher is a service like any other, and its transport is made in process.
 UPWARD = {("curation/services.py", "mini")}
-WITHOUT_TORCH = ("boxes", "parsing", "scoring_rules", "prompts", "reward", "learnability")
+WITHOUT_TORCH = (
+    "boxes",
+    "parsing",
+    "scoring_rules",
+    "prompts",
+    "reward",
+    "learnability",
+    "model_shapes",
+)
 
 
 def imported(path: Path) -> set[str]:

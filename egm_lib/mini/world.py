@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -23,7 +23,7 @@ from random import Random
 
 import numpy as np
 
-from egm_lib.boxes import iou
+from egm_lib.boxes import Box, iou
 from egm_lib.cli import ends
 from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, write_samples
 from egm_lib.files import read_json
@@ -110,15 +110,19 @@ def _drawn(recipe: Recipe, scene: Scene, rng: Random) -> tuple[Query, int] | Non
     return None
 
 
+def _scene(recipe: Recipe, number: int) -> Scene:
+    return sample_scene(
+        np.random.default_rng([recipe.stream, number]),
+        occlusion=0.5 if recipe.amodal else 0.06,
+        tiny=TINY_SHARE_OF_THINGS,
+    )
+
+
 def samples(recipe: Recipe, count: int) -> Iterator[tuple[Scene, str, list[dict], list[dict]]]:
     """(scene, image id, samples, what the teacher knows), image by image, for `count` samples."""
     made, number = 0, 0
     while made < count:
-        scene = sample_scene(
-            np.random.default_rng([recipe.stream, number]),
-            occlusion=0.5 if recipe.amodal else 0.06,
-            tiny=TINY_SHARE_OF_THINGS,
-        )
+        scene = _scene(recipe, number)
         rng = Random(f"{recipe.stream}-{number}")
         image_id = f"{recipe.dataset}_{recipe.split}_{number:06d}"
         number += 1
@@ -189,6 +193,26 @@ def _sample(
         ],
     }
     return row, truth
+
+
+def objects_in(sample: Mapping, data: Data) -> list[Box] | None:
+    """Full boxes (xyxy px) of every object that can be seen in a sample's image.
+
+    The scene is drawn again from its seed, in about a millisecond. None where the objects are not
+    known: for other data than the miniature's, for a flipped image, and for a sample whose box is
+    none of the scene's, which another version of the world has drawn.
+    """
+    if data.source != "mini" or sample.get("flipped"):
+        return None
+    split = sample.get("dataset"), sample.get("split")
+    number = str(sample.get("image_id")).rpartition("_")[2]
+    for recipe in recipes(data.test_scenes).values():
+        if (recipe.dataset, recipe.split) == split and number.isdecimal():
+            things = [thing for thing in _scene(recipe, int(number)).things if thing.visible_box_px]
+            boxes = {box for thing in things for box in (thing.full_box_px, thing.visible_box_px)}
+            known = tuple(sample.get("gt_box") or ()) in boxes
+            return [thing.full_box_px for thing in things] if known else None
+    return None
 
 
 def counts(data: Data) -> dict[str, int]:

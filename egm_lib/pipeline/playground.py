@@ -33,10 +33,12 @@ def playground(
 ) -> Playground:
     """A playground with a run's models on its engine.
 
-    models: their names; default: those of MODELS whose checkpoints are here, each once.
+    models: their names; default: the profile's base models and those of MODELS that were trained
+    here, each checkpoint once.
     task: "vanilla" or "amodal"; default: the profile's first.
     In the miniature the images are validation scenes, whose objects can be dragged; elsewhere they
-    are the first samples of the task's first split. Raises InputError where no model is here.
+    are the first samples of the task's first split. A model is loaded when it is first asked.
+    Raises InputError for a name without a checkpoint.
     """
     profile, task = run.profile, task or run.profile.tasks[0]
     found = {name: _checkpoint(run, name, task) for name in models or MODELS}
@@ -46,8 +48,6 @@ def playground(
     for name, model in found.items():
         if model is not None and model not in here.values():
             here[name] = model
-    if not here:
-        raise InputError(f"no checkpoint of {profile.name} is on this machine")
     mini = profile.data.source == "mini"
     return Playground(
         {name: partial(_engine, run, model) for name, model in here.items()},
@@ -70,13 +70,11 @@ def _engine(run: Run, model: Model) -> Engine:
 
 
 def _checkpoint(run: Run, name: str, task: str) -> Model | None:
-    """The checkpoint of a model; None where it is not on this machine."""
+    """The checkpoint of a model; None where the run has not trained it."""
     try:
-        model = model_of(run, name, task)
+        return model_of(run, name, task)
     except FileNotFoundError:
         return None
-    served = run.profile.generation.engine == "openai"
-    return model if served or Path(model.location).exists() else None
 
 
 def _scenes(task: str) -> list[dict]:

@@ -92,7 +92,13 @@ def _traces(material: Material) -> dict:
         for outcome in OUTCOMES:
             samples = material.with_outcome(task, outcome)
             views = [
-                view_of(sample, models, root=material.root, max_side_px=480)
+                view_of(
+                    sample,
+                    models,
+                    root=material.root,
+                    objects=material.objects(sample.sample),
+                    max_side_px=480,
+                )
                 for sample in sample_fixed(samples, TRACES_A_KIND)
             ]
             for view in views:

@@ -30,13 +30,13 @@ def stage_command(
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="print what memory and time it needs on 8 GPUs of 80 GiB (egm_lib.training.plan)",
+        help="print the memory, disk and hours that it needs (egm_lib.training.plan)",
     )
     if add_options is not None:
         add_options(parser)
     args = parser.parse_args(argv)
     if args.plan:
-        return plan.main(["--profile", args.profile])
+        return plan.main(["--profile", args.profile, "--task", args.task])
     return ends(lambda: print(_within_memory(args, act)))
 
 

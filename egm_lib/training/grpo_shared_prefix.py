@@ -37,14 +37,26 @@ class SharedPrefixGRPO(TimedGRPO):
         step.
         """
         self._plan_check()
-        group_size, began = self.num_generations, time.perf_counter()
-        processor = self.processing_class
-        first = rows[::group_size]
+        prompts, completions, logps, rewards_B = self._answer(rows, self.num_generations)
+        self._count_tokens(prompts, completions)
+        advantages_B = group_advantages(rewards_B, self.num_generations)
+        return self._parts(prompts, completions, logps, advantages_B)
+
+    def _score_held_out(self, rows: list[dict]) -> None:
+        self._answer(rows, self.num_generations_eval)
+
+    def _answer(
+        self, rows: list[dict], group_size: int
+    ) -> tuple[list, list[list[int]], list[list[float]], Tensor]:
+        """Prompts, one a group, and completions, log-probs and rewards, one a row; notes what they
+        tell.
+        """
+        began, processor = time.perf_counter(), self.processing_class
         prompts = [
             self.reader.prompt(Path(row["image"]), chat_text(processor, row["prompt"]))
-            for row in first
+            for row in rows[::group_size]
         ]
-        completions, logps = self._sample(prompts)
+        completions, logps = self._sample(prompts, group_size)
         sampled = time.perf_counter()
         self._note_rollout(completions, sampled - began)
         texts = processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -52,11 +64,10 @@ class SharedPrefixGRPO(TimedGRPO):
         columns["log_metric"] = lambda name, value: self._note(**{name: value})
         rewards_B = torch.tensor(self.reward_funcs[0](completions=texts, **columns))
         self._note_rewards(rows, texts, rewards_B, time.perf_counter() - sampled)
-        self._note_rollouts(rewards_B, completions)
-        self._count_tokens(prompts, completions)
-        return self._parts(prompts, completions, logps, group_advantages(rewards_B, group_size))
+        self._note_rollouts(rewards_B, completions, group_size)
+        return prompts, completions, logps, rewards_B
 
-    def _sample(self, prompts) -> tuple[list[list[int]], list[list[float]]]:
+    def _sample(self, prompts, group_size: int) -> tuple[list[list[int]], list[list[float]]]:
         """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
         options = SamplingOptions(
             self.max_completion_length,
@@ -66,27 +77,30 @@ class SharedPrefixGRPO(TimedGRPO):
             image_token_ids(self.model.config),
         )
         policy, completions, logps = self._bare(self.model), [], []
-        step = max(1, ROLLOUT_ROWS // self.num_generations)
+        step = max(1, ROLLOUT_ROWS // group_size)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
         cast = (
             nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)
         )
+        was_training = policy.training
         policy.eval()
         with cast:
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 features = self.reader.features([prompt.image for prompt in part])
                 tokens, scores = sample(
-                    policy, part, features, self.num_generations, options, self.eos_token_ids
+                    policy, part, features, group_size, options, self.eos_token_ids
                 )
                 completions += tokens
                 logps += scores
-        policy.train()
+        policy.train(was_training)
         return completions, logps
 
-    def _note_rollouts(self, rewards_B: Tensor, completions: list[list[int]]) -> None:
+    def _note_rollouts(
+        self, rewards_B: Tensor, completions: list[list[int]], group_size: int
+    ) -> None:
         """What TRL notes itself, under its names."""
-        groups = rewards_B.view(-1, self.num_generations)
+        groups = rewards_B.view(-1, group_size)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
         cut = sum(map(self._is_truncated, completions))
         self._note(

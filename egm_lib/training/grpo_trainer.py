@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
@@ -97,6 +98,16 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
             self.update_s = 0.0
         return loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Rewards of held-out prompts, logged as eval_*; what their loss is says nothing."""
+        with torch.no_grad():
+            self._score_held_out(inputs)
+        return None, None, None
+
+    def _score_held_out(self, rows: list[dict]) -> None:
+        """Answers each row once and notes the rewards."""
+        raise NotImplementedError
+
     def _plan_check(self) -> None:
         """Called before a step's rollout: is it time to compare trainer and sampler again?"""
         if self.state.global_step - self.checked_step >= self.check_steps:
@@ -113,8 +124,9 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _note(self, **metrics: float) -> None:
+        noted = self._metrics["train" if self.model.training else "eval"]
         for name, value in metrics.items():
-            self._metrics["train"][name].append(value)
+            noted[name].append(value)
 
     def _note_rollout(self, completions: Sequence[Sequence[int]], seconds: float) -> None:
         self.sampling_s += seconds
@@ -131,6 +143,8 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         one's come first.
         """
         self.sampling_s += seconds
+        if not self.model.training:  # held-out prompts, each answered once
+            return
         group_std = rewards_B.view(-1, self.num_generations).std(dim=1).mean().item()
         self._note(**{"time/reward": seconds, "group_std": group_std})
         samples = [row["sample"] for row in rows]

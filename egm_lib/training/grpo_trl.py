@@ -150,7 +150,7 @@ class PlainGRPO(TimedGRPO):
     def _generate(self, prompts):
         began = time.perf_counter()
         self._plan_check()
-        if self.use_vllm and not self.checked:
+        if self.use_vllm and not self.checked and self.model.training:
             self.vllm_importance_sampling_correction = True  # TRL then computes our log-probs too
             with self._uncut_sampling():
                 generated = super()._generate(prompts)
@@ -196,6 +196,9 @@ class PlainGRPO(TimedGRPO):
         images = {file: open_image(file) for file in {row["image"] for row in inputs}}
         rows = [{**row, "image": images[row["image"]]} for row in inputs]
         return super()._generate_and_score_completions(rows)
+
+    def _score_held_out(self, rows: list[dict]) -> None:
+        self._generate_and_score_completions(rows)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()

@@ -9,6 +9,7 @@ import torch
 
 from egm_lib.errors import EgmError
 from egm_lib.inference.loading import load_model, load_processor
+from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.profile import GRPO, SFT, Lora, Model
 from egm_lib.prompts import Family
 
@@ -42,6 +43,20 @@ def use_one_gpu(config) -> None:
     """
     if config.n_gpu > 1:
         config._n_gpu = 1  # what transformers itself sets for a model that is placed by hand
+
+
+def rollout_context(options: GRPO) -> int:
+    """Tokens of prompt and completion that vLLM has room for.
+
+    Raises TrainingError where none is left for a prompt.
+    """
+    length = options.max_model_len or MAX_MODEL_LEN
+    if length <= options.max_completion_length:
+        raise TrainingError(
+            f"grpo.max_model_len = {length} leaves no room for a prompt beside "
+            f"grpo.max_completion_length = {options.max_completion_length}: raise it."
+        )
+    return length
 
 
 def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:

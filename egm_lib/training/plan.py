@@ -1,223 +1,314 @@
-"""Will it fit, and how long will it take: memory and hours of a profile's training on given
-hardware, before it starts.
+"""Will it fit, and how long will it take? A profile's SFT and GRPO, before they start.
 
-    python -m egm_lib.training.plan --profile paper-qwen3vl-8b --gpus 8 --gpu-memory 80 --tflops 312
+    python -m egm_lib.training.plan --profile paper-qwen3vl-8b                 # on 8 A100 of 80 GB
+    python -m egm_lib.training.plan --profile paper-internvl3-8b --gpu h100 --gpus 16
 
-Only the model's configuration is read. Weights, gradients and optimizer state are exact (with
-several GPUs divided among them, as ZeRO-3 and FSDP do); activations, KV cache and hours are
-estimates, their assumptions beside them.
+Prints memory of one GPU in each phase of a step, disk, host memory and hours, each with its
+arithmetic. No weights are loaded and nothing is downloaded: shapes come from the model's folder, or
+from the table of `egm_lib.model_shapes`. Weights and optimizer states are exact; the rest is held
+against measured peaks by `benchmarks/bench_plan.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+import yaml
+from transformers import AutoConfig
 
+import egm_lib
 from egm_lib.cli import ends
-from egm_lib.errors import EgmError
-from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
-from egm_lib.profile import Profile, load_profile
+from egm_lib.files import read_json
+from egm_lib.mini.scenes import SIZE_PX
+from egm_lib.model_shapes import ModelShape, QwenVision, shape_from_config, shape_of
+from egm_lib.profile import Model, Profile, load_profile
+from egm_lib.prompts import FAMILIES, TASKS, Task
+from egm_lib.training import plan_work
+from egm_lib.training.hardware import DEVICES, GIB, Hardware, PlanError, hardware
+from egm_lib.training.model_setup import can_share_prefix
+from egm_lib.training.plan_memory import (
+    ALL,
+    ZERO_DEFAULTS,
+    Part,
+    Row,
+    Setting,
+    Sharding,
+    fullest,
+    memory_parts,
+    total_bytes,
+    vllm_need,
+)
 
-GIB = 2**30
-ADAM_BYTES = 8  # two float32 moments a trained parameter
-# TRL's chunked head: tokens x vocabulary x float32, whatever the batch
-LOGITS_TILE = 4096 * 32768 * 4
-# Bytes a token and unit of width that one layer holds in bf16 (Korthikanti et al. 2022)
-LIVE_ACTIVATIONS = 34
-UTILISATION = 0.35  # share of the peak that training reaches: between 0.3 and 0.45 on A100 and H100
-DECODE_UTILISATION = 0.05  # of decoding, which waits for memory
-
-
-class PlanError(EgmError, ValueError):
-    """What cannot be planned, and why."""
+STAGES = ("sft", "grpo")
+CONFIGS = Path(egm_lib.__file__).parent / "pipeline" / "configs"
+FREE_SHARE = 0.1  # ours: of a GPU's memory, for what the allocator cannot use
+# The commonest size of COCO; its ratio makes the most tiles of InternVL-3
+IMAGE_WH = (640, 480)
+MINI_WH = (SIZE_PX, SIZE_PX)
+QUESTION_TOKENS = 48  # ours: the chat template, a prompt of Fig. 7 and an expression
+ANSWER_TOKENS = 100  # EGM-8B's mean is 101 (the paper's first figure)
+LONGEST_SFT = 2  # ours: the longest answer of a batch, in means
+SFT_SAMPLES: Mapping[Task, int] = {"vanilla": 575_208, "amodal": 23_698}  # Table 3
+RL_SAMPLES = {  # Table 7
+    "InternVL3-1B": 100_600,
+    "InternVL3-2B": 63_887,
+    "InternVL3-8B": 37_574,
+    "Qwen3-VL-2B": 111_093,
+    "Qwen3-VL-4B": 79_319,
+    "Qwen3-VL-8B": 83_989,
+}
 
 
 @dataclass(frozen=True)
-class Hardware:
-    gpus: int
-    memory_gib: float
-    tflops: float  # dense bf16 peak of one GPU
-
-    def __post_init__(self):
-        if self.gpus < 1 or self.memory_gib <= 0 or self.tflops <= 0:
-            raise PlanError(f"hardware needs at least one GPU with memory and speed, got {self}")
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Memory of one GPU in GiB, and the work; `fits` leaves a tenth of the memory free.
-
-    rollout_weights, kv_cache: a colocated vLLM's, its own copy of the weights whole on every GPU;
-    together its share.
-    """
+class Plan:
+    """What one stage needs. parts: memory of one GPU."""
 
     stage: str
-    parameters: int
-    trained_parameters: int
-    weights_gib: float
-    gradients_gib: float
-    optimizer_gib: float
-    reference_gib: float
-    activations_gib: float
-    logits_gib: float
-    rollout_weights_gib: float
-    kv_cache_gib: float
-    total_gib: float
-    fits: bool
-    steps: int
-    tokens: int
-    hours: float
+    setting: Setting
+    samples: int
+
+    @property
+    def parts(self) -> list[Part]:
+        return memory_parts(self.setting)
+
+    @property
+    def peak_gib(self) -> float:
+        return total_bytes(self.parts, fullest(self.parts)) / GIB
+
+    @property
+    def vllm_fits(self) -> bool:
+        """Whether a colocated vLLM's share holds its weights and one whole context."""
+        if getattr(self.setting.options, "rollout", None) != "vllm-colocate":
+            return True
+        need, share = vllm_need(self.setting)
+        return need <= share
+
+    @property
+    def fits(self) -> bool:
+        limit_gib = (1 - FREE_SHARE) * self.setting.hardware.device.memory_gib
+        return self.vllm_fits and self.peak_gib <= limit_gib
+
+    def as_dict(self) -> dict[str, object]:
+        phases = {phase: total_bytes(self.parts, phase) / GIB for phase in ALL}
+        setting = self.setting
+        return {
+            "stage": self.stage,
+            "hardware": str(setting.hardware),
+            "parameters": setting.shape.parameters,
+            "trained_parameters": setting.trained,
+            "row_tokens": asdict(setting.row),
+            "tokens_of_a_pass": setting.tokens,
+            "memory": [asdict(part) for part in self.parts],
+            "phases_gib": phases,
+            "peak_gib": self.peak_gib,
+            "fits": self.fits,
+            "steps": plan_work.steps_of(setting, self.samples),
+            "hours": [asdict(amount) for amount in plan_work.hours(setting, self.samples)],
+            "disk": [asdict(amount) for amount in plan_work.disk(setting)],
+            "host": asdict(plan_work.host(setting)),
+        }
 
 
-def count_parameters(config) -> dict[str, int]:
-    """Parameters of a configuration's model: total, vision (tower and mergers), merger. Holds no
-    weights.
+def model_shape(model: Model) -> ModelShape:
+    """The shape of a profile's model, from its folder or from the table of public models."""
+    folder = Path(model.location)
+    if not (folder / "config.json").is_file():
+        return shape_of(model.path)
+    shape = shape_from_config(AutoConfig.from_pretrained(folder))
+    size = _image_size(folder)
+    if not isinstance(shape.vision, QwenVision) or "shortest_edge" not in size:
+        return shape
+    least, most = size["shortest_edge"], size["longest_edge"]
+    return replace(shape, vision=replace(shape.vision, min_pixels=least, max_pixels=most))
+
+
+def _image_size(folder: Path) -> dict:
+    """`size` of a checkpoint's image processor; empty where it states none."""
+    stated = read_json(folder / "processor_config.json", shape=dict) or {}
+    images = stated.get("image_processor") or read_json(
+        folder / "preprocessor_config.json", shape=dict
+    )
+    return (images or {}).get("size") or {}
+
+
+def sharding_of(accelerate_config: str | None) -> Sharding:
+    """How a file of egm_lib/pipeline/configs divides a model; None: it is not divided.
+
+    Raises PlanError for a way that the plan does not know.
     """
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    # Tied weights once
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    merger = sum(
-        size for name, size in sizes.items() if "merger" in name or "multi_modal_projector" in name
+    if accelerate_config is None:
+        return Sharding()
+    path = CONFIGS / f"{accelerate_config}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind = config["distributed_type"]
+    if kind == "FSDP":
+        return Sharding(kind="fsdp")
+    stated = config.get("deepspeed_config", {})
+    if kind != "DEEPSPEED" or stated.get("zero_stage") != 3:
+        raise PlanError(
+            f"{path.name}: a plan is made for ZeRO-3 and for FSDP, and this is neither."
+        )
+    return Sharding(
+        kind="zero-3",
+        offload_optimizer=stated.get("offload_optimizer_device", "none") != "none",
+        offload_weights=stated.get("offload_param_device", "none") != "none",
+        zero={name: stated.get(name, size) for name, size in ZERO_DEFAULTS.items()},
     )
-    towers = (".visual.", ".vision_tower.")
-    vision = sum(
-        size
-        for name, size in sizes.items()
-        if any(part in name for part in towers) or "projector" in name
+
+
+def row_of(
+    profile: Profile, stage: str, shape: ModelShape, image_wh: tuple[int, int] | None = None
+) -> Row:
+    """Tokens of a row of the stage, the image's as the family's own processor makes them.
+
+    image_wh: px; None: a common one of the profile's data.
+    """
+    options, small = getattr(profile, stage), profile.models.small
+    image_wh = image_wh or (MINI_WH if profile.data.source == "mini" else IMAGE_WH)
+    limits = (small.max_pixels, getattr(options, "max_pixels", None))
+    max_pixels = min((limit for limit in limits if limit is not None), default=None)
+    longest = getattr(options, "max_completion_length", LONGEST_SFT * ANSWER_TOKENS)
+    return Row(
+        image=shape.vision.image_tokens(*image_wh, max_pixels),
+        question=QUESTION_TOKENS,
+        answer=min(ANSWER_TOKENS, longest),
+        longest=longest,
     )
-    return {"total": sum(sizes.values()), "vision": vision, "merger": merger}
 
 
-def lora_parameters(config, rank: int) -> int:
-    """Parameters of LoRA on every linear layer of the language model."""
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    q, kv, width = (
-        text.num_attention_heads * head,
-        text.num_key_value_heads * head,
-        text.hidden_size,
-    )
-    ends = 2 * (width + q) + 2 * (width + kv) + 3 * (width + text.intermediate_size)
-    return text.num_hidden_layers * rank * ends
-
-
-def estimate(
+def make_setting(
     profile: Profile,
-    config,
     stage: str,
-    hardware: Hardware,
+    on: Hardware,
     *,
-    samples: int,
-    prompt_tokens: int = 300,
-    answer_tokens: int = 100,
-) -> MemoryPlan:
-    """What a stage ("sft" or "grpo") needs. samples: rows it trains on; tokens: means a row,
-    image included.
+    shape: ModelShape | None = None,
+    row: Row | None = None,
+    shared_prefix: bool | None = None,
+) -> Setting:
+    """All that decides what a stage needs. shape, row: other than the profile's.
+
+    shared_prefix None: where it is possible.
+    Raises PlanError for a training that would be refused.
     """
-    options, text = getattr(profile, stage), config.get_text_config()
-    counts = count_parameters(config)
-    trained = _trained(counts, config, options)
-    width = 2 if options.dtype != "float32" or options.lora else 4
-    # Mixed precision keeps float32 weights beside the half-precision ones it computes with.
-    weights = counts["total"] * (width if options.lora else 4 + (2 if width == 2 else 0))
-    length, rows = prompt_tokens + answer_tokens, options.per_device_train_batch_size
-    kept = rows * length * text.hidden_size * 2
-    # Checkpoints, and one layer recomputed
-    activations = kept * text.num_hidden_layers + kept * LIVE_ACTIVATIONS / 2
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head * 2
-    reference = copy = cache = 0.0
-    enough = True
-    if stage == "grpo":
-        per_step, group = options.prompts_per_step, options.num_generations
-        # It takes its share whole: weights, and the rest for the cache
-        if options.rollout == "vllm-colocate":
-            copy, longest = (
-                counts["total"] * 2,
-                min(MAX_MODEL_LEN, text.max_position_embeddings) * kv_token,
-            )
-            share = options.vllm_gpu_memory_utilization * hardware.memory_gib * GIB
-            enough, cache = share >= copy + longest, max(share - copy, longest)
-        elif options.rollout == "transformers":
-            cache = min(per_step * group / hardware.gpus, ROLLOUT_ROWS) * length * kv_token
-        reference = counts["total"] * width if options.beta and not options.lora else 0.0
-        passes = samples * group * options.num_train_epochs
-        steps = math.ceil(samples / per_step) * options.num_train_epochs
-    else:
-        passes = samples * options.num_train_epochs
-        steps = passes / (rows * options.gradient_accumulation_steps * hardware.gpus)
-    steps = min(math.ceil(steps), options.max_steps or math.inf)
-    forwards = 3 + (1 if reference else 0)
-    flops = passes * 2 * counts["total"] * length * forwards / UTILISATION
-    if stage == "grpo":
-        flops += passes * 2 * counts["total"] * answer_tokens / DECODE_UTILISATION
-    parts = {
-        "weights_gib": weights / hardware.gpus,
-        "gradients_gib": trained * 4 / hardware.gpus,
-        "optimizer_gib": trained * ADAM_BYTES / hardware.gpus,
-        "reference_gib": reference / hardware.gpus,
-        "activations_gib": activations,
-        "logits_gib": LOGITS_TILE,
-        "rollout_weights_gib": copy,
-        "kv_cache_gib": cache,
-    }
-    parts = {name: value / GIB for name, value in parts.items()}
-    total = sum(parts.values())
-    return MemoryPlan(
-        stage=stage,
-        parameters=counts["total"],
-        trained_parameters=trained,
-        **parts,
-        total_gib=total,
-        fits=enough and total <= 0.9 * hardware.memory_gib,
-        steps=int(steps),
-        tokens=int(passes * length),
-        hours=flops / (hardware.gpus * hardware.tflops * 1e12) / 3600,
+    options, launch = getattr(profile, stage), profile.launch
+    sharding = sharding_of(launch.accelerate_config)
+    if on.count > 1 and sharding.kind == "none":
+        raise PlanError(
+            f"{profile.name} starts one process (launch.accelerate_config is null), and the plan "
+            f"is for {on.count} GPUs: leave --gpus out, or set launch.accelerate_config."
+        )
+    if options.lora and sharding.kind != "none":
+        raise PlanError(
+            f"{profile.name}.{stage}.lora does not go with {sharding.kind} here: set "
+            "launch.accelerate_config to null, or train without lora."
+        )
+    compute = getattr(options, "compute_dtype", None) or options.dtype
+    if not on.device.is_gpu and compute != "float32":
+        raise PlanError(f"{profile.name}.{stage} computes in {compute}, which takes a GPU.")
+    shape = shape or model_shape(profile.models.small)
+    if shared_prefix is None:
+        family = FAMILIES[profile.models.small.family]
+        shared_prefix = can_share_prefix(family, options, SimpleNamespace(world_size=on.count))
+    return Setting(
+        options=options,
+        shape=shape,
+        row=row or row_of(profile, stage, shape),
+        hardware=on,
+        sharding=sharding,
+        shared_prefix=shared_prefix,
     )
 
 
-def _trained(counts: Mapping[str, int], config, options) -> int:
-    if options.lora:
-        return lora_parameters(config, options.lora.r)
-    frozen = (counts["vision"] - counts["merger"]) * options.freeze_vision + counts[
-        "merger"
-    ] * options.freeze_merger
-    return counts["total"] - frozen
+def samples_of(profile: Profile, stage: str, task: Task, shape: ModelShape) -> int:
+    """Rows that a stage trains on: the profile's limit, or the paper's numbers."""
+    data = profile.data
+    if stage == "sft":
+        limit = data.train_amodal_limit if task == "amodal" else data.train_limit
+        return min(limit or SFT_SAMPLES[task], SFT_SAMPLES[task])
+    limit = data.selection_amodal_limit if task == "amodal" else data.selection_limit
+    paper = RL_SAMPLES.get(shape.name, RL_SAMPLES["Qwen3-VL-8B"])
+    every = SFT_SAMPLES["amodal"] if task == "amodal" else paper  # Sec. 4.2
+    return min(limit or every, every)
 
 
-def as_text(plans: list[MemoryPlan], hardware: Hardware) -> str:
-    """The estimates as a table, a column a stage."""
+def make_plan(
+    profile: Profile,
+    stage: str,
+    on: Hardware,
+    *,
+    task: Task = "vanilla",
+    image_wh: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan of a stage ("sft" or "grpo"). image_wh: as in `row_of`."""
+    shape = model_shape(profile.models.small)
+    row = row_of(profile, stage, shape, image_wh)
+    setting = make_setting(profile, stage, on, shape=shape, row=row)
+    return Plan(stage, setting, samples_of(profile, stage, task, shape))
 
-    def shown(value: object) -> str:
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        return (
-            value
-            if isinstance(value, str)
-            else f"{value:,.1f}"
-            if isinstance(value, float)
-            else f"{value:,}"
-        )
 
+def default_hardware(
+    profile: Profile, name: str | None, count: int | None, memory_gib: float | None = None
+) -> Hardware:
+    """The profile's processes on A100 of 80 GB, or this CPU where it is made for one."""
+    launch = profile.launch
+    small = launch.accelerate_config is None and profile.grpo.rollout == "transformers"
+    processes = 1 if launch.accelerate_config is None else launch.num_processes
+    return hardware(name or ("cpu" if small else "a100"), count or processes, memory_gib)
+
+
+def as_text(plan: Plan) -> str:
+    """A plan to read: a line for each part, with its arithmetic."""
+    setting, row = plan.setting, plan.setting.row
+    phases = [phase for phase in ALL if plan.stage == "grpo" or phase != "rollout"]
     lines = [
-        f"{hardware.gpus} x {hardware.memory_gib:g} GiB, {hardware.tflops:g} Tflop/s; "
-        "fits: a tenth stays free"
+        f"{plan.stage.upper()} of {setting.shape.parameters:,} parameters on {setting.hardware}; "
+        f"{setting.trained:,} are trained",
+        f"A row: {row.image:,} tokens of the image, {row.question} of the question, "
+        f"{row.answer} to {row.longest:,} of the answer. "
+        f"A pass: {setting.rows} rows, {setting.tokens:,} tokens at most.",
+        "",
+        f"{'Memory of one device, GiB':28}" + "".join(f"{phase:>10}" for phase in phases),
     ]
-    for name in (field.name for field in fields(MemoryPlan)):
-        label = name.replace("_gib", ", GiB a GPU").replace("_", " ")
-        lines.append(
-            f"{label:28s}" + "".join(f"{shown(getattr(plan, name)):>16s}" for plan in plans)
-        )
+    for part in plan.parts:
+        cells = "".join(_cell(part.bytes if phase in part.phases else None) for phase in phases)
+        lines.append(f"  {part.name:26}{cells}   {part.how}")
+    totals = "".join(_cell(total_bytes(plan.parts, phase)) for phase in phases)
+    lines += [f"  {'together':26}{totals}   {_verdict(plan)}", ""]
+    for amount in [*plan_work.disk(setting), plan_work.host(setting)]:
+        if amount.value:
+            lines.append(f"  {amount.name:26}{amount.value:10,.1f} {amount.unit:4} {amount.how}")
+    steps = plan_work.steps_of(setting, plan.samples)
+    lines += ["", f"Hours for {plan.samples:,} samples in {steps:,} steps"]
+    for amount in plan_work.hours(setting, plan.samples):
+        lines.append(f"  {amount.name:26}{amount.value:10,.1f}      {amount.how}".rstrip())
     return "\n".join(lines)
+
+
+def _cell(size: float | None) -> str:
+    return f"{'':>10}" if size is None else f"{size / GIB:10.2f}"
+
+
+def _verdict(plan: Plan) -> str:
+    memory_gib = plan.setting.hardware.device.memory_gib
+    if not plan.vllm_fits:
+        need, share = (size / GIB for size in vllm_need(plan.setting))
+        return (
+            f"does not fit: vLLM needs {need:.1f} GiB for weights and one context, and its share "
+            f"is {share:.1f}: raise grpo.vllm_gpu_memory_utilization"
+        )
+    word = "fits" if plan.fits else "does not fit"
+    return f"{word} into {memory_gib:.0f} GiB, of which {FREE_SHARE:.0%} stay free"
+
+
+def _image_wh(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -225,37 +316,29 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m egm_lib.training.plan", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--profile", required=True)
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB")
+    parser.add_argument("--task", choices=TASKS, default="vanilla")
+    parser.add_argument("--gpu", choices=tuple(DEVICES), help="default: a100, or cpu for mini")
+    parser.add_argument("--gpus", type=int, help="default: the profile's launch.num_processes")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of one device")
     parser.add_argument(
-        "--tflops",
-        type=float,
-        default=312.0,
-        help="dense bf16 peak of one GPU; A100: 312, H100: 989",
+        "--image",
+        type=_image_wh,
+        metavar="WxH",
+        help="px of an image; default: 640x480, the commonest size of COCO",
     )
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--sft-samples", type=int, default=575_208, help="Sec. 4.1")
-    parser.add_argument("--rl-samples", type=int, default=83_989, help="Table 7")
     args = parser.parse_args(argv)
     return ends(lambda: _print_plan(args))
 
 
 def _print_plan(args: argparse.Namespace) -> None:
     profile = load_profile(args.profile)
-    hardware = Hardware(args.gpus, args.gpu_memory, args.tflops)
-    try:
-        config = AutoConfig.from_pretrained(profile.models.small.location)
-    except OSError as error:  # transformers' "cannot reach the hub" and "no such folder"
-        reason = str(error).splitlines()[0]
-        raise PlanError(
-            f"The configuration of {profile.models.small.path} cannot be read: {reason}"
-        ) from error
-    rows = {"sft": args.sft_samples, "grpo": args.rl_samples}
-    plans = [estimate(profile, config, stage, hardware, samples=rows[stage]) for stage in rows]
+    on = default_hardware(profile, args.gpu, args.gpus, args.memory)
+    plans = [make_plan(profile, stage, on, task=args.task, image_wh=args.image) for stage in STAGES]
     if args.json:
-        print(json.dumps([asdict(plan) for plan in plans], indent=2))
+        print(json.dumps([plan.as_dict() for plan in plans], indent=2))
     else:
-        print(as_text(plans, hardware))
+        print("\n\n".join(map(as_text, plans)))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig
 
+from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import GRPO, Profile
-from egm_lib.training import plan
+from egm_lib.training.hardware import DEVICES, GIB, Hardware, PlanError
 from egm_lib.training.model_setup import TrainingError
+from egm_lib.training.plan import row_of, sharding_of
+from egm_lib.training.plan_memory import Setting, states, vllm_need
 
 
 def check_rollout(options: GRPO) -> None:
@@ -48,15 +52,11 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     if not torch.cuda.is_available():
         return
     try:
-        config = AutoConfig.from_pretrained(place)
-    except OSError:
-        return  # load_start says it
-    # Of accelerate's processes, which divide these among them
-    gpus = int(os.environ.get("WORLD_SIZE", 1))
-    memory_gib = torch.cuda.get_device_properties(0).total_memory / plan.GIB
-    hardware = plan.Hardware(gpus, memory_gib, tflops=1.0)
-    parts = plan.estimate(profile, config, stage, hardware, samples=1)
-    needed_gib = parts.weights_gib + parts.gradients_gib + parts.optimizer_gib + parts.reference_gib
+        setting = _setting(profile, stage, place)
+    except (OSError, PlanError):
+        return  # load_start says what is wrong with the model; the launcher divides in its own way
+    memory_gib, gpus = setting.hardware.device.memory_gib, setting.hardware.count
+    needed_gib = sum(part.bytes for part in states(setting)) / GIB
     if needed_gib > memory_gib:
         raise TrainingError(
             f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on "
@@ -64,10 +64,29 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
             "(launch.num_processes) or train with lora. "
             f"`python -m egm_lib.training.plan --profile {profile.name}` shows what would fit."
         )
-    share_gib = profile.grpo.vllm_gpu_memory_utilization * memory_gib
-    if parts.rollout_weights_gib > share_gib:
+    if stage != "grpo" or profile.grpo.rollout != "vllm-colocate":
+        return
+    need_gib, share_gib = (size / GIB for size in vllm_need(setting))
+    if need_gib > share_gib:
         raise TrainingError(
-            f"vLLM holds {parts.rollout_weights_gib:.0f} GiB of weights of {place} on each GPU, "
-            f"and its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
-            "grpo.vllm_gpu_memory_utilization, or set grpo.rollout to vllm-server or transformers."
+            f"vLLM holds {need_gib:.0f} GiB on each GPU, for the weights of {place} and one whole "
+            f"context, and its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
+            "grpo.vllm_gpu_memory_utilization, lower grpo.max_model_len, or set grpo.rollout to "
+            "vllm-server or transformers."
         )
+
+
+def _setting(profile: Profile, stage: str, place: str) -> Setting:
+    """What decides the memory of the stage on this machine's GPUs."""
+    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    # Accelerate's processes divide weights and optimizer state among them
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    return Setting(
+        options=getattr(profile, stage),
+        shape=shape,
+        row=row_of(profile, stage, shape),
+        hardware=Hardware(replace(DEVICES["a100"], memory_gib=memory_gib), gpus),
+        sharding=sharding_of(profile.launch.accelerate_config),
+        shared_prefix=False,
+    )

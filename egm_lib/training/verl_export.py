@@ -20,17 +20,16 @@ from datasets import Dataset
 import egm_lib.reward
 from egm_lib.data import read_samples, resolve_image
 from egm_lib.files import write_text
-from egm_lib.inference.vllm_engine import MAX_MODEL_LEN
 from egm_lib.profile import GRPO, Profile
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import require_file
 from egm_lib.training.command import stage_command
-from egm_lib.training.model_setup import TrainingError
+from egm_lib.training.model_setup import TrainingError, rollout_context
 
 REWARD = Path(egm_lib.reward.__file__)
 # Tokens, ours: 13 tiles of 256 (InternVL-3) and the question; VeRL's default is 512
-PROMPT = 4_096
+MAX_PROMPT = 4_096
 
 
 def verl_rows(
@@ -74,19 +73,21 @@ def verl_overrides(
         )
     actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
     rows = grpo.per_device_train_batch_size
+    context = rollout_context(grpo)
     return {
         "algorithm.adv_estimator": "grpo",
         "algorithm.use_kl_in_reward": False,  # the KL is a term of the loss, Eq. 3
         "data.train_files": str(train),
         "data.val_files": str(train),
         "data.train_batch_size": grpo.prompts_per_step,
-        "data.max_prompt_length": PROMPT,
+        "data.max_prompt_length": min(MAX_PROMPT, context - grpo.max_completion_length),
         "data.max_response_length": grpo.max_completion_length,
         "data.image_key": "images",
         "data.seed": seed,
         "actor_rollout_ref.model.path": str(model),
         f"{actor}.ppo_mini_batch_size": grpo.prompts_per_step,
         f"{actor}.ppo_micro_batch_size_per_gpu": rows,
+        **_token_budget(grpo),
         f"{actor}.loss_agg_mode": "token-mean",
         f"{actor}.policy_loss.loss_mode": {"token": "vanilla", "sequence": "gspo"}[
             grpo.ratio_level
@@ -107,7 +108,9 @@ def verl_overrides(
         f"{rollout}.top_p": grpo.top_p,
         f"{rollout}.top_k": -1 if grpo.top_k is None else grpo.top_k,
         f"{rollout}.dtype": grpo.rollout_dtype,
-        f"{rollout}.max_model_len": MAX_MODEL_LEN,
+        f"{rollout}.max_model_len": context,
+        f"{rollout}.gpu_memory_utilization": grpo.vllm_gpu_memory_utilization,
+        f"{rollout}.free_cache_engine": grpo.vllm_sleep,  # VeRL's name for vLLM's sleep
         f"{rollout}.log_prob_micro_batch_size_per_gpu": rows,
         "custom_reward_function.path": str(REWARD),
         "custom_reward_function.name": "compute_score",
@@ -120,6 +123,17 @@ def verl_overrides(
         "trainer.default_local_dir": str(out / "checkpoints"),
         "trainer.project_name": "egm",
         "trainer.experiment_name": f"{profile.name}-{seed}",
+    }
+
+
+def _token_budget(grpo: GRPO) -> dict[str, object]:
+    """Micro-batches by tokens instead of rows; reference and rollout follow the actor's."""
+    if grpo.micro_batch_tokens is None:
+        return {}
+    actor = "actor_rollout_ref.actor"
+    return {
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": grpo.micro_batch_tokens,
     }
 
 

@@ -70,8 +70,8 @@ class TraceViewer(anywidget.AnyWidget):
     {"sample_id", "completions": [text, ...]} and, where known, "rewards", "advantages", "step" and
     "frame" (default NORM_1000). A group whose sample has no prediction holds the sample's fields
     itself. If a sample has several groups, the last one is shown.
-    objects: boxes (xyxy px) of every object in the image, by sample_id, where they are known: a
-    step of a trace that lies on none of them is marked.
+    objects: boxes (xyxy px) of every object in the image of a sample, None where they are not
+    known: a step of a trace that lies on none of them is marked.
 
     Traits to set and to read: `index` (position among the samples that the filter leaves),
     `filter` (a dict of show, a, b, split, prompt_kind, num_lookalikes, cause, search, sample_ids),
@@ -101,10 +101,10 @@ class TraceViewer(anywidget.AnyWidget):
         root: str | Path = ".",
         causes: Mapping[str, str] | None = None,
         groups: Iterable[Mapping] = (),
-        objects: Mapping[str, Sequence[Box]] | None = None,
+        objects: Callable[[Mapping], Sequence[Box] | None] = lambda sample: None,
         **traits,
     ):
-        self._root, self._causes, self._objects = Path(root), causes or {}, objects or {}
+        self._root, self._causes, self._objects = Path(root), causes or {}, objects
         self._comparisons = compare(rows_of(predictions))
         groups = [readable(identified(group, number)) for number, group in enumerate(groups, 1)]
         self._groups = {group["sample_id"]: group for group in groups}
@@ -184,7 +184,7 @@ class TraceViewer(anywidget.AnyWidget):
             self._root,
             note=self._causes.get(self._id(), ""),
             group=self.view.get("group"),
-            objects=self._objects.get(self._id()),
+            objects=self._objects(self._current().sample),
         )
 
     def export(self, path: str | Path, dpi: int = 200) -> Path:
@@ -306,7 +306,7 @@ class TraceViewer(anywidget.AnyWidget):
             root=self._root,
             group=self._groups.get(name),
             causes={"cause": self._causes[name]} if name in self._causes else None,
-            objects=self._objects.get(name),
+            objects=self._objects(self._current().sample),
         )
 
     def _answer_page(self, _, message: Mapping, buffers) -> None:

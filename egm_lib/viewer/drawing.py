@@ -203,9 +203,11 @@ def comparison_figure(
     return figure
 
 
-def comparison_height_in(comparison: Comparison, models: Sequence[str]) -> float:
+def comparison_height_in(
+    comparison: Comparison, models: Sequence[str], objects: Sequence[Box] | None = None
+) -> float:
     """The height that draw_comparison needs for its text, in inches."""
-    return _height_in(_blocks(comparison, models, None))
+    return _height_in(_blocks(comparison, models, objects))
 
 
 # What is written of a model: its look, its answer, its steps, its reasoning in lines.

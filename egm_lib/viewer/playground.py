@@ -124,7 +124,10 @@ class Playground(anywidget.AnyWidget):
         ]
         self.choices = {"models": models, "samples": len(self._samples)}
         if self._samples:
-            self.show_sample(0)
+            try:
+                self.show_sample(0)
+            except (EgmError, OSError) as error:  # a run's files may be here without its images
+                self.problem = str(error)
         self.on_msg(self._on_page)
 
     # --- the image
@@ -354,8 +357,10 @@ class Playground(anywidget.AnyWidget):
         sample = self._sample | self._truth() | {"expression": self.expression}
         sample["sample_id"] = self.view.get("name", "no image")
         names = list(self.scored)
+        labels = ", ".join(model["label"] for model in self.choices["models"])
+        note = "" if names else f"not asked yet: {labels}"
         return comparison_figure(
-            Comparison(sample, self.scored), names, self._root, objects=self._objects
+            Comparison(sample, self.scored), names, self._root, note=note, objects=self._objects
         )
 
     def _repr_mimebundle_(self, **kwargs):

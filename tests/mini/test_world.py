@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 
-from egm_lib.boxes import iou
+from egm_lib.boxes import BoxFrame, iou
 from egm_lib.data import open_image, read_samples, resolve_image
 from egm_lib.mini import world
+from egm_lib.profile import Data, load_profile
+from egm_lib.viewer.steps import places
 
 WANTED = {name: 40 if name.startswith("train") else 12 for name in world.recipes()}
 
@@ -86,3 +88,37 @@ def test_other_test_scenes_change_the_test_splits_alone(root, tmp_path):
     assert (first / "eval/refcoco_val.jsonl").read_bytes() == (
         other / "eval/refcoco_val.jsonl"
     ).read_bytes()
+
+
+def test_objects_are_those_of_the_stored_scene(root):
+    """Every place that the teacher names lies on one of them: it reasons about the same scene."""
+    data = load_profile("mini").data
+    truths = {row["sample_id"]: row for row in map(json.loads, (root / "teacher.jsonl").open())}
+    named = 0
+    for row in (row for name in WANTED for row in rows_of(root, name)):
+        objects = world.objects_in(row, data)
+        assert any(iou(row["gt_box"], box) > 0.2 for box in objects)
+        truth, visible = truths[row["sample_id"]], row["modal_box"] and tuple(row["modal_box"])
+        for trace in filter(None, (truth["reasoning"], truth["amodal_reasoning"])):
+            frame, image_wh = BoxFrame.NORM_1000, (row["width"], row["height"])
+            known = {"frame": frame, "image_wh": image_wh, "visible": visible}
+            steps = places(trace, **known, objects=objects)
+            assert [step.fault for step in steps] == [""] * len(steps), trace
+            named += len(steps)
+    assert named > 500
+
+
+def test_objects_of_another_image_are_not_made_up(root):
+    data = load_profile("mini").data
+    row = rows_of(root, "eval/refcoco_val.jsonl")[0]
+    assert world.objects_in(row, Data(source="refcoco", root="data/raw/refcoco")) is None
+    others = (
+        {"flipped": True},
+        {"split": "unknown"},
+        {"image_id": "COCO_train2014_000000000072"},  # the box is none of that scene's
+        {"image_id": None},
+        {"gt_box": [1.0, 2.0, 3.0, 4.0]},
+        {"gt_box": None},
+    )
+    for change in others:
+        assert world.objects_in(row | change, data) is None, change

@@ -36,12 +36,19 @@ def test_every_figure_is_drawn_from_a_complete_run_and_listed(toy):
 
 
 def test_bands_of_training_curves():
-    """Two seeds: their range. Three: the t interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3)."""
-    for seeds, expected in ((1, (1.0, 1.0)), (2, (1.0, 2.0)), (3, (2 - 2.4842, 2 + 2.4842))):
+    """Two seeds: their range. Three: the t interval of 1, 2, 3 is 2 +- 4.303 / sqrt(3); it ends at
+    0, since no KL, length or share is negative.
+    """
+    for first, seeds, expected in (
+        (1, 1, (1.0, 1.0)),
+        (1, 2, (1.0, 2.0)),
+        (1, 3, (0.0, 2 + 2.4842)),
+        (4, 3, (5 - 2.4842, 5 + 2.4842)),
+    ):
         ax = Figure().subplots()
         frames = [
             pd.DataFrame({"step": range(1, 21), "loss": float(seed)})
-            for seed in range(1, seeds + 1)
+            for seed in range(first, first + seeds)
         ]
         _curve(ax, frames, "loss", "vanilla")
         [band] = ax.collections

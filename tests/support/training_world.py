@@ -58,6 +58,7 @@ def make_samples(folder: Path, images: int = 4, per_image: int = 2) -> list[dict
                 {
                     "sample_id": f"{number}-{question}",
                     "image": f"{number}.png",
+                    "image_id": str(number),
                     "width": SIZE_PX,
                     "height": SIZE_PX,
                     "expression": f"square {question}",

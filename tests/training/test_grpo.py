@@ -26,10 +26,11 @@ from egm_lib.files import project_root
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
-from egm_lib.grpo import make_grpo_trainer, make_reward, question_rows
+from egm_lib.grpo import hold_out, make_grpo_trainer, make_reward, question_rows
 from egm_lib.loss import group_advantages
 from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
+from egm_lib.reports.figures.curves import training_log
 from egm_lib.run import Run
 from egm_lib.training import grpo_shared_prefix, grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
@@ -61,7 +62,15 @@ def half_right(completions, **kwargs) -> list[float]:
 
 
 def trainer_of(
-    world, tmp_path, *, shared=None, reward=count_letter, seed=0, family=FAMILY, **changes
+    world,
+    tmp_path,
+    *,
+    shared=None,
+    reward=count_letter,
+    seed=0,
+    family=FAMILY,
+    held_out=(),
+    **changes,
 ):
     folder, samples, root = world
     model, processor = stored(folder, family.name)
@@ -79,6 +88,7 @@ def trainer_of(
         seed=seed,
         shared_prefix=shared,
         reward=reward,
+        held_out=held_out,
     )
     return trainer, processor
 
@@ -385,6 +395,66 @@ def check_groups(path, steps: list[int]) -> list[dict]:
     return groups
 
 
+def question_images(samples) -> set[str]:
+    return {sample["image_id"] for sample in samples}
+
+
+def test_no_image_of_a_held_out_prompt_is_trained_on():
+    samples = [{"sample_id": n, "image_id": f"{n // 3}"} for n in range(60)]
+    trained, held_out = hold_out(samples, 10, seed=0)
+    assert len(held_out) == 10 and not question_images(trained) & question_images(held_out)
+    assert len(trained) == 60 - 12  # four images of three samples each
+    assert hold_out(samples, 10, seed=0) == (trained, held_out) != hold_out(samples, 10, seed=1)
+    assert hold_out(samples, 0, seed=0) == (samples, [])
+    with pytest.raises(TrainingError, match="held_out_prompts = 58 leaves none of 60"):
+        hold_out(samples, 58, seed=0)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
+def test_held_out_prompts_are_answered_now_and_then_and_never_trained_on(world, tmp_path, shared):
+    """Rewards of the prompts alone: eight of which the first is right, and in turns in training."""
+    _, samples, root = world
+    asked = []
+
+    def reward(completions, sample, **kwargs) -> list[float]:
+        asked.append([row["sample_id"] for row in sample])
+        if len(completions) == 8:  # the held-out ones
+            return [1.0] + [0.0] * 7
+        return half_right(completions)
+
+    held_out = [sample | {"sample_id": f"held-{n}"} for n, sample in enumerate(samples * 2)]
+    trainer, processor = trainer_of(
+        world,
+        tmp_path,
+        shared=shared,
+        reward=reward,
+        held_out=question_rows(held_out, FAMILY, root),
+        held_out_prompts=8,
+        held_out_steps=2,
+        max_steps=3,
+    )
+    train_to(trainer, processor, tmp_path / "out")
+    lines = list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
+    measured = {line["step"]: line["eval_reward"] for line in lines if "eval_reward" in line}
+    assert measured == {0: 1 / 8, 2: 1 / 8, 3: 1 / 8}
+    assert [line["reward"] for line in lines if "reward" in line] == [0.5] * 3
+    assert all(line["eval_completions/mean_length"] > 0 for line in lines if "eval_reward" in line)
+    assert not any("eval_loss" in line for line in lines)
+    trained = [name for names in asked if len(names) != 8 for name in names]
+    assert trained and not any(str(name).startswith("held") for name in trained)
+    kept = read_groups(tmp_path / "groups.jsonl")
+    assert {group["step"] for group in kept} == {1, 2, 3}  # of training alone
+    frame = training_log(tmp_path / "log.jsonl")
+    assert frame["step"].tolist() == [0, 1, 2, 3]
+    assert frame.set_index("step").loc[2, ["reward", "eval_reward"]].tolist() == [0.5, 1 / 8]
+
+
+def test_held_out_prompts_fill_whole_batches(tmp_path):
+    options = grpo_options(held_out_prompts=9)
+    with pytest.raises(TrainingError, match="held_out_prompts = 9 does not divide into batches"):
+        trl_options(options, tmp_path, 0)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_truncated_completions_leave_the_update_where_the_profile_says_so(
     world, tmp_path, monkeypatch, masked
@@ -402,6 +472,7 @@ def test_truncated_completions_leave_the_update_where_the_profile_says_so(
         "sample",
         lambda model, prompts, *args: (answers * len(prompts), [[0.0] * 4] * 4 * len(prompts)),
     )
+    trainer.model.train()  # as in a step
     parts = trainer._roll_out([row for row in trainer.train_dataset for _ in range(4)])
     kept = [tokens for part in parts for tokens in part["completion"].tolist()]
     assert len(kept) == (8 if masked else 16)
@@ -532,6 +603,7 @@ def test_vllm_samples_a_compared_step_without_top_p(colocated, monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "_generate", rollout)
     trainer = colocated(top_p=0.7, top_k=5, check_steps=2)
+    trainer.model.train()  # as in a step
     logps, compared = torch.zeros(3), []
     for trainer.state.global_step in range(4):
         trainer._generate([])
@@ -540,6 +612,9 @@ def test_vllm_samples_a_compared_step_without_top_p(colocated, monkeypatch):
             trainer._check_policy(logps, logps)
     assert compared == [True, False, True, False]
     assert trainer.vllm_generation.calls == [(1.0, 0), (0.7, 5)] * 2
+    trainer.model.eval()  # held-out prompts are sampled as a rollout is, and compared with nothing
+    trainer._generate([])
+    assert trainer.vllm_generation.calls[-1] == (0.7, 5)
 
 
 def test_nan_is_no_agreement():

@@ -1,156 +1,258 @@
-"""The plan's arithmetic against models that exist: counted parameters, what is trained, and what
-several GPUs share.
-"""
+"""The plan's arithmetic: hand-computed sums, what several GPUs share, and models that exist."""
 
 import json
 from dataclasses import replace
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tiny_qwen import tiny_qwen
-from transformers import Qwen3VLConfig
 
 from egm_lib import grpo, sft
 from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
-from egm_lib.profile import Lora, load_profile
+from egm_lib.model_shapes import SHAPES, shape_from_config
+from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
+from egm_lib.training.hardware import GIB, PlanError, hardware
 from egm_lib.training.model_setup import freeze_tower, lora_config
 from egm_lib.training.plan import (
-    Hardware,
-    PlanError,
-    count_parameters,
-    estimate,
-    lora_parameters,
+    Plan,
+    default_hardware,
     main,
+    make_plan,
+    make_setting,
+    row_of,
+    sharding_of,
 )
+from egm_lib.training.plan_memory import fullest, lora_parameters, total_bytes
+from egm_lib.training.plan_work import disk, hours, steps_of
 
-ONE = Hardware(gpus=1, memory_gib=80, tflops=312)
+EIGHT = hardware("a100", 8)
+QWEN, INTERNVL = load_profile("paper-qwen3vl-8b"), load_profile("paper-internvl3-8b")
+ALONE = replace(QWEN.launch, accelerate_config=None, num_processes=1)
 
 
-def profile(**sft):
-    base = load_profile("paper-qwen3vl-8b")
-    return replace(base, sft=replace(base.sft, **sft))
+def gib(plan: Plan, name: str) -> float:
+    """GiB of a part; 0 where the plan has none."""
+    return sum(part.bytes for part in plan.parts if part.name == name) / GIB
+
+
+def changed(profile, stage, **changes):
+    return replace(profile, **{stage: replace(getattr(profile, stage), **changes)})
 
 
 @pytest.mark.parametrize(("tower", "merger"), [(True, True), (True, False), (False, False)])
-def test_parameters_are_those_of_the_model(tower, merger):
+def test_what_is_trained_is_what_the_model_trains(tower, merger):
     model = tiny_qwen()[0]
     freeze_tower(model, FAMILIES["qwen3-vl"], tower=tower, merger=merger)
-    plan = estimate(
-        profile(freeze_vision=tower, freeze_merger=merger), model.config, "sft", ONE, samples=100
-    )
-    assert plan.parameters == model.num_parameters()
-    assert plan.trained_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count_parameters(model.config)["vision"] == sum(
-        p.numel() for p in model.model.visual.parameters()
-    )
+    profile = changed(QWEN, "sft", freeze_vision=tower, freeze_merger=merger)
+    shape = shape_from_config(model.config)
+    setting = make_setting(profile, "sft", EIGHT, shape=shape, row=row_of(profile, "sft", shape))
+    assert setting.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_lora_is_what_peft_makes_of_it():
     model = tiny_qwen()[0]
-    peft_model = get_peft_model(model, LoraConfig(**{**lora_config(Lora(r=4, alpha=8)).to_dict()}))
+    text = shape_from_config(model.config).text
+    peft_model = get_peft_model(model, lora_config(Lora(r=4, alpha=8)))
     made = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    assert lora_parameters(model.config, 4) == made
+    assert lora_parameters(text, 4) == made
+
+
+def test_states_under_zero_3_by_hand():
+    """8,767,123,696 parameters over 8 GPUs: 2 bytes of weights, 4 of master weights, 8 of moments,
+    2 of gradients, and 2 of the reference.
+    """
+    plan = make_plan(QWEN, "grpo", EIGHT)
+    shard_gib = 8_767_123_696 / 8 / GIB
+    expected = {
+        "weights": 2,
+        "master weights": 4,
+        "optimizer's moments": 8,
+        "gradients": 2,
+        "reference for the KL": 2,
+    }
+    for name, width in expected.items():
+        assert gib(plan, name) == pytest.approx(width * shard_gib), name
 
 
 def test_several_gpus_share_the_state_and_the_work():
-    config = tiny_qwen()[0].config
-    one = estimate(profile(), config, "sft", ONE, samples=1000)
-    eight = estimate(profile(), config, "sft", replace(ONE, gpus=8), samples=1000)
-    for part in ("weights_gib", "gradients_gib", "optimizer_gib"):
-        assert getattr(eight, part) == pytest.approx(getattr(one, part) / 8)
-    assert eight.activations_gib == one.activations_gib
-    assert eight.hours == pytest.approx(one.hours / 8)
-    assert one.optimizer_gib == pytest.approx(8 * one.trained_parameters / 2**30)
+    one, eight = (make_plan(QWEN, "sft", hardware("a100", count)) for count in (1, 8))
+    for part in ("weights", "master weights", "optimizer's moments", "gradients"):
+        assert gib(eight, part) == pytest.approx(gib(one, part) / 8)
+    assert gib(eight, "activations, language") == gib(one, "activations, language")
+    # Steps are of whole batches
+    total = [hours(plan.setting, plan.samples)[-1].value for plan in (one, eight)]
+    assert total[1] == pytest.approx(total[0] / 8, rel=1e-3)
 
 
-def qwen_8b() -> Qwen3VLConfig:
-    return Qwen3VLConfig(
-        text_config={
-            "vocab_size": 151_936,
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 12_288,
-        },
-        vision_config={
-            "depth": 27,
-            "hidden_size": 1152,
-            "num_heads": 16,
-            "intermediate_size": 4304,
-            "out_hidden_size": 4096,
-            "deepstack_visual_indexes": [8, 16, 24],
-        },
-        tie_word_embeddings=False,
+def test_frozen_vision_has_no_state_and_no_activations():
+    frozen, trained = (
+        make_plan(changed(QWEN, "grpo", freeze_vision=freeze), "grpo", EIGHT)
+        for freeze in (True, False)
     )
+    tower = SHAPES["Qwen3-VL-8B"].vision.tower
+    saved = gib(trained, "optimizer's moments") - gib(frozen, "optimizer's moments")
+    assert saved == pytest.approx(tower * 8 / 8 / GIB)
+    assert gib(frozen, "activations, vision") == 0 < gib(trained, "activations, vision")
+
+
+def test_tokens_of_an_image_are_the_family_s():
+    rows = {
+        (profile.name, stage): make_plan(profile, stage, EIGHT).setting.row.image
+        for profile in (QWEN, INTERNVL)
+        for stage in ("sft", "grpo")
+    }
+    assert list(rows.values()) == [48, 300, 3328, 3328]  # max_pixels is SFT's; 13 tiles of 256
+
+
+def test_the_token_budget_bounds_a_pass():
+    with_budget = make_plan(INTERNVL, "grpo", EIGHT).setting
+    without = make_plan(changed(INTERNVL, "grpo", micro_batch_tokens=None), "grpo", EIGHT).setting
+    assert with_budget.tokens == 25_600
+    assert without.tokens == 32 * (3328 + 48 + 1024)
+    one_row = make_plan(changed(INTERNVL, "grpo", micro_batch_tokens=1), "grpo", EIGHT).setting
+    assert one_row.tokens == 3328 + 48 + 1024  # a row beyond the budget stands alone
+
+
+def test_a_longer_context_is_vllm_s_matter_alone():
+    short, long = (
+        make_plan(changed(QWEN, "grpo", max_model_len=length), "grpo", EIGHT)
+        for length in (5120, 32_768)
+    )
+    assert short.peak_gib == long.peak_gib  # both lie within the share
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.3, True), (0.2, False)])
+def test_a_colocated_vllm_needs_room_for_its_weights_and_a_whole_context(share, fits):
+    """16.3 GiB of weights; 5,120 tokens x 36 layers x 2 x 8 heads x 128 x 2 bytes are 0.7."""
+    profile = changed(QWEN, "grpo", vllm_gpu_memory_utilization=share)
+    plan = make_plan(profile, "grpo", EIGHT)
+    assert plan.fits == fits
+    assert gib(plan, "vLLM's share") == pytest.approx(max(share * 80, 16.33 + 0.70), abs=0.01)
+
+
+def test_a_sleeping_vllm_gives_its_memory_to_the_update():
+    asleep, awake = (
+        make_plan(changed(QWEN, "grpo", vllm_sleep=sleep), "grpo", EIGHT) for sleep in (True, False)
+    )
+    freed = total_bytes(awake.parts, "update") - total_bytes(asleep.parts, "update")
+    assert freed == pytest.approx(0.3 * 80 * GIB)
+    assert total_bytes(awake.parts, "rollout") == total_bytes(asleep.parts, "rollout")
+
+
+def test_float32_takes_more_of_everything_that_is_computed_with():
+    bfloat16, float32 = (
+        make_plan(changed(QWEN, "grpo", compute_dtype=dtype), "grpo", EIGHT)
+        for dtype in ("bfloat16", "float32")
+    )
+    for name in ("weights", "gradients", "activations, language", "images of a step"):
+        assert gib(float32, name) == pytest.approx(2 * gib(bfloat16, name)), name
+    assert gib(float32, "master weights") == gib(bfloat16, "master weights")
 
 
 def test_real_sizes_say_what_everyone_knows():
     """An 8B model's full training does not fit one GPU of 80 GiB, fits eight; LoRA fits one."""
-    config = qwen_8b()
-    full, lora = profile(), profile(lora=Lora(r=16, alpha=32))
-    assert 8.0e9 < estimate(full, config, "sft", ONE, samples=1000).parameters < 9.5e9
-    assert not estimate(full, config, "sft", ONE, samples=1000).fits
-    assert estimate(full, config, "sft", replace(ONE, gpus=8), samples=1000).fits
-    assert estimate(lora, config, "sft", ONE, samples=1000).fits
+    one = hardware("a100")
+    lora = replace(changed(QWEN, "sft", lora=Lora(r=16, alpha=32)), launch=ALONE)
+    assert not make_plan(QWEN, "sft", one).fits
+    assert make_plan(QWEN, "sft", EIGHT).fits
+    assert make_plan(lora, "sft", one).fits
 
 
 def test_steps_are_the_profile_s():
-    config, profile_ = tiny_qwen()[0].config, load_profile("paper-qwen3vl-8b")
-    plan = estimate(profile_, config, "grpo", replace(ONE, gpus=8), samples=83_989)
-    assert plan.steps == 329 * 5  # 83,989 prompts in steps of 256, five epochs
-    # Batches of 128
-    assert estimate(profile_, config, "sft", replace(ONE, gpus=8), samples=575_208).steps == 4494
+    # 83,989 prompts in steps of 256, five epochs; batches of 128
+    plan = make_plan(QWEN, "grpo", EIGHT)
+    assert steps_of(plan.setting, plan.samples) == 329 * 5
+    plan = make_plan(QWEN, "sft", EIGHT)
+    assert steps_of(plan.setting, plan.samples) == 4494
 
 
-def test_no_gpu_is_no_plan():
-    with pytest.raises(PlanError, match="at least one GPU"):
-        Hardware(gpus=0, memory_gib=80, tflops=312)
+def test_checkpoints_are_123_gb_and_two_are_kept():
+    plan = make_plan(QWEN, "grpo", EIGHT)
+    checkpoints, finished = disk(plan.setting)
+    assert checkpoints.value == pytest.approx(2 * 8.767 * 14, rel=1e-3)
+    assert finished.value == pytest.approx(2 * 8.767, rel=1e-3)
 
 
 def test_rollouts_that_wait_take_no_memory():
-    config, base = tiny_qwen()[0].config, load_profile("paper-qwen3vl-8b")
-    grpo_ = replace(base.grpo, rollout="transformers")
-    few, many = (replace(base, grpo=replace(grpo_, prompts_per_step=count)) for count in (1, 4096))
-    small, large = (
-        estimate(each, config, "grpo", ONE, samples=100).kv_cache_gib for each in (few, many)
+    """Our own trainer samples ROLLOUT_ROWS completions at a time, however many a step has."""
+    mini = load_profile("mini")
+    size = mini.grpo.num_generations
+    few, many = (
+        gib(make_plan(changed(mini, "grpo", prompts_per_step=n), "grpo", hardware("cpu")), name)
+        for name, n in (("KV cache", 1), ("KV cache", 4096))
     )
-    assert large == pytest.approx(small * ROLLOUT_ROWS / base.grpo.num_generations)
+    assert many == pytest.approx(few * ROLLOUT_ROWS / size)
+
+
+def test_the_fullest_phase_decides():
+    plan = make_plan(QWEN, "grpo", EIGHT)
+    sums = [total_bytes(plan.parts, phase) for phase in ("rollout", "update", "optimizer")]
+    assert total_bytes(plan.parts, fullest(plan.parts)) == max(sums)
+    assert plan.peak_gib == max(sums) / GIB
 
 
 @pytest.mark.parametrize(
-    ("share", "memory_gib", "fits"), [(0.3, 80, True), (0.2, 80, False), (0.3, 40, False)]
+    ("profile", "device", "message"),
+    [
+        (replace(QWEN, launch=ALONE), hardware("a100", 8), "starts one process"),
+        (changed(QWEN, "sft", lora=Lora(r=4, alpha=8)), EIGHT, "lora does not go with zero-3"),
+        (replace(QWEN, launch=ALONE), hardware("cpu"), "computes in bfloat16"),
+    ],
 )
-def test_a_colocated_vllm_needs_room_for_its_weights_and_a_whole_context(share, memory_gib, fits):
-    """8.8 billion parameters of 2 bytes are 16 GiB; 32,768 tokens x 36 layers x 2 x 8 heads x 128 x
-    2 bytes, 4.5.
-    """
-    base, hardware = (
-        load_profile("paper-qwen3vl-8b"),
-        Hardware(gpus=8, memory_gib=memory_gib, tflops=312),
-    )
-    base = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
-    plan = estimate(base, qwen_8b(), "grpo", hardware, samples=1000)
-    assert plan.fits == fits
-    assert plan.rollout_weights_gib == pytest.approx(plan.parameters * 2 / 2**30)
-    assert plan.rollout_weights_gib + plan.kv_cache_gib == pytest.approx(
-        max(share * memory_gib, 16.3 + 4.5), rel=0.01
-    )
+def test_what_training_would_refuse_is_no_plan(profile, device, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(profile, "sft", device)
 
 
-def test_the_command_prints_a_table_or_json(capsys):
-    assert main(["--profile", "mini", "--gpus", "1"]) == 0
-    table = capsys.readouterr().out
-    assert "trained parameters" in table and "yes" in table
-    assert main(["--profile", "mini", "--gpus", "1", "--json"]) == 0
+def test_no_device_is_no_plan():
+    with pytest.raises(PlanError, match="at least one"):
+        hardware("a100", 0)
+    with pytest.raises(PlanError, match="one process"):
+        hardware("cpu", 2)
+
+
+def test_sizes_of_zero_s_buffers_are_the_configuration_s(tmp_path, monkeypatch):
+    assert sharding_of("deepspeed_zero3").zero["reduce_bucket_size"] == 500_000_000  # the default
+    monkeypatch.setattr("egm_lib.training.plan.CONFIGS", tmp_path)
+    lines = ["distributed_type: DEEPSPEED", "deepspeed_config:", "  zero_stage: 3"]
+    stated = [*lines, "  reduce_bucket_size: 1000", "  offload_optimizer_device: cpu"]
+    (tmp_path / "own.yaml").write_text("\n".join(stated))
+    own = sharding_of("own")
+    assert own.zero["reduce_bucket_size"] == 1000 and own.offload_optimizer
+    (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU")
+    with pytest.raises(PlanError, match="neither"):
+        sharding_of("own")
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name != "smoke"])
+def test_every_profile_has_a_plan(name):
+    """No hub is asked: shapes are in the table, or in the miniature's folders."""
+    profile = load_profile(name)
+    for stage in ("sft", "grpo"):
+        plan = make_plan(profile, stage, default_hardware(profile, None, None))
+        assert plan.peak_gib > 0 and plan.as_dict()["hours"]
+
+
+def test_the_paper_profiles_fit_eight_gpus_of_80_gib():
+    for name in profile_names():
+        if name.startswith("paper-"):
+            profile = load_profile(name)
+            for stage in ("sft", "grpo"):
+                assert make_plan(profile, stage, EIGHT).fits, (name, stage)
+
+
+def test_the_command_prints_the_arithmetic_or_json(capsys):
+    assert main(["--profile", "paper-qwen3vl-8b"]) == 0
+    text = capsys.readouterr().out
+    assert "8,767,123,696 trained x 8 bytes / 8 GPUs" in text
+    assert main(["--profile", "paper-qwen3vl-8b", "--json"]) == 0
     assert [plan["fits"] for plan in json.loads(capsys.readouterr().out)] == [True, True]
 
 
 @pytest.mark.parametrize("stage", [sft, grpo])
 def test_a_stage_s_command_has_the_plan_too(stage, capsys):
-    assert main(["--profile", "mini"]) == 0
+    assert main(["--profile", "mini", "--task", "amodal"]) == 0
     expected = capsys.readouterr().out
-    assert stage.main(["--profile", "mini", "--plan"]) == 0
+    assert stage.main(["--profile", "mini", "--task", "amodal", "--plan"]) == 0
     assert capsys.readouterr().out == expected

@@ -19,6 +19,7 @@ from egm_lib import grpo, sft
 from egm_lib.errors import InputError
 from egm_lib.files import write_jsonl
 from egm_lib.inference.loading import limit_pixels, load_processor, video_half
+from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import Lora, Model, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
@@ -29,7 +30,6 @@ from egm_lib.training.checkpoints import is_finished, train_to, work_folder
 from egm_lib.training.clock import Clock, TimedSchedule, logged_tokens
 from egm_lib.training.command import stage_command
 from egm_lib.training.model_setup import TrainingError, lora_config
-from egm_lib.training.plan import count_parameters
 from egm_lib.training.preflight import check_device, check_memory
 from egm_lib.training.sft_trainers import ImageSampler, PlainCollator
 
@@ -321,11 +321,10 @@ def test_half_precision_without_a_gpu_is_said_before_anything_starts():
 
 def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(world, monkeypatch):
     profile, place = load_profile("paper-qwen3vl-8b"), str(world[0])
-    config = AutoConfig.from_pretrained(place)
-    parameters = count_parameters(config)
-    trained = parameters["total"] - (parameters["vision"] - parameters["merger"])
-    # Weights twice; gradients and two moments in float32
-    needed = parameters["total"] * (4 + 2) + trained * (4 + 8)
+    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    trained = shape.parameters - shape.vision.tower
+    # ZeRO-3: weights and gradients in bfloat16; master weights and two moments in float32
+    needed = shape.parameters * 2 + trained * (4 + 8 + 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for total_memory, processes, refused in (
         (needed, 1, False),
@@ -348,7 +347,7 @@ def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_i
 ):
     base, place = load_profile("paper-qwen3vl-8b"), str(world[0])
     profile = replace(base, grpo=replace(base.grpo, vllm_gpu_memory_utilization=share))
-    memory = 100 * count_parameters(AutoConfig.from_pretrained(place))["total"]
+    memory = 100 * shape_from_config(AutoConfig.from_pretrained(place)).parameters
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)

@@ -4,6 +4,7 @@ The last tests ask VeRL itself, and are skipped where `pip install verl` has not
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,10 +13,11 @@ from training_world import make_samples
 
 from egm_lib.boxes import BoxFrame, convert
 from egm_lib.data import write_samples
-from egm_lib.profile import load_profile
+from egm_lib.profile import load_profile, profile_names
 from egm_lib.prompts import FAMILIES
 from egm_lib.reward import compute_score
 from egm_lib.run import Run
+from egm_lib.training.model_setup import TrainingError
 from egm_lib.training.verl_export import _hydra, export, verl_overrides
 
 
@@ -87,6 +89,11 @@ def test_overrides_are_table_6(exported):
         "actor_rollout_ref.rollout.top_k": "50",
         "actor_rollout_ref.actor.use_kl_loss": "true",
         "custom_reward_function.name": "compute_score",
+        # The authors' budget of tokens, and this profile's context and sleeping vLLM
+        "actor_rollout_ref.actor.use_dynamic_bsz": "true",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": "25600",
+        "actor_rollout_ref.rollout.max_model_len": "5120",
+        "actor_rollout_ref.rollout.free_cache_engine": "true",
     }
     assert expected.items() <= lines.items()
     assert all(
@@ -100,6 +107,22 @@ def test_the_released_preset_has_the_sequence_level_ratio(tmp_path):
     overrides = verl_overrides(profile, 42, model=tmp_path, train=tmp_path / "t", out=tmp_path)
     assert overrides["actor_rollout_ref.actor.policy_loss.loss_mode"] == "gspo"
     assert overrides["trainer.total_epochs"] == 3
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if name.startswith("paper-")])
+def test_prompt_and_answer_fit_into_the_context(name, tmp_path):
+    profile = load_profile(name)
+    overrides = verl_overrides(profile, 42, model=tmp_path, train=tmp_path / "t", out=tmp_path)
+    context = overrides["actor_rollout_ref.rollout.max_model_len"]
+    asked, answered = (overrides[f"data.max_{what}_length"] for what in ("prompt", "response"))
+    assert asked + answered <= context == profile.grpo.max_model_len
+
+
+def test_a_context_without_room_for_a_prompt_is_refused(tmp_path):
+    base = load_profile("paper-qwen3vl-8b")
+    profile = replace(base, grpo=replace(base.grpo, max_model_len=1024))
+    with pytest.raises(TrainingError, match="no room for a prompt"):
+        verl_overrides(profile, 42, model=tmp_path, train=tmp_path / "t", out=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["paper-qwen3vl-8b", "paper-internvl3-8b-released"])

@@ -187,6 +187,15 @@ def test_a_file_that_is_no_image_is_refused_in_a_sentence(content, problem):
         playground.show_file("nowhere.png")
 
 
+def test_a_run_without_its_images_opens_and_says_so(tmp_path):
+    absent = {**SAMPLE, "image": "images/1.png"}
+    playground = made(samples=[absent], root=tmp_path)
+    assert "1.png" in playground.problem and not playground.view
+    assert playground._repr_mimebundle_()[0]["image/png"]
+    playground.show_file(Image.new("RGB", (20, 20)))  # an image of one's own is still answered
+    assert playground.ask("it") and not playground.problem
+
+
 def test_a_file_of_ones_own_is_answered(tmp_path):
     Image.new("L", (200, 100), 128).save(tmp_path / "cup.png")
     playground = made(samples=())

@@ -65,7 +65,8 @@ def training_log(path: Path) -> pd.DataFrame:
     if "step" not in frame:
         return frame.iloc[:0]
     frame = frame.apply(pd.to_numeric, errors="coerce").dropna(subset="step")
-    return frame.drop_duplicates("step", keep="last")
+    # Held-out prompts have a line of their own beside their step's
+    return frame.groupby("step", as_index=False).last()
 
 
 def _reward(ax: Axes, logs: Logs) -> None:
@@ -106,7 +107,7 @@ def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str, task: str) -> 
     colour, line = TASKS[task]
     smooth = []
     for frame in frames:
-        series = frame.drop_duplicates("step", keep="last").set_index("step")[column].astype(float)
+        series = frame.set_index("step")[column].astype(float)
         # As pixels: thousands of points would make the PDF heavy.
         ax.plot(series.index, series, color=colour, alpha=0.25, linewidth=0.6, rasterized=True)
         smooth.append(series.rolling(max(1, len(series) // 10), min_periods=1, center=True).mean())
@@ -116,6 +117,7 @@ def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str, task: str) -> 
     ax.plot(mean.index, mean, line, color=colour, linewidth=1.5, marker=marker, label=task)
     half = stats.t.ppf(0.975, count - 1) * table.std(axis=1) / np.sqrt(count) if count > 2 else 0.0
     low, high = (table.min(axis=1), table.max(axis=1)) if count == 2 else (mean - half, mean + half)
+    low = low.clip(lower=0.0)  # nothing that is drawn here can be negative
     band = {"alpha": 0.18, "linewidth": 0, "rasterized": True}
     ax.fill_between(mean.index, low, high, color=colour, **band)
 

@@ -63,7 +63,7 @@ def fig3(material: Material) -> tuple[Figure, str]:
     for ax in axes[2 * len(rows) :]:
         ax.set_axis_off()
     for (task, row), first, text in zip(rows, axes[::2], axes[1::2], strict=False):
-        steps = steps_of(row)
+        steps = steps_of(row, material.objects(row))
         draw_image(first, row, [], material.root, steps=[(steps, TEACHER)])
         first.set_title(task, fontsize=8, color=FAINT, fontweight="normal")
         say(
@@ -99,7 +99,7 @@ def _side_by_side(
     for (first, second, text), (heading, sample) in zip(axes, examples, strict=True):
         for ax, model in ((first, SMALL), (second, EGM)):
             answer, style = sample.answers[model], style_of(model)
-            steps = [(steps_of(answer.row), style)]
+            steps = [(steps_of(answer.row, material.objects(answer.row)), style)]
             draw_image(ax, sample.sample, [(answer.box, style)], material.root, steps=steps)
             ax.set_title(
                 f"{style.label}: {textwrap.shorten(answer.verdict, 34)}",
@@ -111,7 +111,7 @@ def _side_by_side(
             [
                 (heading, FAINT, 60, 7.5, "normal"),
                 (f"“{sample.sample['expression']}”", INK, 46, 9, "bold"),
-                *_reasoning(sample.answers[EGM].row, 520, 56, 7.5),
+                *_reasoning(material, sample.answers[EGM].row, 520, 56, 7.5),
             ],
         )
     draw_legend(figure, [SMALL, EGM])
@@ -124,11 +124,11 @@ def _side_by_side(
 
 
 def _reasoning(
-    row: Mapping, letters: int, per_line: int, size_pt: float
+    material: Material, row: Mapping, letters: int, per_line: int, size_pt: float
 ) -> list[tuple[str, str, int, float, str]]:
     """A row's reasoning with numbered steps, and what is wrong with them, as paragraphs."""
     reasoning, _ = reasoning_and_answer(row)
-    steps = steps_of(row)
+    steps = steps_of(row, material.objects(row))
     text = textwrap.shorten(numbered(reasoning or "(no reasoning)", steps), letters)
     wrong = [f"step {number}: {step.fault}" for number, step in enumerate(steps, 1) if step.fault]
     paragraphs = [(text, INK, per_line, size_pt, "normal")]
@@ -169,7 +169,7 @@ def overview(material: Material) -> tuple[Figure, str]:
     first, text, bars = figure.subplots(1, 3, width_ratios=(1.15, 1.35, 1.25))
     boxes = [(sample.answers[model].box, style_of(model)) for model in (SMALL, EGM)]
     row = sample.answers[EGM].row
-    steps = [(steps_of(row), style_of(EGM))]
+    steps = [(steps_of(row, material.objects(row)), style_of(EGM))]
     draw_image(first, sample.sample, boxes, material.root, steps=steps)
     direct, thought = (sample.answers[model].verdict for model in (SMALL, EGM))
     say(
@@ -178,7 +178,7 @@ def overview(material: Material) -> tuple[Figure, str]:
             (f"“{sample.sample['expression']}”", INK, 36, 11, "bold"),
             (f"small base answers at once: {direct}", FAILED, 50, 8.5, "bold"),
             (f"small + EGM thinks, then answers: {thought}", SOLVED, 50, 8.5, "bold"),
-            *_reasoning(row, 330, 46, 8.5),
+            *_reasoning(material, row, 330, 46, 8.5),
         ],
     )
     for y, (model, value) in zip(range(0, -len(values), -1), values.items(), strict=True):
@@ -213,8 +213,9 @@ def viewer(material: Material) -> tuple[Figure, str]:
     if not solved:
         raise NotRun(f"no sample that {EGM} solves and {SMALL} misses")
     [sample], width_in = sample_fixed(solved, 1), 9.2
+    objects = material.objects(sample.sample)
     models = [model for model in (SMALL, EGM, LARGE) if model in sample.answers]
-    heights_in = [0.42, comparison_height_in(sample, models)]
+    heights_in = [0.42, comparison_height_in(sample, models, objects)]
     group = _mixed_group(material)
     if group:
         view = view_of(Comparison(group, {}), [], root=material.root, group=group)["group"]
@@ -236,7 +237,7 @@ def viewer(material: Material) -> tuple[Figure, str]:
             "SVG",
         ],
     )
-    draw_comparison(main, sample, models, material.root)
+    draw_comparison(main, sample, models, material.root, objects=objects)
     caption = "The trace viewer, at a sample drawn at random"
     if not group:
         return figure, f"{caption}."

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from egm_lib.boxes import Box
 from egm_lib.evaluation.results import Results
-from egm_lib.profile import ProfileError, load_profile
+from egm_lib.mini.world import objects_in
+from egm_lib.profile import Data, ProfileError, load_profile
 from egm_lib.viewer.comparison import OUTCOMES, Comparison, compare, rows_of
 
 SMALL, EGM, LARGE = "small-base", "small-egm", "large-base"
@@ -45,6 +47,14 @@ class Material:
             rows_of([folder / name for name in (SMALL, EGM, LARGE) if (folder / name).is_dir()])
         )
 
+    @cached_property
+    def _data(self) -> Data | None:
+        return data_of(self.results)
+
+    def objects(self, sample: Mapping) -> list[Box] | None:
+        """Boxes (xyxy px) of every object in a sample's image; None where they are not known."""
+        return self._data and objects_in(sample, self._data)
+
     def of(self, task: str) -> list[Comparison]:
         """The samples of a task."""
         return [sample for sample in self.comparisons if sample.sample.get("task") == task]
@@ -68,12 +78,18 @@ def outcome_title(outcome: str) -> str:
     return outcome.replace("what a ", "what the base ")
 
 
+def data_of(results: Results) -> Data | None:
+    """The profile's data; None for an unknown profile."""
+    try:
+        return load_profile(results.profile).data
+    except ProfileError:
+        return None
+
+
 def data_root(results: Results) -> Path:
     """Where the images of the profile lie; the working directory for an unknown profile."""
-    try:
-        return load_profile(results.profile).data.path
-    except ProfileError:
-        return Path(".")
+    data = data_of(results)
+    return data.path if data else Path(".")
 
 
 def parameters_of(results: Results) -> dict[str, int]:

@@ -181,7 +181,7 @@ async function playground() {
 // Runs the whole notebook, then looks at its viewer: walks, filters, jumps, hovers, hides, saves, searches.
 async function lab() {
   await runAll();
-  await page.locator(".egm-viewer").scrollIntoViewIfNeeded();
+  await page.locator(".egm-viewer").first().scrollIntoViewIfNeeded(); // a playground may follow it
   await page.waitForSelector(".egm-image, .egm-empty"); // a run of two steps may have nothing that its filter shows
   await shot("lab");
 

@@ -1,0 +1,145 @@
+"""The plan's activations against the tensors that autograd keeps of transformers' own layers."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLConfig
+
+from egm_lib.model_shapes import shape_from_config
+from egm_lib.training.plan_memory import block_bytes, text_layer_bytes
+
+ROWS, LENGTH = 2, 100
+DTYPES = [(torch.float32, 4), (torch.bfloat16, 2)]
+TEXT = {"vocab_size": 512, "max_position_embeddings": 1024}
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 5e6,
+    "mrope_section": [24, 20, 20],
+    "mrope_interleaved": True,
+}
+
+
+def kept_bytes(forward: Callable[[], object], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # held, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del output
+    return size
+
+
+def build(config, dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        return AutoModelForImageTextToText.from_config(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def qwen_config(layers: int, hidden: int = 512, heads: int = 4, keys: int = 2, mlp: int = 1536):
+    text = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "head_dim": 128,
+        "intermediate_size": mlp,
+        "rope_parameters": ROPE,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_heads": 4,
+        "out_hidden_size": hidden,
+        "deepstack_visual_indexes": [0],
+    }
+    return Qwen3VLConfig(text_config=TEXT | text, vision_config=vision)
+
+
+def internvl_config(layers: int):
+    text = {
+        "model_type": "qwen2",
+        "hidden_size": 512,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1024,
+    }
+    vision = {
+        "hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 512,
+        "image_size": 112,
+        "attention_bias": True,
+    }
+    return InternVLConfig(text_config=TEXT | text, vision_config=vision)
+
+
+def language_bytes(config, dtype: torch.dtype) -> int:
+    model = build(config, dtype)
+    width = config.text_config.hidden_size
+    inputs = torch.randn(ROWS, LENGTH, width, dtype=dtype, requires_grad=True)
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    mask[0, :20] = 0  # padding: without it no mask is made
+    language = model.model.language_model
+
+    def forward():
+        return language(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+
+    return kept_bytes(forward, model.parameters())
+
+
+@pytest.mark.parametrize(("dtype", "value"), DTYPES)
+@pytest.mark.parametrize(
+    "make",
+    [
+        qwen_config,
+        lambda layers: qwen_config(layers, heads=8, keys=8, mlp=1024),  # no head is shared
+        internvl_config,
+    ],
+)
+def test_a_layer_keeps_what_the_plan_says(make, dtype, value):
+    """Three layers less one: embedding and last norm fall out."""
+    measured = (language_bytes(make(3), dtype) - language_bytes(make(1), dtype)) / 2
+    text = shape_from_config(make(1)).text
+    expected = ROWS * LENGTH * text_layer_bytes(text, value, LENGTH)
+    assert measured == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "value"), DTYPES)
+def test_a_block_of_qwen_s_tower_keeps_what_the_plan_says(dtype, value):
+    config = qwen_config(1, heads=2)
+    model = build(config, dtype)
+    patches = torch.randn(1200, 256, dtype=dtype, requires_grad=True)
+    ends, angles = torch.tensor([0, 600, 1200], dtype=torch.int32), torch.randn(1200, 64)
+    block = model.model.visual.blocks[0]
+
+    def forward():
+        return block(patches, cu_seqlens=ends, position_embeddings=(angles, angles))
+
+    measured = kept_bytes(forward, model.parameters())
+    shape = shape_from_config(config).vision
+    assert measured == pytest.approx(1200 * block_bytes(shape, value), rel=0.08)
+
+
+@pytest.mark.parametrize(("dtype", "value"), DTYPES)
+def test_a_block_of_internvl_s_tower_keeps_what_the_plan_says(dtype, value):
+    config = internvl_config(1)
+    model = build(config, dtype)
+    patches = torch.randn(5, 65, 256, dtype=dtype, requires_grad=True)
+    block = model.model.vision_tower.encoder.layer[0]
+    measured = kept_bytes(lambda: block(patches), model.parameters())
+    shape = shape_from_config(config).vision
+    assert measured == pytest.approx(5 * 65 * block_bytes(shape, value), rel=0.01)
