@@ -17,7 +17,7 @@ ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
 .PHONY: help plan rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test \
-        format bench test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
+        format bench latency-scale test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
 	@awk -F ':.*## |^##@ ' '/^##@/ {print "\n" $$2} /^[a-z%-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,7 +44,7 @@ reproduce: $(ENV) ## every notebook of PROFILE, in order; started again, it cont
 	@$(if $(BUDGET),EGM_BUDGET_USD=$(BUDGET) )$(RUN) -m egm_lib.pipeline.reproduce --profile $(PROFILE)
 
 evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-base]: predictions and tables, no notebook
-	@$(RUN) -m egm_lib.inference.predict --profile $(PROFILE) --model $(MODEL)
+	@$(RUN) -m egm_lib.pipeline.predict --profile $(PROFILE) --model $(MODEL)
 	@$(RUN) -m egm_lib.reports.tables --profile $(PROFILE)
 
 ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode
@@ -110,8 +110,12 @@ test-lock: ## both locked sets are what pyproject.toml resolves to
 	@$(RESOLVE) --extra dev -c requirements.txt --output-file .venv-lock/cpu.txt > /dev/null && echo "requirements.txt resolves"
 	@rm -rf .venv-lock
 
-bench: $(ENV) ## every benchmark; results are kept in benchmarks/README.md
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+latency-scale: $(ENV) ## latency of random weights in the real shapes on this machine, and figures/efficiency/ from it
+	@$(RUN) benchmarks/bench_latency_scale.py
+	@$(RUN) -m egm_lib.reports.efficiency
+
+bench: $(ENV) ## every other benchmark; results are kept in benchmarks/README.md
+	@for script in $(filter-out %_latency_scale.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(RUN) $$script || exit 1; done
 
 ##@ Build
 format: $(ENV) ## ruff's formatter and its safe fixes

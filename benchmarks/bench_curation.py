@@ -1,7 +1,7 @@
-"""The curation client with misbehaving services, kills, throughput, memory. Loopback only.
+"""The curation client against misbehaving services and kills; its throughput and memory.
 
 python benchmarks/bench_curation.py [replies] [misbehave] [kills] [throughput] [dry_run] [memory];
-without names, all of them.
+without names, it runs all of them. Everything stays on this machine.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ def misbehave(folder: Path, count: int = 2000) -> dict:
 
 
 def replies(folder: Path, count: int = 100_000) -> dict:
-    """Mutated replies through the one reader: no exception, and every reply keeps its contract."""
+    """Mutated replies through the one reader, which must raise nothing and keep its contract."""
     started = time.monotonic()
     finishes = fuzz(count, random.Random(1))
     return {"replies": count, "finish": finishes, "wall_s": round(time.monotonic() - started, 1)}
 
 
 def throughput(folder: Path, count: int = 2000) -> dict:
-    """Our client against a bare AsyncOpenAI loop, which sends the same bodies.
+    """Our client compared with a bare AsyncOpenAI loop that sends the same bodies.
 
-    The bare loop makes its bodies beforehand, or ("drawing") as it goes, as our client does.
+    The bare loop prepares its bodies beforehand, or ("drawing") one by one, as our client does.
     """
     make_samples(folder, count)
     task = TASKS["trace"]
@@ -124,7 +124,7 @@ async def bare_loop(url: str, body_of, count: int) -> None:
 
 
 def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) -> dict:
-    """Peak memory and CPU seconds of `--dry-run` at growing input, imports included."""
+    """Peak memory and CPU seconds of `--dry-run` for growing inputs, imports included."""
     used = {}
     for count in counts:
         make_samples(folder, count, images=1)
@@ -138,7 +138,7 @@ def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) 
 
 
 def memory(folder: Path) -> dict:
-    """Peak memory of a resume over an answered ledger at growing input, one process per size."""
+    """Peak memory of a resumed run over a finished ledger, in one process for each size."""
     peaks = {}
     for count in (5_750, 57_500, 575_000):
         make_samples(folder, count, images=1)
@@ -150,7 +150,7 @@ def memory(folder: Path) -> dict:
 
 
 def resume(folder: Path, count: int) -> None:
-    """Write a ledger that answers all samples, resume on it, and print peak memory and seconds."""
+    """Writes a ledger that answers all samples, resumes it, and prints peak memory and seconds."""
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
     teacher = Teacher(

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_data.py 57000 575000 5750000
 
-Each number of rows is measured in a process of its own. Prints Markdown: wall and CPU seconds of
+Each number of rows is measured in a separate process. It prints Markdown: wall and CPU seconds of
 each step, and the peak memory so far. Goal for 575,000 rows: the first row in 2 s, stats in 20 s,
-at most 1.5 GB; cost grows linearly.
+at most 1.5 GB, and linear growth.
 """
 
 import json
@@ -24,7 +24,7 @@ SAMPLES_PER_IMAGE = 23  # Table 3: 575,208 / 24,407
 
 
 def write_rows(folder: Path, count: int) -> tuple[Path, Path]:
-    """`count` synthetic samples as our records and in the evaluators' form."""
+    """`count` synthetic samples as our records and in the form of other evaluators."""
     rng = random.Random(0)
     ours, theirs = folder / "samples.jsonl", folder / "evaluator.jsonl"
     with open(ours, "w") as samples, open(theirs, "w") as lines:

@@ -1,10 +1,9 @@
-"""Throughput and memory of mini evaluation: batches with a KV cache against plain `generate` one by
-one.
+"""Throughput and memory of answering, in batches with a KV cache and by plain `generate`.
 
     python benchmarks/bench_generate.py [--model data/mini/small] [--samples 256] [--alone 32]
 
-Both answer the same expressions of data/raw/mini; greedy texts are compared too. Goal: at least 5
-times as fast.
+`generate` answers one request at a time. Both answer the same expressions of data/raw/mini, and
+their greedy texts are compared. Goal: at least 5 times as fast.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""CPU seconds of the selection of RL samples: the paper's 575,000 rows, a tenth, and ten times.
+"""CPU seconds of selecting RL samples from the paper's 575,000 rows, a tenth, and ten times them.
 
 python benchmarks/bench_learnability.py
 """

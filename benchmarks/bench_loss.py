@@ -1,8 +1,7 @@
-"""What TRL's chunked LM head saves at Qwen3's vocabulary: memory and time of log-probs and
-entropies, forward and back.
+"""Memory and time of log-probs and entropies, forward and backward, at Qwen3's vocabulary.
 
-Beside it: full logits, log_softmax and entropy. Each variant runs in a process of its own, so that
-its peak is its own.
+TRL's chunked LM head is compared with full logits, log_softmax and entropy. Each variant runs in a
+separate process, so that its peak memory can be measured.
 
     python benchmarks/bench_loss.py                          # CPU, 4,096 tokens
     python benchmarks/bench_loss.py --tokens 32768   # 32 completions of 1,024 tokens
@@ -59,7 +58,7 @@ def measure(variant: str, tokens: int, hidden: int, vocabulary: int) -> dict[str
             return torch.cuda.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    # CPU seconds are the less disturbed ones
+    # CPU seconds, because other work disturbs them less
     clock = time.perf_counter if device == "cuda" else time.process_time
     before, start = peak_bytes(), clock()
     head = chunked_head if variant == "chunked" else full_head

@@ -51,7 +51,7 @@ HOSTILE = {
 
 
 def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """CPU seconds of the fastest of a few calls: the least disturbed one."""
+    """CPU seconds of the fastest of a few calls, which is the least disturbed one."""
     times = []
     for _ in range(repeats):
         start = time.process_time()

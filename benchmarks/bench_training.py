@@ -1,18 +1,22 @@
-"""Seconds and peak memory of a training step: TRL's plain path, the same with the vision cache,
-ours (shared prefix); and of GRPO's update alone, by TRL's path and by packed groups.
+"""Seconds and peak memory of a training step, in several ways.
+
+The ways of SFT and GRPO are TRL's plain trainer, the same with the vision cache, and ours (shared
+prefix). Those of `update`, GRPO without sampling, are TRL's path and packed groups.
 
     python benchmarks/bench_training.py                      # all stages, each in all its ways
     python benchmarks/bench_training.py grpo --way ours --steps 2
     python benchmarks/bench_training.py grpo --way plain --size 8b --lora 16 --rows 16
     python benchmarks/bench_training.py update --size 2b --layers 4 --steps 2
 
-`update` has real token counts: 300 of the image, 40 of the prompt, 101 of each of 16 answers, which
-are drawn at random instead of sampled. Vision is trained. The optimizer (SGD, which keeps nothing)
-does not count. Both ways see the same answers and rewards.
-Each way runs in a process of its own, so that its peak is its own. On a CPU its time is taken, not
-the wall's: other work does not count. Rewards are drawn at random in half of the groups and equal
-in the others: the share of mixed groups is the same. Sizes of Qwen3-VL have its shapes and
-vocabulary and random weights; without LoRA there is no KL (no reference).
+Each way runs in a separate process, so that its peak memory can be measured. On a CPU, CPU seconds
+are taken, so that other work does not count. In half of the groups the rewards are random, in the
+others they are equal, so that the share of groups with unequal rewards is the same for all ways.
+Sizes of Qwen3-VL have its shapes, its vocabulary and random weights. Without LoRA there is no
+reference, and so no KL.
+
+`update` has real token counts: 300 of the image, 40 of the prompt, 101 of each of 16 answers. The
+answers are drawn at random, and both ways get the same. Vision is trained, as in the paper profile
+of Qwen3-VL. The optimizer's step does not count; SGD takes it, which needs no memory.
 """
 
 from __future__ import annotations
@@ -159,8 +163,9 @@ SIDE_PX = 224  # 50,176 px, the authors' max_pixels: 49 tokens an image
 
 
 def random_model(size: str, dtype: str, layers: int | None = None):
-    """(model, processor) with random weights: it rarely ends an answer, so every way writes as many
-    tokens.
+    """(model, processor) with random weights.
+
+    Such a model rarely ends an answer, so every way samples as many tokens.
 
     layers: at most so many of the language model and of the tower, at the full widths.
     """
@@ -169,9 +174,9 @@ def random_model(size: str, dtype: str, layers: int | None = None):
         folder = Path(tempfile.mkdtemp())
         save(build("small", tokenizer, seed=0), folder)
         return load_model(folder), load_processor(folder, "qwen3-vl")
-    own, tower = SIZES[size]
+    text_options, tower = SIZES[size]
     if layers:
-        own = own | {"num_hidden_layers": layers}
+        text_options = text_options | {"num_hidden_layers": layers}
         tower = tower | {"depth": layers, "deepstack_visual_indexes": list(range(min(3, layers)))}
     rope = {
         "rope_type": "default",
@@ -181,7 +186,7 @@ def random_model(size: str, dtype: str, layers: int | None = None):
     }
     ids = config("small", tokenizer)  # the miniature's vocabulary is the beginning of theirs
     shape = Qwen3VLConfig(
-        text_config=own
+        text_config=text_options
         | {
             "vocab_size": 151_936,
             "num_key_value_heads": 8,
@@ -191,8 +196,8 @@ def random_model(size: str, dtype: str, layers: int | None = None):
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config=tower | {"out_hidden_size": own["hidden_size"]},
-        tie_word_embeddings=own["tie_word_embeddings"],
+        vision_config=tower | {"out_hidden_size": text_options["hidden_size"]},
+        tie_word_embeddings=text_options["tie_word_embeddings"],
         **{name: getattr(ids, name) for name in TOKENS},
     )
     torch.set_default_dtype(DTYPES[dtype])
@@ -251,14 +256,14 @@ def draw_answers(trainer) -> None:
 
 
 def peak_mb() -> int:
-    """Of GPU memory where there is one, else of the process."""
+    """Peak GPU memory, or without a GPU that of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def measure_all(stage: str | None, way: str | None, options: list[str]) -> None:
-    """A row for each stage and way, each measured in a process of its own."""
+    """A row for each stage and way, each measured in a separate process."""
     for name in WAYS if stage is None else (stage,):
         for each in WAYS[name] if way is None else (way,):
             command = [sys.executable, __file__, name, "--way", each, *options]

@@ -1,8 +1,8 @@
 """How long the trace viewer takes to open, filter, sort and walk 10,000 samples of two models.
 
 Prediction files as the evaluation writes them, with a trace for every sample, and 64 images of
-640 x 480 pixels are written to a temporary folder. Reported are CPU seconds of one process, and the
-bytes that the page gets for a sample.
+640 x 480 pixels are written to a temporary folder. The script reports CPU seconds of one process,
+and the bytes that the page gets for a sample.
 
     python benchmarks/bench_viewer.py
 """

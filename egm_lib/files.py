@@ -53,11 +53,13 @@ def read_json(
     advice: str = "delete it and run its stage again",
     *,
     shape: type = object,
+    fields: Mapping[str, type] | None = None,
     object_hook: Callable[[dict], typing.Any] | None = None,
 ) -> typing.Any:
     """The JSON in a file; None if there is no file.
 
     shape: dict or list, if the caller needs an object or a list.
+    fields: keys that the object must have, and the kind of each value.
     object_hook: as in `json.loads`.
     Raises InputError with the file, the reason and `advice` if the file cannot be read as that.
     """
@@ -69,6 +71,13 @@ def read_json(
         raise InputError(f"{path} is not JSON ({error}); {advice}") from error
     if not isinstance(value, shape):
         raise InputError(f"{path} holds {_kind(value)}, not {_KINDS[shape]}; {advice}")
+    for name, kind in (fields or {}).items():
+        if name not in value:
+            raise InputError(f"{path} has no {name!r}; {advice}")
+        if not isinstance(value[name], kind):
+            raise InputError(
+                f"{name!r} in {path} is {_kind(value[name])}, not {_KINDS[kind]}; {advice}"
+            )
     return value
 
 

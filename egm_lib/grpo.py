@@ -1,8 +1,8 @@
 """GRPO (Sec. 4.2) through TRL's GRPOTrainer, with the reward of Eq. 8 and the objective of Eq. 3-7.
 
 `python -m egm_lib.grpo --profile mini --seed 0 --task vanilla` reads the run's RL samples and its
-`small-sft`, and writes `small-egm`. Logged a step (TRL's names where it has one): reward and its
-parts (acc_at_50, mean_iou), group_std and frac_reward_zero_std (groups that teach nothing),
+`small-sft`, and writes `small-egm`. Logged at each step, under TRL's names where it has one: reward
+and its parts (acc_at_50, mean_iou), group_std and frac_reward_zero_std (groups that teach nothing),
 completions/*, kl, entropy, clip_ratio/*, seconds of rollout, reward and update (time/*),
 tokens_per_second (sampled). With `grpo.held_out_prompts` also rewards and completions of prompts
 that are not trained on, as eval_reward and so on. Some of the last groups are kept to be read
@@ -10,15 +10,15 @@ that are not trained on, as eval_reward and so on. Some of the last groups are k
 
 Deviations from TRL, with rollouts by transformers on one process:
 1. A group's prompt is read once, in sampling and in the update.
-2. Groups whose rewards are all equal are not trained on: their advantages are zero; their KL and
-   entropy terms are lost, and their tokens do not count in the token-level mean.
-3. With mask_truncated_completions a truncated completion leaves the update's batch, where TRL
-   carries it along masked.
+2. Groups whose rewards are all equal are not trained on, since their advantages are zero. Their KL
+   and entropy terms are lost, and their tokens do not count in the token-level mean.
+3. With mask_truncated_completions, a truncated completion is removed from the update's batch. TRL
+   keeps it and masks it.
 
-With vLLM, TRL's weight for tokens that the sampler finds more or less likely than the trainer is
-off: Eq. 3 has none. In the first step of every run, a resumed one too, and again after every
-`grpo.check_steps`, the trainer's log-probs are compared with the sampler's; training stops where
-they disagree. vLLM samples such a step without top-p and top-k.
+With vLLM, TRL's importance weighting of sampled tokens is disabled, since Eq. 3 has none. The
+trainer's log-probs are compared with the sampler's in the first step of every run, a resumed one
+too, and again after every `grpo.check_steps`. Training stops if they disagree. vLLM samples such a
+step without top-p and top-k.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ from egm_lib.training.model_setup import (
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
 
 MODEL = "small-egm"
+# Where the vLLM server of `grpo.rollout: vllm-server` runs, if not on this machine
+SERVER_VARIABLE = "EGM_VLLM_SERVER"
 
 
 def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -> dict:
@@ -108,6 +110,7 @@ def grpo_options(options: GRPO, work: Path, seed: int, num_processes: int = 1) -
         "importance_sampling_level": options.ratio_level,
         "use_vllm": options.rollout != "transformers",
         "vllm_mode": "server" if options.rollout == "vllm-server" else "colocate",
+        "vllm_server_host": os.environ.get(SERVER_VARIABLE, "localhost"),
         "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
         "log_multimodal": False,  # TRL would send the images of all processes to each other
         "vllm_enable_sleep_mode": options.rollout == "vllm-colocate" and options.vllm_sleep,
@@ -140,7 +143,7 @@ def grpo_config(options: GRPO, work: Path, seed: int) -> GRPOConfig:
     """TRL's configuration of the stage, for as many processes as were launched.
 
     It comes before the model: DeepSpeed then divides the weights among the processes while they
-    are loaded. Raises TrainingError where a step would not have the profile's size.
+    are loaded. Raises TrainingError if a step would not have the profile's size.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     config = GRPOConfig(**grpo_options(options, work, seed, processes))
@@ -242,10 +245,10 @@ def make_grpo_trainer(
 ):
     """The trainer of the stage.
 
-    rows, held_out: of `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples so; None:
-    where the profile allows it and it is possible. reward: another than Eq. 8. config: of
-    `grpo_config`, where it was needed before the model.
+    rows, held_out: from `question_rows`. groups: file of the groups that are kept
+    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples with a
+    shared prefix; None: if the profile allows it and it is possible. reward: instead of Eq. 8.
+    config: from `grpo_config`, if it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
     # counts positions from both (TRL #5785)
@@ -259,11 +262,11 @@ def make_grpo_trainer(
     config.vllm_max_model_length = min(
         rollout_context(options), model.config.get_text_config().max_position_embeddings
     )
-    if config.use_vllm:  # with transformers TRL sees to it itself
+    if config.use_vllm:  # with transformers, TRL does this itself
         config.generation_kwargs = {
             "logit_bias": dict.fromkeys(image_token_ids(model.config), -100.0)
         }
-    # TRL drops what does not fill a step: it would train on nothing
+    # TRL drops rows that do not fill a step, and would train on nothing
     if len(dataset) < options.prompts_per_step:
         repeats = -(-options.prompts_per_step // len(dataset))
         print(
@@ -340,18 +343,18 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
             config=config,
             held_out=question_rows(held_out, *prompt),
         )
-    except OSError as error:  # a server that does not answer is one; TRL has waited for it
+    except OSError as error:  # such as a server that does not answer, after TRL has waited for it
         if options.rollout != "vllm-server":
             raise
         raise TrainingError(
             f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`"
         ) from error
-    # As the start has it: limits of a profile are not stored in a checkpoint.
+    # The start's processor as it was: limits of a profile are not stored in a checkpoint.
     return train_to(trainer, load_processor(start, profile.models.small.family), out)
 
 
 def server_command(model: str, options: GRPO) -> str:
-    """What starts a vLLM server for `grpo.rollout: vllm-server`.
+    """The command that starts a vLLM server for `grpo.rollout: vllm-server`.
 
     TRL samples from it and sends it new weights.
     """

@@ -1,6 +1,4 @@
-"""Which samples to train on with RL (Sec. 4.2): what a stronger reference solves and the learner
-misses.
-"""
+"""Which samples to train on with RL (Sec. 4.2): those that only a stronger reference solves."""
 
 import warnings
 from collections.abc import Sequence

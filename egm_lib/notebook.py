@@ -10,11 +10,14 @@ from matplotlib.figure import Figure
 
 from egm_lib.data import eval_splits, split_id
 from egm_lib.evaluation.results import Results
+from egm_lib.evaluation.roofline import device_of
 from egm_lib.evaluation.scoring import load_predictions, score
-from egm_lib.files import read_jsonl
+from egm_lib.reports import efficiency
 from egm_lib.reports.figures import build_figures
+from egm_lib.reports.figures.curves import training_log
 from egm_lib.reports.findings import findings
 from egm_lib.reports.tables import build_tables
+from egm_lib.reports.tables.cells import to_markdown
 from egm_lib.run import Run
 from egm_lib.viewer.drawing import draw_image
 from egm_lib.viewer.palette import new_figure, style_of, styled
@@ -57,6 +60,20 @@ def show_figures(run: Run, *names: str, width_px: int = 820) -> None:
             display(Markdown(f"*{drawn.title}.* {drawn.caption}"))
 
 
+def show_efficiency(*names: str, gpu: str = "L20", width_px: int = 820) -> None:
+    """Tables and figures of efficiency (such as "planner") on a device; no run is needed."""
+    device = device_of(gpu)
+    for name in names:
+        if name in efficiency.TABLES:
+            table = efficiency.TABLES[name](device)
+            display(Markdown(to_markdown(table, efficiency.STAMP)))
+        if name in efficiency.FIGURES:
+            with styled():
+                figure, caption = efficiency.FIGURES[name](device)
+                show(figure, width_px=width_px)
+            display(Markdown(caption))
+
+
 def show_samples(samples: Iterable[Mapping], root: Path) -> None:
     """Images in a row with the ground truth, its hidden part hatched.
 
@@ -81,7 +98,7 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
 
     A column that no log has is left out.
     """
-    frames = {name: pd.DataFrame(read_jsonl(path)) for name, path in logs.items() if path.exists()}
+    frames = {name: training_log(path) for name, path in logs.items() if path.exists()}
     shown = [column for column in columns if any(column in frame for frame in frames.values())]
     if not shown:
         display(Markdown("Training log: not run"))
@@ -99,6 +116,7 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
         show(figure)
 
 
-def show(figure: Figure) -> None:
-    """A figure as a PNG, in whatever shows this notebook."""
-    display(Image(light_png(figure_bytes(figure, "png", dpi=80))))
+def show(figure: Figure, width_px: int | None = None) -> None:
+    """A figure as a PNG, in whatever shows this notebook. width_px: shown so wide, and sharper."""
+    image = figure_bytes(figure, "png", dpi=80 if width_px is None else 130)
+    display(Image(light_png(image), width=width_px))

@@ -33,7 +33,7 @@ def parse_completion(
 ) -> Parsed:
     """Reasoning and boxes of a completion; never raises on any str.
 
-    frame: what the numbers mean; declared by the caller, never guessed.
+    frame: that of the numbers; the caller declares it, it is never guessed.
     image_wh: size of the original image, px.
     rule: "egm" reads what follows the reasoning, or the last <answer> in it, and counts the first
     box. A peer's rule (`PEER_RULES`, docs/scoring-rules.md) finds and scales the box as that

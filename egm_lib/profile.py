@@ -20,7 +20,7 @@ import os
 import sys
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from egm_lib.files import project_root
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, FamilyName, PromptName, Task
 
 DType = Literal["float32", "bfloat16", "float16"]
+EngineName = Literal["transformers", "vllm", "openai"]
 
 PROFILES_DIR = Path(__file__).parent / "profiles"
 PROFILES_VARIABLE = "EGM_PROFILES"  # folders of profiles of your own, beside the shipped ones
@@ -76,6 +77,13 @@ class Model:
     revision: str | None = None  # of a hub id
     # Larger images are shrunk to at most so many as they are read; smaller ones stay as they are.
     max_pixels: int | None = None
+    # How this model is run, where that differs from `generation` (`generation_of`). One with a
+    # base_url is asked there, by whatever engine the others answer.
+    engine: EngineName | None = None
+    tensor_parallel: int | None = None
+    base_url: str | None = None
+    gpu_memory_utilization: float | None = None
+    max_model_len: int | None = None
 
     @property
     def location(self) -> str:
@@ -86,12 +94,26 @@ class Model:
         return str(local) if local.exists() or self.path.startswith(("data/", "/")) else self.path
 
 
+# A model name with this ending is its model, reasoning switched off (Table 10)
+NO_REASONING = "-no-reasoning"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Models:
     small: Model
     large: Model
     reference: Model  # "stronger model" of the learnability selection, Sec. 4.2
     egm: Model | None = None  # a published EGM model; null: `small-egm` is what the run trains
+
+    def named(self, name: str) -> Model | None:
+        """The checkpoint that a model's name in a run means; None: the run trains it.
+
+        The way of decoding after an @ (egm_lib.inference.decoding) does not matter.
+        """
+        bases = {"small-base": self.small, "large-base": self.large, "reference": self.reference}
+        if self.egm is not None:
+            bases["small-egm"] = self.egm
+        return bases.get(name.partition("@")[0].removesuffix(NO_REASONING))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +150,23 @@ class Curation:
     limit: int | None = None
     budget_usd: float | None = None  # of all tasks of a run together; paid services need one
     skip_filters: tuple[str, ...] = ()  # names of egm_lib.curation.filters that do not apply
+
+    def judge_files(self) -> dict[str, Teacher]:
+        """The judges by the name that each has in files. Raises ProfileError where two share one.
+
+        A judge is known by its model, in the ledger too: the second would get the first's answers.
+        """
+        judges: dict[str, Teacher] = {}
+        for judge in self.judges:
+            name = judge.model.replace("/", "_")
+            if name in judges:
+                raise ProfileError(
+                    f"curation.judges: {judges[name].model!r} and {judge.model!r} would share "
+                    "their answers. Leave one out, or serve it under another name (vLLM: "
+                    "--served-model-name)."
+                )
+            judges[name] = judge
+        return judges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +287,17 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    engine: Literal["transformers", "vllm", "openai"]
+    """How models are asked. A model of the profile may have an engine, tensor_parallel, base_url,
+    gpu_memory_utilization and max_model_len of its own.
+    """
+
+    engine: EngineName
     batch_size: int
     sampling: Sampling
     tensor_parallel: int = 1  # engine "vllm": GPUs that one copy of the model is cut over
+    gpu_memory_utilization: float = 0.9  # engine "vllm": share of each GPU; vLLM's default is 0.92
+    # Engine "vllm": tokens of prompt and answer that it sets memory aside for; null: the engine's
+    max_model_len: int | None = None
     base_url: str | None = None  # engine "openai"
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds that service's key
     # Engine "openai": the served model's chat template opens the reasoning, and the server has no
@@ -274,14 +320,19 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How long work starts: plain Python, or `accelerate launch`.
+    """How long work starts: plain Python, or `accelerate launch`, on one machine or several.
 
     accelerate_config: a file of egm_lib/pipeline/configs, by name.
     """
 
     accelerate_config: str | None = None
-    num_processes: int = 1
+    num_processes: int = 1  # of a training, one a GPU, on all nodes together
+    nodes: int = 1  # machines of a training; a vLLM server for its rollouts is one more
+    main_process_port: int = 29500  # where the nodes of a training meet; accelerate's default
     side_by_side: bool = False  # vanilla and amodal at the same time, one thread each
+    # Processes that share the samples where there is no GPU. With GPUs there are as many as copies
+    # of the model fit (`tensor_parallel`).
+    prediction_workers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,7 +385,7 @@ def _folders() -> list[Path]:
 
 
 def _file(name: str) -> Path | None:
-    """The file of a profile, a shipped one before one of the user's; None where there is none."""
+    """The file of a profile, a shipped one before one of the user's; None if there is none."""
     paths = [folder / f"{name}.yaml" for folder in _folders()]
     return next((path for path in paths if path.is_file()), None)
 
@@ -368,7 +419,54 @@ def load_profile(name: str) -> Profile:
         if not getattr(profile, key):
             raise ProfileError(f"{name}.{key}: expected at least one, got an empty list.")
     _check_prompts(profile)
+    _check_machines(profile)
+    profile.curation.judge_files()
     return profile
+
+
+def generation_of(profile: Profile, model: Model) -> Generation:
+    """How a model is asked: the profile's `generation`, with what the model states itself."""
+    stated = {name: getattr(model, name) for name in _OF_A_MODEL}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    if model.base_url is not None:
+        stated.setdefault("engine", "openai")
+    return replace(profile.generation, **stated)
+
+
+_OF_A_MODEL = (
+    "engine",
+    "tensor_parallel",
+    "base_url",
+    "gpu_memory_utilization",
+    "max_model_len",
+)
+
+
+def _check_machines(profile: Profile) -> None:
+    """Raises ProfileError for numbers of GPUs, processes and nodes that cannot be."""
+    launch, name = profile.launch, profile.name
+    for key in ("num_processes", "nodes", "prediction_workers"):
+        if getattr(launch, key) < 1:
+            raise ProfileError(f"{name}.launch.{key}: expected at least 1.")
+    if launch.num_processes % launch.nodes:
+        raise ProfileError(
+            f"{name}.launch: {launch.num_processes} processes do not divide among {launch.nodes} "
+            "nodes; num_processes counts those of all nodes."
+        )
+    if launch.nodes > 1 and launch.accelerate_config is None:
+        raise ProfileError(f"{name}.launch: several nodes need an accelerate_config.")
+    for role in ("small", "large", "reference", "egm"):
+        model = getattr(profile.models, role)
+        if model is None:
+            continue
+        generation = generation_of(profile, model)
+        if generation.tensor_parallel < 1:
+            raise ProfileError(f"{name}.models.{role}: tensor_parallel is at least 1.")
+        if not 0 < generation.gpu_memory_utilization <= 1:
+            raise ProfileError(
+                f"{name}.models.{role}: gpu_memory_utilization is a share of a GPU, above 0 and "
+                f"at most 1, and not {generation.gpu_memory_utilization}."
+            )
 
 
 def _check_prompts(profile: Profile) -> None:

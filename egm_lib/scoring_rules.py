@@ -1,9 +1,9 @@
 """How other evaluators find, scale and accept a box, so that answers can be scored as they do.
 
-Each rule was written from a reading of that evaluator's code and keeps its quirks; here it runs in
-linear time. Most rules have a scale of their own: that is part of how they score, and a common
-reason why two scores of the same answers differ. Where a peer makes up a zero box, a rule gives
-None, which scores the same.
+Each rule was written from a reading of that evaluator's code and keeps its quirks, but it runs in
+linear time. Most rules have a scale of their own. That is part of how they score, and a common
+reason why two scores of the same answers differ. If an evaluator makes up a zero box, the rule here
+gives None, which scores the same.
 """
 
 import re
@@ -177,7 +177,7 @@ def _first(pattern: re.Pattern[str], text: str, count: int) -> list[re.Match[str
 
 
 def _scaled(box: Box, unit: float, image_wh: tuple[float, float]) -> Box | None:
-    """From 0..unit to px; None where that overflows."""
+    """From 0..unit to px; None if that overflows."""
     width, height = image_wh
     return _floats(
         (

@@ -118,15 +118,21 @@ def answer_rows(
 def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     """Samples with their `reasoning`.
 
-    Rows that hold sample_id and reasoning alone are joined to the training samples.
+    Rows that hold sample_id and reasoning alone are joined to the training samples; rows without
+    both are left out.
     """
-    rows = read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+    rows = [
+        row
+        for row in read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+        if isinstance(row.get("sample_id"), str | int) and isinstance(row.get("reasoning"), str)
+    ]
     if not rows:
         raise TrainingError(f"{path} holds no trace: look at what the curation filters dropped.")
-    if "gt_box" not in rows[0]:
-        samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
-        rows = [{**samples[row["sample_id"]], **row} for row in rows if row["sample_id"] in samples]
-    return rows
+    if all("gt_box" in row for row in rows):
+        return rows
+    samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
+    joined = ({**samples.get(str(row["sample_id"]), {}), **row} for row in rows)
+    return [row for row in joined if "gt_box" in row]
 
 
 def sft_config(options: SFT, work: Path, seed: int) -> SFTConfig:
@@ -155,8 +161,8 @@ def make_sft_trainer(
 ):
     """The trainer of the stage.
 
-    rows: of `answer_rows`. shared_prefix None: where it is possible. config: of `sft_config`, where
-    it was needed before the model.
+    rows: from `answer_rows`. shared_prefix: None shares the prefix if that is possible.
+    config: from `sft_config`, if it was needed before the model.
     """
     dataset = Dataset.from_list(list(rows))
     config = config or sft_config(options, work, seed)
@@ -172,7 +178,7 @@ def make_sft_trainer(
     if shared_prefix is None:
         shared_prefix = can_share_prefix(family, options, config)
     if shared_prefix:
-        # It would drop the keys and values that rows of an image share
+        # It would drop the keys and values that rows of one image share
         config.gradient_checkpointing = False
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)
@@ -222,10 +228,9 @@ def control_options(
 ) -> SFT:
     """The SFT options of a control, which gets the compute of what it is compared with.
 
-    It takes as many steps as give the tokens in the logs of those stages; the sum is printed.
-    Where the profile limits SFT by minutes alone, or a log states no tokens, it takes their
-    minutes.
-    rows: of `answer_rows`. processor: as the training uses it.
+    Its steps are as many as process the tokens in the logs of those stages; the sum is printed.
+    If the profile limits SFT by minutes alone, or a log states no tokens, it takes their minutes.
+    rows: from `answer_rows`. processor: the one that the training uses.
     """
     options = run.profile.sft
     logs = [run.log(f"{stage}-{task}.jsonl") for stage in COMPARED[control]]

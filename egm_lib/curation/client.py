@@ -164,7 +164,7 @@ class _Asker:
             self.bar.set_postfix_str(f"{self.receipts.ledger.cost_usd:.4f} USD", refresh=False)
 
     async def _ask(self, request: CurationRequest) -> None:
-        """One sample's way to a record in the ledger."""
+        """Asks about one sample until the ledger holds a record of it."""
         try:
             body = await asyncio.to_thread(self.plan.body, request)
         except (OSError, ValueError) as error:

@@ -110,7 +110,7 @@ class Ledger:
     def append(self, record: dict) -> None:
         """Write one record in one call.
 
-        Raises LedgerError where the disk refuses; the file then holds whole lines only.
+        Raises LedgerError if the disk refuses; the file then holds whole lines only.
         """
         line = json_line(record).encode()
         try:
@@ -130,7 +130,7 @@ class Ledger:
         os.fsync(self._file.fileno())
 
     def answer(self, key: str) -> dict | None:
-        """The paid answer to a request, None where there is none yet."""
+        """The paid answer to a request, None if there is none yet."""
         return self._read(self._answered, key)
 
     def failure(self, key: str) -> dict | None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 class JsonlSamples:
     """The rows of a JSON-lines file, read anew at every iteration and never all in memory.
 
-    A line that is no JSON object is left out with a warning. Raises CurationError where there is no
+    A line that is no JSON object is left out with a warning. Raises CurationError if there is no
     file, or a file without a single such line.
     """
 
@@ -164,7 +164,7 @@ def read_output(out: Path) -> Iterator[dict]:
 def dropped_by(
     task: CurationTask, reply: TeacherReply, sample: Mapping, skip_filters: Iterable[str] = ()
 ) -> str | None:
-    """Name of the first filter that drops a reply, None where it is kept."""
+    """Name of the first filter that drops a reply, None if it is kept."""
     return next(
         (name for name, drops in task.filters if name not in skip_filters and drops(reply, sample)),
         None,

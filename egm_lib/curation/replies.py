@@ -33,12 +33,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class ChatReply:
     """What a chat endpoint has answered.
 
-    text: the content alone. reasoning: what the service set apart as reasoning, None where it set
+    text: the content alone. reasoning: what the service set apart as reasoning, None if it set
     nothing apart. With reasoning, an empty text and finish "length", the answer was never begun.
     finish: "stop" for finish reason "stop", "length" for "length", "error" for everything else;
     error is then one sentence, and None otherwise. None while a stream goes on.
-    reasoning_tokens: None where the service does not tell; answer_tokens then counts all completion
-    tokens. All counts are None where the service reports none.
+    reasoning_tokens: None if the service does not tell; answer_tokens then counts all completion
+    tokens. All counts are None if the service reports none.
     finish_reason: the service's own word. refusal: its own words for declining.
     first_token_at: `time.perf_counter()` when the first text of a stream arrived.
     """
@@ -242,7 +242,7 @@ def _field(node: object, name: str, default: object = None) -> object:
 
 
 def _complaint(node: object) -> str | None:
-    """What a service says has gone wrong; None where it says nothing."""
+    """What a service says has gone wrong; None if it says nothing."""
     error = _field(node, "error")
     if not error:
         return None
@@ -257,7 +257,7 @@ def _words(node: object, *names: str) -> str | None:
 
 
 def _tokens(usage: object) -> tuple[int | None, int | None, int | None]:
-    """(prompt, reasoning, answer) tokens; None where the service does not tell.
+    """(prompt, reasoning, answer) tokens; None if the service does not tell.
 
     OpenAI and vLLM count reasoning among the completion tokens; Gemini counts it in the total only.
     """

@@ -113,7 +113,7 @@ class AcceptedOptions:
 
 
 def _refused_option(message: str, sent: Mapping) -> str | None:
-    """The option that a refusal calls unknown or unsupported, None where it names none."""
+    """The option that a refusal calls unknown or unsupported, None if it names none."""
     if not _UNSUPPORTED.search(message):
         return None
     # The first one named is refused; another may follow as the one to use instead.
@@ -123,7 +123,7 @@ def _refused_option(message: str, sent: Mapping) -> str | None:
 
 
 def refuses_everything(error: Exception) -> str | None:
-    """Why every other sample would fail too; None where this sample alone is refused."""
+    """Why every other sample would fail too; None if this sample alone is refused."""
     if isinstance(error, openai.PermissionDeniedError) and _FLAGGED.search(str(error)):
         return None
     if isinstance(

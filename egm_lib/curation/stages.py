@@ -43,8 +43,8 @@ def judge_failures(run: Run, model: str, failures: Iterable[Mapping]) -> int:
     Raises as `run_stage` does.
     """
     outs = {}
-    for judge in run.profile.curation.judges:
-        name = f"failure-{model}-{judge.model.replace('/', '_')}"
+    for file, judge in run.profile.curation.judge_files().items():
+        name = f"failure-{model}-{file}"
         report = _ask(run, "failure", failures, judge, name, filtered=False)
         outs[judge.model] = report.out
     return write_judgements(run.root / "failures" / f"{model}.jsonl", outs)
@@ -93,9 +93,9 @@ def is_paid(service: Teacher) -> bool:
 
 
 def budget_of(run: Run) -> float | None:
-    """US dollars for the whole curation of a run; None where neither environment nor profile say.
+    """US dollars for the whole curation of a run; None if neither environment nor profile say.
 
-    Raises CurationError where the environment variable holds no amount.
+    Raises CurationError if the environment variable holds no amount.
     """
     text = os.environ.get(BUDGET_VARIABLE, "")
     if not text:
@@ -111,7 +111,7 @@ def budget_of(run: Run) -> float | None:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A task's requests to one service. cost: None where its samples are not on the disk yet."""
+    """A task's requests to one service. cost: None if its samples are not on the disk yet."""
 
     task: str
     stage: str

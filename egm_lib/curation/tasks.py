@@ -31,7 +31,7 @@ class CurationTask:
     """What is asked of a service, and what counts as an answer.
 
     needs: fields that a sample must have. fill: values for the template. marks: boxes to draw.
-    read: the answer in a reply's text, None where there is none. filters: (name, drop) pairs in
+    read: the answer in a reply's text, None if there is none. filters: (name, drop) pairs in
     order; the first that drops gives the reason.
     temperature, max_tokens: defaults of the command line; a profile's service has its own.
     fixed_temperature: the temperature of this task whatever the service's is, None: the service's.
@@ -65,7 +65,7 @@ def request_key(
     """Identifies a request: 128 bits over everything that the service sees and is told.
 
     The prompt enters as it is filled in, so that a change of wording, thresholds or boxes makes a
-    new key. The image enters as its bytes and the marks drawn on it. Raises OSError where the image
+    new key. The image enters as its bytes and the marks drawn on it. Raises OSError if the image
     cannot be read.
     """
     stat = image.stat()
@@ -141,7 +141,7 @@ def _yes_or_no(reply: str) -> str | None:
 
 
 def _cause(reply: str) -> str | None:
-    """The one category that a reply names; None where it names none or several."""
+    """The one category that a reply names; None if it names none or several."""
     text = after_thinking(reply).upper()
     named = {cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", text)}
     return named.pop() if len(named) == 1 else None

@@ -71,7 +71,7 @@ class Prediction(GroundingSample):
     reasoning_tokens: int | None
     answer_tokens: int | None
     finish_reason: str  # "stop" | "length" | "error"
-    # Null where several are answered together: measure_latency is the place for that
+    # Null if several were answered together; `measure_latency` measures those
     latency_ms: float | None
 
 

@@ -1,7 +1,7 @@
 """The hypotheses of docs/protocol.md, and how the numbers answer them.
 
-Two runs are compared: one whose teacher works every trace out ("uniform"), one whose traces differ
-in how useful they are ("varied"). The thresholds below are those of the protocol.
+Two runs are compared: in one the teacher works every trace out ("uniform"), in the other
+the traces differ in how useful they are ("varied"). The thresholds below are those of the protocol.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the runs say: None where one of them is missing. p_value: after Holm."""
+    """What the runs say; None if one of them is missing. p_value: after Holm."""
 
     hypothesis: Hypothesis
     difference: Difference | None

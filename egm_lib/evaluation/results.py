@@ -3,18 +3,20 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from egm_lib.curation.tasks import CAUSES
 from egm_lib.errors import InputError
 from egm_lib.evaluation.scoring import (
     SCORING_COLUMNS,
     TOKEN_COLUMNS,
     load_predictions,
+    numeric,
     score,
 )
 from egm_lib.files import project_root, read_json, read_jsonl
@@ -37,16 +39,22 @@ LATENCY_COLUMNS = (
     "first_token_ms",
     *TOKEN_COLUMNS,
 )
+LATENCY_FIELDS = {"sample_id": str | int, "model": str, "concurrency": int, "device": str}
+JUDGEMENT_FIELDS = {"sample_id": str | int, "judge": str, "cause": str}
 PAPER_DIR = project_root() / "data" / "paper"
 
 
 log = logging.getLogger(__name__)
 
 
-def _complete(path: Path, needed: Sequence[str]) -> list[dict]:
-    """The rows of a file that have the needed fields; the others are left out with a warning."""
+def _complete(path: Path, needed: Mapping[str, type]) -> list[dict]:
+    """The rows of a file that have the needed fields, each of its kind; the others are left out
+    with a warning.
+    """
     rows = read_jsonl(path)
-    complete = [row for row in rows if all(row.get(name) is not None for name in needed)]
+    complete = [
+        row for row in rows if all(isinstance(row.get(name), kind) for name, kind in needed.items())
+    ]
     if len(complete) < len(rows):
         message = "%s: %d rows without %s are left out"
         log.warning(message, path, len(rows) - len(complete), ", ".join(needed))
@@ -71,7 +79,7 @@ class Results:
 
     run_roots: folders data/runs/<profile>-<seed>. A file that a run lacks counts as empty. A row
     that lacks a field is left out with a warning.
-    Raises FileNotFoundError where none of the folders exists, ValueError where they are of several
+    Raises FileNotFoundError if none of the folders exists, ValueError if they are of several
     profiles.
     """
 
@@ -145,9 +153,7 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, such as small-egm@budget-16, by way and number; samples
-        (small-egm@sample-1) among them.
-        """
+        """Models decoded in another way, by way and number, such as small-egm@budget-16."""
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:
@@ -185,12 +191,12 @@ class Results:
             row
             for root in self.roots
             for file in sorted((root / "latency").glob("*.jsonl"))
-            for row in _complete(file, ("sample_id", "model", "concurrency", "device"))
+            for row in _complete(file, LATENCY_FIELDS)
         ]
         frame = pd.DataFrame([{name: row.get(name) for name in LATENCY_COLUMNS} for row in rows])
         frame = frame.reindex(columns=LATENCY_COLUMNS)
         numbers = ["latency_ms", "first_token_ms", *TOKEN_COLUMNS]
-        frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+        frame[numbers] = frame[numbers].apply(numeric)
         return frame
 
     @cached_property
@@ -204,12 +210,13 @@ class Results:
             }
             for root, seed in zip(self.roots, self.seeds, strict=True)
             for file in sorted((root / "failures").glob("*.jsonl"))
-            for row in _complete(file, ("sample_id", "judge", "cause"))
+            for row in _complete(file, JUDGEMENT_FIELDS)
+            if row["cause"] in CAUSES
         ]
         frame = pd.DataFrame(rows, columns=["model", "seed", "sample_id", "judge", "cause"])
         known = self.predictions[["sample_id", "image_id", "dataset", "split"]]
         frame = frame.merge(known.drop_duplicates("sample_id"), on="sample_id", how="left")
-        # Where the image is unknown, the sample is a cluster of its own.
+        # If the image is unknown, the sample forms a cluster by itself.
         return frame.assign(image_id=frame["image_id"].fillna(frame["sample_id"]))
 
     @cached_property
@@ -236,8 +243,10 @@ class Results:
         """Wall time by stage, mean over the seeds."""
         times: dict[str, list[float]] = {}
         for manifest in self.manifests:
-            for stage, seconds in (manifest.get("wall_seconds") or {}).items():
-                times.setdefault(stage, []).append(seconds)
+            stated = manifest.get("wall_seconds")
+            for stage, seconds in stated.items() if isinstance(stated, dict) else ():
+                if isinstance(seconds, int | float):
+                    times.setdefault(stage, []).append(seconds)
         return {stage: round(float(np.mean(values)), 1) for stage, values in times.items()}
 
 

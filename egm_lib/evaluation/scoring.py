@@ -1,7 +1,7 @@
 """Prediction files -> rows with IoU and success, by any rule of the parser."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -36,6 +36,14 @@ SCORING_COLUMNS = (
     "answer_tokens",
 )
 
+# What a field of a prediction file holds; a value of another kind counts as absent
+KINDS = {
+    **dict.fromkeys(("dataset", "split", "task", "expression", "frame", "model"), str),
+    **dict.fromkeys(("raw_answer", "status", "finish_reason"), str),
+    **dict.fromkeys(("sample_id", "image_id", "prompt_kind", "num_lookalikes", "seed"), str | int),
+    **dict.fromkeys(("width", "height"), int | float),
+    "gt_box": list,
+}
 TOKEN_COLUMNS = ("reasoning_tokens", "answer_tokens")
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
@@ -58,18 +66,30 @@ def load_predictions(
     parts = []
     while batch := list(islice(rows, BATCH_ROWS)):
         names = columns or list(dict.fromkeys(chain.from_iterable(batch)))
-        parts.append(pd.DataFrame({name: [row.get(name) for row in batch] for name in names}))
+        parts.append(pd.DataFrame({name: _values(batch, name) for name in names}))
     return (
         pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns or ()))
     )
+
+
+def _values(rows: Sequence[Mapping], name: str) -> list:
+    """A field of all rows; None for a value that is not of the field's kind."""
+    kind = KINDS.get(name, object)
+    return [value if isinstance(value := row.get(name), kind) else None for row in rows]
+
+
+def numeric(column: pd.Series) -> pd.Series:
+    """A column as numbers; nan for what is none."""
+    plain = column.map(lambda value: isinstance(value, str | int | float))
+    return pd.to_numeric(column.where(plain), errors="coerce")
 
 
 def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
     """Each answer read by `rule` and compared with its ground truth (Eq. 1).
 
     Adds iou (0 without a box), success, num_boxes, and status as this rule sees it; a row of status
-    "error" stays one. A row that no model could be blamed for, because its ground truth, image size
-    or frame cannot be read, is left out with a warning.
+    "error" stays one. A row whose ground truth, image size or frame cannot be read says nothing
+    about a model, and is left out with a warning.
     """
     columns = [
         predictions[name].tolist() for name in ("raw_answer", "gt_box", "width", "height", "status")
@@ -101,7 +121,7 @@ def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:
         status=statuses,
     )
     for name in set(TOKEN_COLUMNS) & set(scored):
-        scored[name] = pd.to_numeric(scored[name], errors="coerce")
+        scored[name] = numeric(scored[name])
     if unreadable:
         index, message = next(iter(unreadable.items()))
         sample = predictions["sample_id"].iloc[index]

@@ -18,7 +18,7 @@ from egm_lib.evaluation.scoring import codes, split_keys
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its 95 % interval (None where there are too few draws), and the number of rows."""
+    """A mean, its 95 % interval (None if there are too few draws), and the number of rows."""
 
     mean: float
     ci95: tuple[float, float] | None
@@ -31,7 +31,7 @@ class Difference:
 
     p_value: two-sided, from the standard error clustered on images and seeds.
     only_a, only_b: how many samples only one of the two solves.
-    mcnemar_p: McNemar's test on these; None where several seeds repeat a sample.
+    mcnemar_p: McNemar's test on these; None if several seeds repeat a sample.
     """
 
     mean: float
@@ -187,7 +187,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pair(a: pd.DataFrame, b: pd.DataFrame, column: str = "success") -> pd.DataFrame:
     """The samples (and seeds) that both answered, with columns a and b.
 
-    Raises ValueError where a model has two rows for one sample, since then no pairing is right.
+    Raises ValueError if a model has two rows for one sample, since then no pairing is right.
     """
     keys = ["sample_id", "seed"] if "seed" in a and "seed" in b else ["sample_id"]
     for frame in (a, b):

@@ -118,7 +118,7 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
     rows, first_N_D = [], None
     for name in models:
         checkpoint = model_of(run, name, "vanilla")
-        model = load_model(checkpoint.location, checkpoint.dtype)
+        model = load_model(checkpoint.location, checkpoint.dtype, family=checkpoint.family)
         processor = load_processor(checkpoint.location, checkpoint.family)
         features_N_D = cell_features(
             model, processor, images, [sample["gt_box"] for sample in samples]

@@ -1,15 +1,20 @@
 """Answers bound to the family's form, for answers without reasoning (Table 10)."""
 
-from collections.abc import Callable, Sequence
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 
+import numpy as np
 import regex
 import torch
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from egm_lib.errors import EgmError
 
-_NUMBER = r"(?:0|[1-9]\d{0,2}|1000)"
+# No \d, which takes the digits of all scripts
+_NUMBER = r"(?:0|[1-9][0-9]{0,2}|1000)"
 # No "<": a label must not write protocol tags
 _LABEL = r'(?:[^"\\<\x00-\x1f]|\\["\\/bfnrt]){0,200}'
 _BOX = rf"\[{_NUMBER}(?:, ?{_NUMBER}){{3}}\]"
@@ -60,11 +65,11 @@ def check_bound(text: str, pattern: str, *, finished: bool) -> None:
 
 
 class AnswerForm:
-    """Keeps to tokens that continue a text of the form, tried in order of likelihood.
+    """Keeps to tokens that continue a text of the form.
 
-    pieces: the text of each token, for tokenizers where a text is its tokens' texts joined (byte
-    level). Whole groups of tokens with the same first character are then ruled out at once. None:
-    every token that is tried is decoded with all that was written.
+    pattern: must treat all characters beyond ASCII alike. decode: the text of token ids. pieces:
+    the bytes of each token, for tokenizers where a text is its tokens' bytes joined; None: every
+    token that is tried is decoded with all that was written.
     """
 
     def __init__(
@@ -83,18 +88,11 @@ class AnswerForm:
         A vocabulary of words (the miniature's) can come to where none is admissible: the answer
         ends there.
         """
-        before = self.decode(written)
-        # U+FFFD: the last character is not whole, and the next token may change it
-        pieces = None if before.endswith("\ufffd") else self.pieces
-        # Mostly one of the likeliest will do
-        allowed = self._admissible(_likeliest(logits_V, 64), written, before, keep, pieces)
-        if len(allowed) < keep:
-            tried_V = logits_V
-            if pieces is not None:
-                possible_V = self._possible(pieces, before, logits_V)
-                tried_V = logits_V.masked_fill(~possible_V, -torch.inf)
-            tokens = _likeliest(tried_V, tried_V.numel())
-            allowed = self._admissible(tokens, written, before, keep, pieces)
+        if self.pieces is None:
+            tokens = self._decoded(written, logits_V)
+        else:
+            tokens = self._walked(self.pieces, written, logits_V, keep)
+        allowed = list(islice(tokens, keep))
         bound_V = torch.full_like(logits_V, -torch.inf)
         if allowed:
             bound_V[allowed] = logits_V[allowed]
@@ -102,67 +100,145 @@ class AnswerForm:
             bound_V[list(self.eos_ids)] = 0.0
         return bound_V
 
-    def _possible(self, pieces: "Pieces", before: str, logits_V: torch.Tensor) -> torch.Tensor:
-        """Which tokens begin with a character that may follow, or end the answer."""
-        may_follow = torch.tensor(
-            [
-                bool(char) and bool(self.pattern.fullmatch(before + char, partial=True))
-                for char in pieces.first_chars
-            ]
-        )
-        possible_V = torch.zeros(logits_V.shape, dtype=torch.bool)  # some rows have no token
-        possible_V[: len(pieces.texts)] = may_follow[pieces.first_V]
-        possible_V[list(self.eos_ids)] = True
-        return possible_V.to(logits_V.device)
+    def _continues(self, text: str) -> bool:
+        return self.pattern.fullmatch(text, partial=True) is not None
 
-    def _admissible(
-        self,
-        tokens: list[int],
-        written: list[int],
-        before: str,
-        keep: int,
-        pieces: "Pieces | None",
-    ) -> list[int]:
-        allowed: list[int] = []
-        for token in tokens:
+    def _ends(self, text: str) -> bool:
+        return self.pattern.fullmatch(text) is not None
+
+    def _decoded(self, written: list[int], logits_V: torch.Tensor) -> Iterator[int]:
+        """Admissible tokens in order of likelihood: each token is decoded and tried."""
+        before = self.decode(written)
+        for token in torch.argsort(logits_V, descending=True, stable=True).tolist():
+            if not logits_V[token] > -torch.inf:
+                continue
             if token in self.eos_ids:
-                good = self.pattern.fullmatch(before)
-            elif pieces and token >= len(pieces.texts):
-                good = False  # a row of the head without a token, as Qwen's vocabulary has some
-            else:
-                text = before + pieces.texts[token] if pieces else self.decode([*written, token])
-                good = len(text) > len(before) and self.pattern.fullmatch(text, partial=True)
-            if good:
-                allowed.append(token)
-                if len(allowed) == keep:
-                    break
-        return allowed
+                if self._ends(before):
+                    yield token
+                continue
+            text = self.decode([*written, token])
+            if len(text) > len(before) and self._continues(text):
+                yield token
 
+    def _walked(
+        self, pieces: "Pieces", written: list[int], logits_V: torch.Tensor, keep: int
+    ) -> Iterator[int]:
+        """The same by a walk through the tokens' bytes, which leaves out what begins badly."""
+        before = pieces.joined(written)
+        logits_V = logits_V.detach().float().cpu().numpy()  # whose argmax takes a tenth of torch's
 
-def _likeliest(logits_V: torch.Tensor, number: int) -> list[int]:
-    """Tokens in order of likelihood, without the impossible ones."""
-    tokens = torch.topk(logits_V, min(number, logits_V.numel())).indices
-    return tokens[logits_V[tokens] > -torch.inf].tolist()
+        def continues(piece: bytes) -> bool:
+            # A character that is not whole yet reads as U+FFFD, which is beyond ASCII too
+            return self._continues((before + piece).decode("utf-8", "replace"))
+
+        if keep == 1:  # greedy: mostly the likeliest token of all will do
+            likeliest = int(logits_V.argmax())
+            piece = b"" if likeliest in self.eos_ids else pieces.piece(likeliest)
+            if piece and logits_V[likeliest] > -np.inf and continues(piece):
+                return iter([likeliest])
+        ended = self._ends(before.decode("utf-8", "replace"))
+        return pieces.likeliest(logits_V, continues, self.eos_ids, self.eos_ids if ended else ())
 
 
 class Pieces:
-    """The text of every token, and the tokens by their first character.
-
-    first_V: of each token, the index of its first character in first_chars ("": no text).
+    """The bytes of every token of a byte-level tokenizer, sorted, so that the tokens that begin
+    with the same bytes are a range: a trie that is never built.
     """
 
-    def __init__(self, texts: Sequence[str]):
-        self.texts = texts
-        indices: dict[str, int] = {}
-        self.first_V = torch.tensor([indices.setdefault(text[:1], len(indices)) for text in texts])
-        self.first_chars = list(indices)
+    def __init__(self, pieces: Sequence[bytes]):
+        """pieces: by token; empty for an id without a token."""
+        self._by_token = pieces
+        order = sorted((piece, token) for token, piece in enumerate(pieces) if piece)
+        self._sorted = [piece for piece, _ in order]
+        self._tokens_N = np.array([token for _, token in order])
+        self._place_of = {token: place for place, (_, token) in enumerate(order)}
+        self._lengths_N = np.array([len(piece) for piece in self._sorted])
+        # numpy pads with zeros; what lies beyond a length is never looked at
+        self._bytes_N_L = np.array(self._sorted, "S").view(np.uint8).reshape(len(order), -1)
+        self._starts: dict[tuple[int, int, int], tuple[int, np.ndarray]] = {}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Pieces | None":
-        """Those of a tokenizer; None where texts are more than their tokens' texts joined."""
+        """Those of a tokenizer; None where texts are more than their tokens' bytes joined."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(getattr(backend, "decoder", None), ByteLevel):
             return None
-        ids = [[token] for token in range(len(tokenizer))]
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return cls(tokenizer.batch_decode(ids, **options))
+        letters = {ord(letter): byte for byte, letter in bytes_to_unicode().items()}
+        texts = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        return cls([_bytes_of(text or "", letters) for text in texts])
+
+    def piece(self, token: int) -> bytes:
+        """Empty for a row of the model's head without a token, as Qwen's has some."""
+        return self._by_token[token] if token < len(self._by_token) else b""
+
+    def joined(self, tokens: Sequence[int]) -> bytes:
+        return b"".join(map(self.piece, tokens))
+
+    def likeliest(
+        self,
+        logits_V: np.ndarray,
+        continues: Callable[[bytes], bool],
+        eos_ids: frozenset[int],
+        ends: Iterable[int],
+    ) -> Iterator[int]:
+        """Tokens in order of likelihood: those of `ends`, and others whose bytes `continues` takes.
+
+        continues: must take the beginnings of all that it takes. eos_ids: tokens that stand for no
+        text.
+        """
+        logits_N = logits_V[self._tokens_N]
+        logits_N[[self._place_of[token] for token in eos_ids if token in self._place_of]] = -np.inf
+        # A best-first search: (-logit, token, range, depth). A token that was found has no range;
+        # of equal logits, ranges come first and then the lowest token.
+        heap = [(-float(logits_V[token]), token, None, 0) for token in ends]
+        heap = [entry for entry in heap if entry[0] < np.inf]
+        heap.append((-np.inf, -1, (0, len(self._sorted)), 0))
+        heapq.heapify(heap)
+        while heap:
+            negative, token, span, depth = heapq.heappop(heap)
+            if span is None:
+                yield token
+                continue
+            low, high = span
+            if high - low == 1:
+                if continues(self._sorted[low]):
+                    heapq.heappush(heap, (negative, int(self._tokens_N[low]), None, 0))
+                continue
+            if depth and not continues(self._sorted[low][:depth]):
+                continue
+            whole, starts = self._children(low, high, depth)
+            for place in range(low, whole):  # tokens that end here
+                if logits_N[place] > -np.inf:
+                    entry = (-float(logits_N[place]), int(self._tokens_N[place]), None, 0)
+                    heapq.heappush(heap, entry)
+            if not len(starts):
+                continue
+            # Not a number counts as impossible
+            best = np.fmax.reduceat(logits_N[:high], starts).tolist()
+            bounds = [*starts.tolist(), high]
+            for logit, first, last in zip(best, bounds, bounds[1:], strict=False):
+                if logit > -np.inf:
+                    heapq.heappush(heap, (-logit, -1, (first, last), depth + 1))
+
+    def _children(self, low: int, high: int, depth: int) -> tuple[int, np.ndarray]:
+        """Of a range of tokens with the same `depth` first bytes: where those end that have no
+        more bytes, and where each range begins that shares one more.
+        """
+        key = (low, high, depth)
+        if key not in self._starts:
+            whole = low + int(np.searchsorted(self._lengths_N[low:high] > depth, True))
+            next_bytes = self._bytes_N_L[whole:high, depth] if whole < high else np.empty(0)
+            changes = np.flatnonzero(next_bytes[1:] != next_bytes[:-1]) + 1 + whole
+            starts = np.concatenate([[whole], changes]) if whole < high else changes
+            self._starts[key] = whole, starts.astype(np.intp)
+        return self._starts[key]
+
+
+def _bytes_of(text: str, letters: Mapping[int, int]) -> bytes:
+    """The bytes of a token as the vocabulary writes it, a letter a byte.
+
+    An added token with other characters is written as it is.
+    """
+    if letters.keys() >= set(map(ord, text)):
+        return text.translate(letters).encode("latin-1")
+    return text.encode("utf-8")

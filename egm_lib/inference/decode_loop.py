@@ -1,9 +1,8 @@
-"""Prompts that a model has read -> completions, token by token: the one loop behind rollouts and
-answers.
+"""Token-by-token decoding: the one loop behind rollouts and answers.
 
-Greedy completions equal those of `model.generate`. What it saves beside it: a prompt is read once
-for all its completions, keys and values are written in place, and completions that have ended leave
-the batch.
+Greedy completions equal those of `model.generate`. The loop is faster for three reasons. A prompt
+is read once for all its completions, keys and values are written in place, and completions that
+have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 do nothing; suppress_ids
-    are never written.
+    """How tokens are sampled.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and repetition_penalty 1 have no effect. Tokens of
+    suppress_ids are never sampled.
     """
 
     max_new_tokens: int
@@ -37,16 +38,14 @@ class SamplingOptions:
 
 
 class Form(Protocol):
-    """What binds an output: puts all but the `keep` likeliest admissible tokens at -inf."""
+    """A constraint on the output: sets all but the `keep` likeliest admissible tokens to -inf."""
 
     def bind(self, written: list[int], logits_V: Tensor, keep: int) -> Tensor: ...
 
 
 @dataclass
 class Prefix:
-    """Prompts that a model has read: cache and mask_N_P of all but the last token, which starts
-    every completion.
-    """
+    """Prompts that a model has read, without their last token, which starts every completion."""
 
     cache: DynamicCache
     mask_N_P: Tensor
@@ -57,8 +56,9 @@ class Prefix:
 
 @dataclass
 class Completions:
-    """Tokens (with the end token) and their log-probs, one list a row; first_token_at:
-    time.perf_counter.
+    """Tokens, end token included, and their log-probs: one list a completion.
+
+    first_token_at: the value of time.perf_counter when the first tokens were there.
     """
 
     tokens: list[list[int]]
@@ -68,12 +68,13 @@ class Completions:
 
 @torch.no_grad()
 def read_inputs(model, inputs: Mapping[str, Tensor]) -> Prefix:
-    """The prefix of what a processor returns for a batch, left-padded; every family that
-    transformers knows.
+    """The prefix of a left-padded batch as a processor returns it.
+
+    This works for every model family of transformers.
     """
     ids_N_T, mask_N_T = inputs["input_ids"], inputs["attention_mask"]
     by_token = {name: inputs[name][:, :-1] for name in BY_TOKEN if name in inputs}
-    if not _has_3d_positions(model):  # Qwen-VL computes its own
+    if not _has_3d_positions(model):  # Qwen-VL computes its positions itself
         by_token["position_ids"] = (mask_N_T.cumsum(dim=-1) - 1).clamp(min=0)[:, :-1]
     cache = DynamicCache()
     model.model(**{**inputs, **by_token}, past_key_values=cache, use_cache=True)
@@ -89,8 +90,9 @@ def _has_3d_positions(model) -> bool:
 
 
 class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for what comes: writes in place where DynamicLayer copies all it
-    holds at each token.
+    """A cache layer that reserves room for all tokens to come and writes them in place.
+
+    transformers' DynamicLayer copies all that it holds at each token.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, rows: Tensor, room: int):
@@ -137,9 +139,9 @@ def complete(
 ) -> Completions:
     """group_size completions of each prompt, in order.
 
-    on_token: is told (completion, token) of every token as it is written, end tokens included.
-    The log-probs are the policy's at the temperature, before suppression, form, penalty, top_k and
-    top_p: what a trainer computes.
+    on_token: called with (completion, token) for every token as it is written, end tokens included.
+    The log-probs are those of the policy at the temperature, before suppression, form, penalty,
+    top_k and top_p. These are the ones that a trainer computes.
     """
     device, length = model.device, options.max_new_tokens
     rows = torch.arange(len(prefix.ids), device=device).repeat_interleave(group_size)
@@ -195,7 +197,8 @@ def complete(
         count = int(going_R.sum())
         if count == 0:
             break
-        if count < 0.9 * len(token_R):  # compacting copies the cache: not for every row that ends
+        # Removing rows copies the cache, so it is not done for every row that ends.
+        if count < 0.9 * len(token_R):
             kept = going_R.nonzero()[:, 0]
             answer_R, going_R, token_R, position_R, mask_R_T = (
                 x[kept] for x in (answer_R, going_R, token_R, position_R, mask_R_T)
@@ -206,8 +209,9 @@ def complete(
 
 
 def _penalise(logits_R_V: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> None:
-    """transformers' repetition penalty, in place: tokens of prompt or completion lose
-    likelihood.
+    """transformers' repetition penalty, in place.
+
+    Tokens that occur in the prompt or the completion become less likely.
     """
     for logits_V, ids in zip(logits_R_V, seen, strict=True):
         known = torch.tensor(sorted(set(ids)), device=logits_V.device)
@@ -218,7 +222,7 @@ def _penalise(logits_R_V: Tensor, seen: Sequence[Sequence[int]], penalty: float)
 def _pick(
     allowed_R_V: Tensor, options: SamplingOptions, generator: torch.Generator | None
 ) -> Tensor:
-    """A token of each row, at the temperature, within top_k and top_p."""
+    """One token for each row, at the temperature, within top_k and top_p."""
     if options.temperature == 0:
         return allowed_R_V.argmax(dim=-1)
     allowed_R_V = allowed_R_V / options.temperature
@@ -228,18 +232,18 @@ def _pick(
     probs_R_V = allowed_R_V.softmax(dim=-1)
     if options.top_p < 1.0:
         sorted_R_V, order_R_V = probs_R_V.sort(dim=-1, descending=True)
-        # The token that crosses top_p stays
+        # The token that crosses top_p is kept
         cut_R_V = sorted_R_V.cumsum(dim=-1) - sorted_R_V >= options.top_p
         probs_R_V = probs_R_V.scatter(1, order_R_V, sorted_R_V.masked_fill(cut_R_V, 0.0))
-    # Inverse distribution function: torch.multinomial draws a random number for every token of the
-    # vocabulary.
+    # By the inverse distribution function, with one random number a row: torch.multinomial draws
+    # one for every token of the vocabulary.
     cumulative_R_V = probs_R_V.cumsum(dim=-1)
     draw_R_1 = (
         torch.rand(len(probs_R_V), 1, generator=generator, device=probs_R_V.device)
         * cumulative_R_V[:, -1:]
     )
     token_R = torch.searchsorted(cumulative_R_V, draw_R_1, right=True)[:, 0]
-    # A draw that rounds up to the whole sum would fall behind the last token that is possible.
+    # A draw that is rounded up to the whole sum would fall behind the last possible token.
     return token_R.minimum((probs_R_V > 0).cumsum(dim=-1).argmax(dim=-1))
 
 
@@ -251,7 +255,10 @@ def _logps(logits_R_V: Tensor, token_R: Tensor, temperature: float) -> Tensor:
 def _until_end(
     tokens_B_T: Tensor, logps_B_T: Tensor, eos: Tensor
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Rows up to and with the first end token; rows that went on in the batch after it are cut."""
+    """Rows up to their first end token, which is included.
+
+    A row may have stayed in the batch after it; what was written then is cut off.
+    """
     ended_B_T = torch.isin(tokens_B_T, eos)
     length_B = torch.where(
         ended_B_T.any(dim=1), ended_B_T.int().argmax(dim=1) + 1, (tokens_B_T >= 0).sum(dim=1)

@@ -1,8 +1,7 @@
-"""Other ways to decode, for the ablations that the paper lacks: a cap on the reasoning, and a vote
-among samples.
+"""Other ways to decode, for ablations that the paper lacks: limits, votes and single samples.
 
-A name such as `small-egm@budget-16` or `small-egm@majority-8` (`predict --model`) is
-the model decoded so.
+`predict --model` takes names such as `small-egm@budget-16` (at most 16 tokens of reasoning),
+`small-egm@majority-8` (a vote of 8 samples) and `small-egm@sample-3` (the third sample).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,14 @@ from egm_lib.parsing import parse_completion, split_reasoning
 from egm_lib.profile import Sampling
 
 VOTE_TEMPERATURE = 0.7  # that of the paper's rollouts, Table 6
-SEEDS_OF_SAMPLES = 1000  # apart, so that no two samples of two runs share their random numbers
+# Distance between the seeds of two samples, so that those of different runs never coincide.
+SEEDS_OF_SAMPLES = 1000
 
 
 def decoded_as(engine: Engine, model: str) -> Engine:
-    """The engine, or the variant of it that the name asks for. Raises ValueError for an unknown
-    variant.
+    """The engine, or the variant of it that the model's name asks for.
+
+    Raises InputError for an unknown variant.
     """
     _, _, variant = model.partition("@")
     if not variant:
@@ -57,7 +58,7 @@ class _Variant:
 
 
 class ReasoningBudget(_Variant):
-    """Reasoning that is not done after `number` tokens is closed, and the model must answer."""
+    """Closes the reasoning after `number` tokens, so that the model must answer."""
 
     def answer(
         self, requests: Sequence[Request], sampling: Sampling, *, reasoning: bool = True
@@ -82,7 +83,7 @@ class ReasoningBudget(_Variant):
         yield from answers
 
     def _begun(self, raw_answer: str) -> str:
-        """The assistant's text so far, without the opener that the chat template writes again."""
+        """The assistant's text so far, without the opener, which the chat template writes again."""
         closing = "</think>" if not self.family.reasoning_opener else "\n</think>\n\n"
         return raw_answer.removeprefix(self.family.reasoning_opener) + (
             closing if _is_reasoning(raw_answer) else ""
@@ -94,8 +95,9 @@ def _is_reasoning(raw_answer: str) -> bool:
 
 
 class Majority(_Variant):
-    """`number` answers are sampled, and the one whose box most others share (IoU > 0.5) is given;
-    tokens are of all.
+    """Samples `number` answers and returns the one whose box most others overlap (IoU > 0.5).
+
+    The token counts are the sums over all samples.
     """
 
     def answer(
@@ -125,8 +127,9 @@ class Majority(_Variant):
 
 
 class Sample(_Variant):
-    """One sampled answer, the `number`-th: at temperature 1 and without top-k and top-p, what the
-    model itself would say. Several of them give accuracy in samples, and pass@N.
+    """The `number`-th sampled answer, at temperature 1 and without top-k and top-p.
+
+    It is drawn from the distribution of the model itself. Several samples give pass@N.
     """
 
     def answer(
@@ -142,13 +145,14 @@ class Sample(_Variant):
 
 
 def _total(*counts: int | None) -> int | None:
-    """The sum; None where one of the counts is not known."""
+    """The sum; None if one of the counts is not known."""
     return None if None in counts else sum(counts)
 
 
 def most_agreed(boxes: Sequence[Box | None]) -> int:
-    """Index of the box that most of the others overlap (IoU > 0.5), the first among equals; 0 where
-    there is no box.
+    """Index of the box that most of the others overlap (IoU > 0.5); 0 if there is no box.
+
+    Of several such boxes it is the first.
     """
     known = [index for index, box in enumerate(boxes) if box is not None]
     if not known:

@@ -1,9 +1,8 @@
-"""Three ways to have a model answer: transformers (any machine), vLLM (GPUs), an OpenAI-compatible
-endpoint.
+"""The interface of the three engines: transformers, vLLM, and an OpenAI-compatible endpoint.
 
-Each engine takes requests (image, prompt) and yields answers in the order of the requests.
+Each engine takes requests (image and prompt) and yields answers in the order of the requests.
 `reasoning=False` switches the reasoning off (Table 10) and binds the output to the form of an
-answer; an engine that cannot bind it says so.
+answer. An engine that cannot do this raises an error.
 """
 
 import bisect
@@ -23,11 +22,11 @@ THINK_END = "</think>"
 class Request:
     """One question about one image; prompt is the user's text, without chat template.
 
-    begun: what the assistant has written already, after the template's own opener; the answer goes
-    on from there.
-    on_text: is told the assistant's text so far, token by token (transformers) or chunk by chunk
-    (an endpoint); vLLM in this process answers at once and never calls it. What it raises ends the
-    answer.
+    begun: what the assistant has already written, after the opener that the template writes. The
+    answer continues from there.
+    on_text: called with the assistant's text so far, token by token (transformers) or chunk by
+    chunk (an endpoint). The vLLM engine answers all at once and never calls it. An exception that
+    it raises ends the answer.
     """
 
     image: Image.Image
@@ -38,12 +37,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """The assistant's text: what the chat template had begun (such as "<think>"), then what the
-    model wrote.
+    """The assistant's text: what the chat template began (such as "<think>"), and the model's part.
 
-    finish_reason: "stop" | "length" | "error". Tokens are None where an endpoint does not tell.
-    latency_ms, first_token_ms: from handing the request over to the last (first) token, in the
-    company that it had; a batch ends as one.
+    finish_reason: "stop" | "length" | "error". Token counts are None if an endpoint does not state
+    them.
+    latency_ms, first_token_ms: time from sending the request to its last (first) token, including
+    the other requests of its batch. All requests of a batch end at the same time.
     """
 
     raw_answer: str
@@ -63,8 +62,10 @@ class Answer:
 
 
 class Engine(Protocol):
-    """batch_size: requests that are answered together; `answer` may be given any number. seed: of
-    sampled answers.
+    """An engine answers requests.
+
+    batch_size: requests that are answered together; `answer` takes any number of them.
+    seed: that of sampled answers.
     """
 
     family: Family
@@ -79,7 +80,7 @@ class Engine(Protocol):
     def describe(self) -> dict: ...
 
     def close(self) -> None:
-        """Gives memory and connections back; the engine cannot answer any more."""
+        """Frees memory and connections. The engine cannot answer after this."""
 
 
 def begun_reasoning(family: Family, reasoning: str) -> str:
@@ -90,8 +91,9 @@ def begun_reasoning(family: Family, reasoning: str) -> str:
 def chat_texts(
     processor, family: Family, requests: Sequence[Request], reasoning: bool
 ) -> list[tuple[str, str]]:
-    """(chat text, what of the assistant's turn it has begun: a parser must see that too) of each
-    request.
+    """(chat text, the part of it that begins the assistant's turn) of each request.
+
+    A parser must see that part too.
     """
     pairs = []
     for request in requests:
@@ -104,9 +106,10 @@ def chat_texts(
 
 
 def count_reasoning_tokens(tokenizer, ids: Sequence[int]) -> int:
-    """Tokens up to and with the last </think>; 0 where the answer does not close a reasoning.
+    """Tokens up to the last </think>, which is included; 0 if the answer closes no reasoning.
 
-    The tag is one token for Qwen3-VL and several for InternVL-3, whose last one may hold more.
+    The tag is one token of Qwen3-VL. It is several of InternVL-3, the last of which may contain
+    other text, too.
     """
 
     def num_closed(length: int) -> int:

@@ -1,52 +1,52 @@
 """Names of a run's models -> checkpoints, and the engine that a profile asks for."""
 
+from dataclasses import replace
+
 from egm_lib.inference.engine import Engine
+from egm_lib.inference.fit import check_fit
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.inference.vllm_engine import VLLMEngine
-from egm_lib.profile import Model, Profile, ProfileError, api_key
+from egm_lib.profile import (
+    NO_REASONING,
+    Model,
+    Profile,
+    ProfileError,
+    api_key,
+    generation_of,
+)
 from egm_lib.run import Run
-
-# A model name with this ending is its model, reasoning switched off (Table 10)
-NO_REASONING = "-no-reasoning"
 
 
 def model_of(run: Run, model: str, task: str) -> Model:
-    """The checkpoint behind a name of a run: a base of the profile, or a model that the run trained
-    for this task.
+    """The checkpoint behind a name of a run: one that the profile names, or a model that the run
+    trained for this task.
     """
-    models, plain = (
-        run.profile.models,
-        model.partition("@")[0],
-    )  # after the @: `decoding`
-    bases = {"small-base": models.small, "large-base": models.large, "reference": models.reference}
-    if models.egm is not None:
-        bases |= {"small-egm": models.egm, f"small-egm{NO_REASONING}": models.egm}
-    if model in bases:
-        return bases[model]
-    path = run.checkpoint(task, plain.removesuffix(NO_REASONING))
+    models = run.profile.models
+    if (named := models.named(model)) is not None:
+        return named
+    path = run.checkpoint(task, model.partition("@")[0].removesuffix(NO_REASONING))
     if not path.is_dir():
         raise FileNotFoundError(
-            f"no checkpoint {path}; train it first, or use one of {', '.join(bases)}"
+            f"no checkpoint {path}; train it first, or use one of small-base, large-base, reference"
         )
-    small = models.small
-    return Model(
-        path=str(path), family=small.family, dtype=small.dtype, max_pixels=small.max_pixels
-    )
+    return replace(models.small, path=str(path), revision=None)
 
 
 def make_engine(
     profile: Profile, model: Model, seed: int = 0, *, for_latency: bool = False
 ) -> Engine:
-    """The profile's engine for a checkpoint.
+    """The engine of a checkpoint: the one that the profile states for it, or for all.
 
     for_latency: nothing is remembered between requests, and an endpoint streams its answers.
+    Raises FitError where the model does not fit the GPUs that it is given.
     """
-    generation = profile.generation
+    generation = generation_of(profile, model)
     if generation.engine == "openai":
         if generation.base_url is None:
             raise ProfileError(
-                f"{profile.name}: generation.engine is openai, so generation.base_url is needed"
+                f"{profile.name}: {model.path} is asked through the engine openai, so it or "
+                "`generation` needs a base_url"
             )
         return OpenAIEngine(
             generation.base_url,
@@ -62,6 +62,7 @@ def make_engine(
             stream=for_latency,
             key=api_key(generation.base_url, generation.api_key_env),
         )
+    check_fit(model, generation)
     common = {
         "dtype": model.dtype,
         "batch_size": generation.batch_size,
@@ -71,6 +72,12 @@ def make_engine(
     }
     if generation.engine == "vllm":
         return VLLMEngine(
-            model.location, model.family, tensor_parallel=generation.tensor_parallel, **common
+            model.location,
+            model.family,
+            tensor_parallel=generation.tensor_parallel,
+            gpu_memory_utilization=generation.gpu_memory_utilization,
+            max_model_len=generation.max_model_len,
+            for_latency=for_latency,
+            **common,
         )
     return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)

@@ -38,7 +38,8 @@ def measure_latency(
 
     For each concurrency a seeded random subset of the samples (the paper: a random 10 % of RefCOCO)
     of num_samples, or of four times the concurrency where that is more, after `warmup` unmeasured
-    requests (as many as the concurrency where that is more). Concurrency 64 is 64 requests on the
+    requests (as many as the concurrency where that is more). Those ask other samples, about other
+    images, so that nothing measured was seen before. Concurrency 64 is 64 requests on the
     way to an endpoint at any time, and a batch of 64 for the other engines, whose answers come
     together; it is left out where there are fewer samples than that. Images are read before the
     clock starts; their preprocessing and the chat template are inside it.
@@ -51,23 +52,30 @@ def measure_latency(
     }
     plain_batch, rows = engine.batch_size, []
     for concurrency in concurrencies:
-        if concurrency > len(samples):
+        num_warmup = max(warmup, concurrency)
+        number = max(num_samples, 4 * concurrency if concurrency > 1 else 0)
+        number = min(number, len(samples) - num_warmup)
+        if number < concurrency:
             print(
-                f"latency at concurrency {concurrency}: not run, there are {len(samples)} samples",
+                f"latency at concurrency {concurrency}: not run, there are {len(samples)} samples, "
+                f"{num_warmup} of them to warm up on",
                 flush=True,
             )
             continue
-        number = min(len(samples), max(num_samples, 4 * concurrency if concurrency > 1 else 0))
         chosen = random.Random(seed).sample(list(samples), number)
-        requests = [
-            Request(
-                open_image(resolve_image(sample, root)),
-                engine.family.prompt(sample["expression"], sample["task"], name=prompt),
-            )
-            for sample in chosen
-        ]
+        unmeasured = _others(samples, chosen, seed)[:num_warmup]
+        warm, requests = (
+            [
+                Request(
+                    open_image(resolve_image(sample, root)),
+                    engine.family.prompt(sample["expression"], sample["task"], name=prompt),
+                )
+                for sample in part
+            ]
+            for part in (unmeasured, chosen)
+        )
         engine.batch_size = concurrency
-        list(engine.answer(requests[: max(warmup, concurrency)], sampling, reasoning=reasoning))
+        list(engine.answer(warm, sampling, reasoning=reasoning))
         # It keeps to its batch_size itself
         wave = len(requests) if isinstance(engine, OpenAIEngine) else concurrency
         answers: list[Answer] = []
@@ -101,3 +109,11 @@ def measure_latency(
     engine.batch_size = plain_batch
     write_jsonl(out, rows)
     return rows
+
+
+def _others(samples: Sequence[Mapping], chosen: Sequence[Mapping], seed: int) -> list[Mapping]:
+    """The samples that are not chosen, shuffled; first those whose image is not chosen either."""
+    ids, images = ({sample[key] for sample in chosen} for key in ("sample_id", "image"))
+    others = [sample for sample in samples if sample["sample_id"] not in ids]
+    random.Random(seed).shuffle(others)
+    return sorted(others, key=lambda sample: sample["image"] in images)

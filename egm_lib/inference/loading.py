@@ -1,23 +1,40 @@
-"""Loading of checkpoints: model and processor by family, with clear errors; no remote code, nothing
-from a hub here.
+"""Loading of checkpoints: configuration, model and processor by family, with clear errors.
+
+Code that a checkpoint brings is never run: `trust_remote_code` is False in every call that takes
+it, so that nothing is asked at a prompt.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, ProcessorMixin
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import VIDEO_PROCESSOR_NAME
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from egm_lib.errors import InputError
-from egm_lib.prompts import FAMILIES
+from egm_lib.inference.model_folder import (
+    COPY_AGAIN,
+    Checkpoint,
+    check_plain,
+    check_processor,
+    check_weights,
+    find_checkpoint,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,32 +79,83 @@ class InternVLProcessor(transformers.InternVLProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def _present(path: str | Path) -> str:
-    """The path as transformers wants it; a local folder must hold a checkpoint, a hub name may need
-    the network.
+def load_config(path: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a checkpoint; a LoRA adapter's is that of its base.
+
+    Raises as `find_checkpoint` does, and InputError for values that transformers refuses.
     """
-    text = str(path)
-    looks_local = text.startswith((".", "/", "data/")) or os.sep in text and Path(text).exists()
-    if looks_local and not (Path(text) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"no checkpoint in {text} (config.json is missing): run the stage that makes it, "
-            "or restore the shipped one with `git checkout -- data/mini`"
-        )
-    return text
+    return _config(find_checkpoint(path, revision))
 
 
-def load_model(path: str | Path, dtype: str = "float32", **kwargs) -> PreTrainedModel:
-    """The vision-language model stored at a path or under a hub name, in eval mode.
+def _config(found: Checkpoint) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(found.place, trust_remote_code=False, **found.hub)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"the config.json of {found.place} cannot be used ({reason}): {COPY_AGAIN}"
+        ) from error
 
-    dtype: one of DTYPES. Raises FileNotFoundError where a local folder has no checkpoint,
-    ValueError on another dtype.
+
+def load_model(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    family: str | None = None,
+    revision: str | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """The vision-language model stored at a path or under a hub id, in eval mode.
+
+    A LoRA adapter is merged into its base.
+    dtype: one of DTYPES. family: the one that it must be of; None: any. revision: of a hub id.
+    Raises FileNotFoundError where a local folder has no checkpoint, InputError on another dtype and
+    for a checkpoint that cannot be used.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    model = AutoModelForImageTextToText.from_pretrained(
-        _present(path), dtype=DTYPES[dtype], **kwargs
+    found = find_checkpoint(path, revision, family)
+    check_plain(found)
+    check_weights(found)
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        found.place,
+        config=_config(found),
+        dtype=DTYPES[dtype],
+        trust_remote_code=False,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are in the report
+        output_loading_info=True,
+        **found.hub,
+        **kwargs,
     )
-    return model.eval()
+    # transformers draws such weights at random, with a warning
+    drawn = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if drawn:
+        raise InputError(
+            f"{found.place} lacks {len(drawn)} of the weights that its config.json describes, or "
+            f"holds them in another size, such as {drawn[0]}: weights and config.json are of "
+            "different models; copy both again"
+        )
+    return (model if found.adapter is None else _merged(model, found.adapter)).eval()
+
+
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with a LoRA adapter merged into its weights."""
+    from peft import LoraConfig, PeftModel
+
+    try:
+        with_adapter = PeftModel(model, LoraConfig.from_pretrained(str(adapter)))
+        report = with_adapter.load_adapter(str(adapter), "default", use_safetensors=True)
+        unused = [*report.missing_keys, *report.unexpected_keys]
+        if unused:
+            raise ValueError(f"{len(unused)} weights have no place there, such as {unused[0]}")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"the LoRA adapter in {adapter} does not fit its base {model.name_or_path} "
+            f"({str(error).strip().splitlines()[0]}): name the base that it was trained on in its "
+            "adapter_config.json"
+        ) from error
+    return with_adapter.merge_and_unload()
 
 
 def image_token_ids(config) -> tuple[int, ...]:
@@ -106,9 +174,11 @@ def load_processor(
     """The processor (chat template, tokenizer, images) of a checkpoint; the same one with and
     without torchvision.
 
+    A LoRA adapter's is that of its base.
     max_pixels: as in `limit_pixels`. revision: of the hub's.
+    Raises as `find_checkpoint` and `limit_pixels` do, and InputError where a file is missing.
     """
-    processor = _processor(path, family, {} if revision is None else {"revision": revision})
+    processor = _processor(path, family, revision)
     limit_pixels(processor, family, max_pixels)
     return processor
 
@@ -133,17 +203,21 @@ def limit_pixels(processor: ProcessorMixin, family: str, max_pixels: int | None)
     images.size = type(images.size)(shortest_edge=least, longest_edge=most)
 
 
-def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:
-    if family not in FAMILIES:
-        raise InputError(f"unknown model family {family!r}: use one of {', '.join(FAMILIES)}")
-    place, kind = (
-        _present(path),
-        {"qwen3-vl": Qwen3VLProcessor, "internvl-3": InternVLProcessor}[family],
-    )
+def _processor(path: str | Path, family: str, revision: str | None) -> ProcessorMixin:
+    found = find_checkpoint(path, revision, family)
+    place, hub = found.place, found.hub
+    if found.folder is not None:
+        check_processor(found, found.folder)
+    kind = {"qwen3-vl": Qwen3VLProcessor, "internvl-3": InternVLProcessor}[family]
     stated, _ = kind.get_processor_dict(place, **hub)
-    tokenizer = AutoTokenizer.from_pretrained(place, **hub)
+    tokenizer = _tokenizer(place, hub)
     # Qwen3-VL's may stand with the processor alone
     template = stated.get("chat_template") or tokenizer.chat_template
+    if not template:
+        raise InputError(
+            f"{place} has no chat template: copy chat_template.jinja (or chat_template.json) from "
+            "the model that it was made from"
+        )
     if family == "internvl-3":
         images = GotOcr2ImageProcessorPil.from_pretrained(place, **hub)
         return InternVLProcessor(
@@ -151,6 +225,18 @@ def _processor(path: str | Path, family: str, hub: dict) -> ProcessorMixin:
         )
     images = Qwen2VLImageProcessorPil.from_pretrained(place, **hub)
     return Qwen3VLProcessor(images, tokenizer, chat_template=template)
+
+
+def _tokenizer(place: str, hub: dict) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **hub)
+    except OSError:
+        raise  # says it in one sentence
+    except Exception as error:  # the Rust library's errors have no class of their own
+        raise InputError(
+            f"the tokenizer of {place} cannot be read ({error}): copy its files again from the "
+            "model that it was made from"
+        ) from error
 
 
 def video_half(place: str | Path) -> dict | None:

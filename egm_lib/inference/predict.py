@@ -4,7 +4,8 @@
     python -m egm_lib.inference.predict --profile mini --model small-base --latency
 
 A file is written in the order of its samples; a run that was stopped goes on where it stopped and
-leaves the same file.
+leaves the same file. With `--shard 1/4` to `--shard 4/4` four processes share the samples
+(egm_lib.inference.shards).
 """
 
 import argparse
@@ -12,7 +13,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -22,17 +27,22 @@ from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
 from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
-from egm_lib.files import json_line, read_jsonl, write_jsonl
+from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.inference.engine import Answer, Engine, Request
-from egm_lib.inference.from_profile import NO_REASONING, make_engine, model_of
+from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.latency import CONCURRENCIES, measure_latency
+from egm_lib.inference.openai_engine import OpenAIEngine
+from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge, whole_rows
+from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.parsing import parse_completion
-from egm_lib.profile import Sampling
+from egm_lib.profile import NO_REASONING, Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
 from egm_lib.run import Run
 
 WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
+# vLLM batches a window itself, and waits at its end for the slowest answer only
+VLLM_WINDOW_BATCHES = 16
 
 
 class EngineFailure(EgmError, RuntimeError):
@@ -52,6 +62,7 @@ def predict(
     reasoning: bool = True,
     prompt: str = DEFAULT_PROMPT,
     retry_errors: bool = False,
+    shard: Shard = WHOLE,
 ) -> Path:
     """Answers every sample into `out`, in their order; a sample that has its row already is not
     asked again.
@@ -60,98 +71,171 @@ def predict(
     error, marks its row ("error") and the run goes on; retry_errors asks those rows again. Rows are
     appended a window of samples at a time. Window boundaries are the same when a run is resumed, so
     that it batches as an uninterrupted one does. prompt: the name of one of the family's prompts.
+    shard: the samples that this process answers; `out` is written once all shards are finished.
     Raises ValueError where `out` holds another model's rows or samples, EngineFailure where a whole
     window failed.
     """
-    samples = list(samples)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out, samples = Path(out), list(samples)
     stamp = {"model": model, "revision": engine.revision, "profile": profile, "seed": seed}
-    done = _finished_rows(out, samples, stamp, retry_errors)
-    window = WINDOW_BATCHES * engine.batch_size
+    known = _known_rows(out, samples, stamp, retry_errors)
+    if len(known) == len(samples):
+        shard = WHOLE  # nothing is left to be shared
+    file, dealt = shard.file(out), shard.of(samples)
+    write_jsonl(file, (known[row["sample_id"]] for row in dealt if row["sample_id"] in known))
+    done = known.keys() & {sample["sample_id"] for sample in dealt}
+    window = _window(engine)
+    chunk = window or WINDOW_BATCHES * engine.batch_size  # rows that are written together
+    parts = _parts(dealt, done, window)
+    rows = _answer_rows(parts, engine, stamp, root, sampling, reasoning, prompt)
     progress = {
-        "total": len(samples),
+        "total": len(dealt),
         "initial": len(done),
-        "desc": f"{model} {out.stem}",
+        "desc": f"{model} {out.stem}" + (f" {shard}" if shard.count > 1 else ""),
         "unit": " samples",
     }
-    with open(out, "a", encoding="utf-8") as file, tqdm.tqdm(**progress, mininterval=5) as bar:
-        for start in range(0, len(samples), window):
-            part = samples[start : start + window]
-            missing = {sample["sample_id"] for sample in part} - done
-            if not missing:
-                continue
-            rows = list(_answer_rows(part, engine, stamp, root, sampling, reasoning, prompt))
-            if all(row["status"] == "error" for row in rows) and len(rows) > 1:
-                first = rows[0]["error"]
+    with (
+        contextlib.closing(rows),
+        open(file, "a", encoding="utf-8") as opened,
+        tqdm.tqdm(**progress, mininterval=5) as bar,
+    ):
+        while written := list(islice(rows, chunk)):
+            # A few rows of an endpoint that are asked once more may all fail again
+            few = window is None and done and len(written) < chunk
+            if all(row["status"] == "error" for row in written) and len(written) > 1 and not few:
                 raise EngineFailure(
-                    f"{model}, {out.stem}: all {len(rows)} samples failed; the first: {first}"
+                    f"{model}, {out.stem}: all {len(written)} samples failed; the first: "
+                    f"{written[0]['error']}"
                 )
-            file.write("".join(json_line(row) for row in rows if row["sample_id"] in missing))
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(missing))
-    _put_in_order(out, samples)
+            new = [row for row in written if row["sample_id"] not in done]
+            opened.write("".join(map(json_line, new)))
+            opened.flush()
+            os.fsync(opened.fileno())
+            bar.update(len(new))
+    if unfinished := merge(out, samples, shard):
+        print(f"{out.stem}: shard {shard} is done; unfinished: {', '.join(unfinished)}", flush=True)
     return out
 
 
-def _finished_rows(
+def _known_rows(
     out: Path, samples: Sequence[Mapping], stamp: Mapping, retry_errors: bool
-) -> set[str]:
-    """Ids of the rows that `out` holds already; a torn last line and rows to ask again are taken
-    out of it.
+) -> dict[str, dict]:
+    """The rows that `out` and its shards hold already, by sample. A torn last line and rows to ask
+    again are left out.
     """
-    if not out.exists():
-        return set()
-    rows = read_jsonl(out)
-    wanted = {sample["sample_id"] for sample in samples}
-    for row in rows:
-        differing = [name for name, value in stamp.items() if row.get(name) != value]
-        if differing or row["sample_id"] not in wanted:
-            what = (
-                f"{differing[0]} {row.get(differing[0])!r}"
-                if differing
-                else f"the sample {row['sample_id']!r}"
-            )
-            raise InputError(
-                f"{out} was written for {what}, which this run does not ask for; move the file "
-                "away first"
-            )
-    kept = [row for row in rows if not (retry_errors and row["status"] == "error")]
-    write_jsonl(out, kept)
-    return {row["sample_id"] for row in kept}
+    asked = {sample["sample_id"] for sample in samples}
+    known = {}
+    for path in files_with_rows(out):
+        for row in whole_rows(path):
+            _check_row(row, path, asked, stamp)
+            if not (retry_errors and row["status"] == "error"):
+                known[row["sample_id"]] = row
+    return known
 
 
-def _put_in_order(out: Path, samples: Sequence[Mapping]) -> None:
-    rows = {row["sample_id"]: row for row in read_jsonl(out)}
-    order = [sample["sample_id"] for sample in samples]
-    if list(rows) != order:
-        write_jsonl(out, (rows[sample_id] for sample_id in order))
+def _check_row(row: Mapping, path: Path, asked: set[str], stamp: Mapping) -> None:
+    """Raises InputError for a row of another model, profile or seed, or of another sample."""
+    differing = [name for name, value in stamp.items() if row.get(name) != value]
+    if not differing and row["sample_id"] in asked:
+        return
+    what = f"the sample {row['sample_id']!r}"
+    if differing:
+        what = f"{differing[0]} {row.get(differing[0])!r}"
+    raise InputError(
+        f"{path} was written for {what}, which this run does not ask for; move the file away first"
+    )
+
+
+def _window(engine: Engine) -> int | None:
+    """Samples that are handed to an engine together; None: one after the other, as it takes them.
+
+    An endpoint answers each request on its own, so that none waits for the slowest of a window.
+    """
+    if isinstance(engine, OpenAIEngine):
+        return None
+    batches = VLLM_WINDOW_BATCHES if isinstance(engine, VLLMEngine) else WINDOW_BATCHES
+    return batches * engine.batch_size
+
+
+def _parts(
+    samples: Sequence[Mapping], done: set[str], window: int | None
+) -> list[Sequence[Mapping]]:
+    """The samples to ask, in parts that are handed over together.
+
+    A window with a missing row is asked whole, since an answer may depend on its batch.
+    """
+
+    def missing(part: Sequence[Mapping]) -> list[Mapping]:
+        return [sample for sample in part if sample["sample_id"] not in done]
+
+    if window is None:
+        return [missing(samples)]
+    parts = (samples[start : start + window] for start in range(0, len(samples), window))
+    return [part for part in parts if missing(part)]
 
 
 def _answer_rows(
-    samples,
+    parts: Sequence[Sequence[Mapping]],
     engine: Engine,
     stamp: Mapping,
     root: Path,
     sampling: Sampling,
     reasoning: bool,
     prompt: str,
-):
-    answers: dict[int, Answer] = {}
-    requests: dict[int, Request] = {}
-    for index, sample in enumerate(samples):
+) -> Iterator[dict]:
+    """A row of each sample, in order. Images are decoded while the engine answers earlier ones."""
+    request = partial(_request, engine=engine, root=root, prompt=prompt)
+    ahead = _window(engine) or engine.batch_size
+    with contextlib.closing(
+        _map_ahead(request, (sample for part in parts for sample in part), ahead)
+    ) as requests:
+        for part in parts:
+            waiting: deque[tuple[Mapping, Answer | None]] = deque()
+            valid = _valid_requests(zip(part, requests, strict=False), waiting)
+            if _window(engine) is not None:
+                valid = list(valid)
+            for answer in engine.answer(valid, sampling, reasoning=reasoning):
+                while waiting[0][1] is not None:
+                    yield _row(*waiting.popleft(), engine, stamp, prompt)
+                sample, _ = waiting.popleft()
+                yield _row(sample, answer, engine, stamp, prompt)
+            for sample, failure in waiting:
+                yield _row(sample, failure, engine, stamp, prompt)
+
+
+def _request(sample: Mapping, engine: Engine, root: Path, prompt: str) -> Request | Answer:
+    """What the engine is asked; a failed Answer where the image cannot be read."""
+    try:
+        image = open_image(resolve_image(sample, root))
+    except (OSError, ValueError) as error:
+        return Answer.failed(error)
+    return Request(image, engine.family.prompt(sample["expression"], sample["task"], name=prompt))
+
+
+def _valid_requests(
+    pairs: Iterable[tuple[Mapping, Request | Answer]], waiting: deque
+) -> Iterator[Request]:
+    """The requests among the pairs. waiting: takes each sample, and its answer if it has failed."""
+    for sample, request in pairs:
+        failed = isinstance(request, Answer)
+        waiting.append((sample, request if failed else None))
+        if not failed:
+            yield request
+
+
+def _map_ahead(work: Callable, items: Iterable, ahead: int) -> Iterator:
+    """map(work, items) in a thread, which is up to `ahead` items in front of the reader."""
+    with ThreadPoolExecutor(1) as pool:
+        futures: deque = deque()
         try:
-            image = open_image(resolve_image(sample, root))
-        except (OSError, ValueError) as error:
-            answers[index] = Answer.failed(error)
-        else:
-            text = engine.family.prompt(sample["expression"], sample["task"], name=prompt)
-            requests[index] = Request(image, text)
-    given = engine.answer(list(requests.values()), sampling, reasoning=reasoning)
-    answers |= dict(zip(requests, given, strict=True))
-    for index, sample in enumerate(samples):
-        yield _row(sample, answers[index], engine, stamp, prompt)
+            for item in items:
+                futures.append(pool.submit(work, item))
+                if len(futures) > ahead:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def _row(
@@ -207,11 +291,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--latency", action="store_true", help="measure latency (vanilla) instead of predicting"
     )
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=WHOLE,
+        metavar="I/N",
+        help="answer every N-th sample, from the I-th; the last of N processes merges the files",
+    )
     parser.add_argument("--latency-samples", type=int, default=64)
     parser.add_argument(
         "--concurrency", type=int, action="append", help="of --latency; default: 1 and 64"
     )
     args = parser.parse_args(argv)
+    if args.latency and args.shard.count > 1:
+        parser.error("latency is measured in one process: leave --shard out")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return ends(lambda: _predict_all(args))
 
@@ -219,19 +312,22 @@ def main(argv: list[str] | None = None) -> int:
 def _predict_all(args: argparse.Namespace) -> None:
     run = run_of(args)
     for model in args.model:
-        for task in ("vanilla",) if args.latency else (args.task or run.profile.tasks):
-            _predict_task(run, model, task, args)
+        tasks = ("vanilla",) if args.latency else (args.task or run.profile.tasks)
+        splits = {
+            task: [pair for pair in eval_splits(task) if _wanted(pair, args)] for task in tasks
+        }
+        asked = [task for task in tasks if splits[task]]
+        # One engine for the tasks of a base model; a trained one has a checkpoint for each
+        for checkpoint, group in groupby(asked, partial(model_of, run, model)):
+            pairs = [pair for task in group for pair in splits[task]]
+            plain = make_engine(run.profile, checkpoint, run.seed, for_latency=args.latency)
+            # Closed before the next one is built
+            with contextlib.closing(decoded_as(plain, model)) as engine:
+                _use_engine(engine, pairs, run, model, args)
 
 
-def _predict_task(run: Run, model: str, task: str, args: argparse.Namespace) -> None:
-    profile = run.profile
-    splits = [pair for pair in eval_splits(task) if not args.split or split_id(*pair) in args.split]
-    if not splits:
-        return
-    checkpoint = model_of(run, model, task)
-    plain = make_engine(profile, checkpoint, run.seed, for_latency=args.latency)
-    with contextlib.closing(decoded_as(plain, model)) as engine:  # before the next one is built
-        _use_engine(engine, splits, run, model, args)
+def _wanted(pair: tuple[str, str], args: argparse.Namespace) -> bool:
+    return not args.split or split_id(*pair) in args.split
 
 
 def _use_engine(
@@ -266,13 +362,11 @@ def _use_engine(
             profile=profile.name,
             seed=run.seed,
             retry_errors=args.retry_errors,
+            shard=args.shard,
             **common,
         )
-        print(
-            f"{model} {out.stem}: {len(samples)} samples in {time.perf_counter() - start:.1f} s -> "
-            f"{out}",
-            flush=True,
-        )
+        seconds, count = time.perf_counter() - start, len(args.shard.of(range(len(samples))))
+        print(f"{model} {out.stem}: {count} samples in {seconds:.1f} s -> {out}", flush=True)
 
 
 if __name__ == "__main__":

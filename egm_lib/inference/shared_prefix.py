@@ -1,10 +1,9 @@
-"""Many completions of few prompts, each prompt read once: their log-probs (with gradient) and their
-sampling.
+"""Groups of completions whose prompt is read once: sampling them, and what their log-probs need.
 
-A group of G completions shares image and prompt, which are most of its tokens. So the prefix runs
-once per prompt, its keys and values are repeated to the group, and only the completions run G
-times. Results equal a plain forward's. Qwen3-VL's image comes from the vision cache; everything
-here is transformers' own model code.
+A group of G completions shares image and prompt, which make up most of its tokens. So the prefix
+goes through the model once per prompt, its keys and values are repeated for the group, and only the
+completions go through it G times. The results equal those of a plain forward pass. Qwen3-VL's image
+features come from the vision cache. The model code is that of transformers.
 """
 
 from __future__ import annotations
@@ -22,17 +21,16 @@ from transformers import DynamicCache
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete
 from egm_lib.inference.vision_cache import Features, VisionCache, as_encoder_output
 
-# Completions sampled together: more is no faster on a CPU, and the KV cache grows
+# Completions that are sampled together. More are no faster on a CPU, and the KV cache grows.
 ROLLOUT_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One chat up to the assistant's turn: its tokens, their 3-D positions, the image (its file,
-    or another name).
+    """One chat up to the assistant's turn: its tokens, their 3-D positions and its image.
 
-    The first image_end tokens end with the token after the image: what prompts of one image
-    have in common.
+    image: the file, or another name of the image.
+    image_end: tokens that prompts of one image have in common; the last one follows the image.
     """
 
     ids: list[int]
@@ -46,12 +44,11 @@ class Prompt:
 
 
 class Reader:
-    """Turns (image, chat text) into a Prompt, and images into features; each image is
-    processed once.
+    """Turns an image and a chat text into a Prompt, and images into features.
 
-    An image goes by a name, such as its file, that open_image opens.
-    processor, model: of the Qwen3-VL family, the model's vision frozen by `freeze_vision` with this
-    cache.
+    Each image is processed once. It has a name, such as its file, that open_image opens.
+    processor, model: of the Qwen3-VL family. `freeze_vision` must have frozen the model's vision
+    with this cache.
     """
 
     def __init__(
@@ -85,8 +82,9 @@ class Reader:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _head(self, before: str, grid: tuple[int, int, int]) -> tuple[list[int], Tensor]:
-        """Tokens up to the end of the image, and their positions: the same for every image of a
-        size.
+        """Tokens up to the end of the image, and their positions.
+
+        They are the same for all images of one size.
         """
         if (before, grid) not in self._heads:
             image_token = self.model.config.image_token_id
@@ -102,14 +100,14 @@ class Reader:
         return self._heads[before, grid]
 
     def features(self, images: Sequence[Hashable]) -> list[Features]:
-        """Features of images, from the cache where it still holds them."""
+        """Features of images, in order; from the cache if it still holds them."""
         found = {
             path: self.cache.get(self._keys[path]) if path in self._keys else None
             for path in images
         }
         new = [path for path, features in found.items() if features is None]
         for start in range(0, len(new), 32):
-            found.update(self._look(new[start : start + 32]))
+            found.update(self._encode(new[start : start + 32]))
         return [found[path] for path in images]
 
     def _grid(self, image: Hashable) -> Tensor:
@@ -117,7 +115,7 @@ class Reader:
             self.features([image])
         return self._grids[image]
 
-    def _look(self, images: list[Hashable]) -> dict[Hashable, Features]:
+    def _encode(self, images: list[Hashable]) -> dict[Hashable, Features]:
         inputs = self.processor.image_processor(
             [self.open_image(path) for path in images], return_tensors="pt"
         )
@@ -137,7 +135,10 @@ class Reader:
 
 
 def read_prefix(model, prompts: Sequence[Prompt], features: list[Features]) -> Prefix:
-    """Runs all but the last token of each prompt; features: of the prompts' images, in order."""
+    """Puts all but the last token of each prompt through the model.
+
+    features: those of the prompts' images, in order.
+    """
     device = model.device
     ids_N_P = pad_sequence(
         [torch.tensor(p.ids[:-1]) for p in prompts], batch_first=True, padding_side="left"
@@ -179,10 +180,9 @@ def sample(
     eos_ids: Sequence[int],
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """group_size completions of each prompt, in order, end token included; and the log-prob of each
-    token.
+    """(tokens, log-probs) of group_size completions of each prompt, in order.
 
-    The log-probs are the policy's at the temperature, as those of `decode_loop.complete`.
+    End tokens are included. The log-probs are those of `decode_loop.complete`.
     """
     done = complete(
         model, read_prefix(model, prompts, features), group_size, options, eos_ids, generator

@@ -52,8 +52,7 @@ class TransformersEngine:
         if isinstance(model_path, torch.nn.Module):
             model = model_path
         else:
-            hub = {} if revision is None else {"revision": revision}
-            model = load_model(model_path, dtype, **hub)
+            model = load_model(model_path, dtype, family=family, revision=revision)
             processor = processor or load_processor(model_path, family, max_pixels, revision)
         self.model, self.processor = model.to(self.device, self.dtype).eval(), processor
         self.cache_vision = (

@@ -1,8 +1,8 @@
-"""A frozen image is looked at once: the vision tower's outputs, kept per image.
+"""A cache of the outputs of a frozen vision tower, so that each image is encoded once.
 
-In a group of 16 rollouts the same image is encoded 16 times, and again in every epoch. With the
-tower frozen its merged embeddings and deepstack features never change, so `freeze_vision(model)`
-makes the tower look them up.
+Without it, a group of 16 rollouts encodes the same image 16 times, and so does every epoch. If the
+tower is frozen, its merged embeddings and deepstack features never change. `freeze_vision(model)`
+makes the tower take them from the cache.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 GIB = 2**30
-# Patches that go through the tower together: more fall out of a CPU's caches (1.7 times slower)
+# Patches that go through the tower together. With more, a CPU's caches overflow (1.7 times slower).
 CPU_PATCHES = 2048
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a language model sees of one image: merged_T_W and one deepstack_T_W for each early
-    layer.
+    """What a language model gets of one image.
+
+    merged_T_W, and one deepstack_T_W for each of its early layers.
     """
 
     merged: Tensor
@@ -37,7 +38,7 @@ class Features:
 
 @dataclass
 class VisionCache:
-    """Features by (tower, image); the least recently used are dropped above max_bytes."""
+    """Features by tower and image. Above max_bytes, the least recently used are dropped."""
 
     max_bytes: int = GIB
     hits: int = 0
@@ -68,7 +69,7 @@ class VisionCache:
 
 
 def tower_digest(visual: nn.Module) -> bytes:
-    """A digest of every weight and buffer of a vision tower, names included."""
+    """A digest of the names and values of all weights and buffers of a vision tower."""
     digest = xxhash.xxh3_128()
     for name, tensor in visual.state_dict().items():
         digest.update(name.encode())
@@ -77,9 +78,7 @@ def tower_digest(visual: nn.Module) -> bytes:
 
 
 def image_digest(tower: bytes, pixels_P_D: Tensor, grid_3: Tensor) -> bytes:
-    """The key of an image: the tower's digest, the grid, and the patches as the tower takes
-    them.
-    """
+    """The key of an image: a digest of the tower's digest, the grid, and the image's patches."""
     digest = xxhash.xxh3_128(tower)
     digest.update(repr((grid_3.tolist(), pixels_P_D.dtype)).encode())
     digest.update(_bytes(pixels_P_D))
@@ -91,22 +90,21 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionCache:
-    """Freezes a Qwen3-VL's vision tower with its mergers, and makes its forward look images up in
-    the cache.
+    """Freezes the vision tower and mergers of a Qwen3-VL, and lets its forward use the cache.
 
-    Names of parameters, and so checkpoints, stay as they are. Raises ValueError for a model without
-    `model.visual`.
+    The names of parameters do not change, so checkpoints do not either. Returns the cache.
+    Raises ValueError for a model without `model.visual`.
     """
     visual = getattr(getattr(model, "model", None), "visual", None)
     if visual is None:
         raise ValueError(
-            f"{type(model).__name__} has no model.visual: the vision cache knows the Qwen3-VL "
+            f"{type(model).__name__} has no model.visual: the vision cache works for the Qwen3-VL "
             "family only"
         )
     cache = VisionCache() if cache is None else cache
     visual.requires_grad_(False)
     visual.eval()
-    tower, look, merge = tower_digest(visual), visual.forward, visual.spatial_merge_size**2
+    tower, encode, merge = tower_digest(visual), visual.forward, visual.spatial_merge_size**2
 
     def forward(
         hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any
@@ -124,7 +122,7 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
             first = [keys.index(key) for key in part]
             grid_N_3 = grid_thw[first]
             with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
-                seen = look(torch.cat([pixels[i] for i in first]), grid_thw=grid_N_3, **kwargs)
+                seen = encode(torch.cat([pixels[i] for i in first]), grid_thw=grid_N_3, **kwargs)
             sizes = (grid_N_3.prod(dim=-1) // merge).tolist()
             layers = [
                 tensor.split(sizes) for tensor in (seen.pooler_output, *seen.deepstack_features)
@@ -141,9 +139,7 @@ def freeze_vision(model: nn.Module, cache: VisionCache | None = None) -> VisionC
 
 
 def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[list[bytes]]:
-    """The images in order, on a CPU cut into parts of at most CPU_PATCHES patches (or of one
-    image).
-    """
+    """The images in order, on a CPU in parts of at most CPU_PATCHES patches, or of one image."""
     if device.type != "cpu":
         return [keys] if keys else []
     parts: list[list[bytes]] = []
@@ -160,8 +156,9 @@ def _parts(keys: list[bytes], sizes: list[int], device: torch.device) -> list[li
 def as_encoder_output(
     features: list[Features], split: bool = False
 ) -> BaseModelOutputWithDeepstackFeatures:
-    """Images in order, as the tower returns them; split: as
-    `model.forward(mm_encoder_outputs=...)` takes them.
+    """Features of images, in order, as the tower returns them.
+
+    split: as `model.forward(mm_encoder_outputs=...)` takes them.
     """
     merged, deepstack = (
         [f.merged for f in features],

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import AutoConfig, ProcessorMixin
+from transformers import ProcessorMixin
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, check_bound
 from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import load_config, load_processor
+from egm_lib.inference.model_folder import check_weights, check_whole, find_checkpoint
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
 
@@ -19,6 +20,9 @@ MAX_MODEL_LEN = 32_768
 
 # No video: vLLM 0.30 tries one as it starts, in a way that transformers 5.23 refuses.
 VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
+# With both off, vLLM tells images apart by their request, so that its encoder's outputs are not
+# shared either
+WITHOUT_CACHES = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
 
 
 def vllm_images(processor: ProcessorMixin) -> dict:
@@ -38,8 +42,11 @@ class VLLMEngine:
     """vLLM in this process. On a CPU it answers as TransformersEngine does (`make test-vllm`); no
     GPU was at hand.
 
-    tensor_parallel: GPUs one copy of the model is cut over. For data parallelism start one process
-    a GPU on a share of the splits, or `vllm serve --data-parallel-size` behind OpenAIEngine.
+    tensor_parallel: GPUs that one copy of the model is cut over. More GPUs are used by more
+    processes, each on a shard of the samples (egm_lib.inference.shards).
+    gpu_memory_utilization: share of each GPU that vLLM takes.
+    max_model_len: tokens of prompt and answer; null: MAX_MODEL_LEN, or what the model can.
+    for_latency: neither prompts nor images are remembered between requests.
     """
 
     def __init__(
@@ -53,8 +60,14 @@ class VLLMEngine:
         revision: str | None = None,
         max_pixels: int | None = None,
         tensor_parallel: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_model_len: int | None = None,
+        for_latency: bool = False,
         seed: int = 0,
     ):
+        found = find_checkpoint(model_path, revision, family)
+        check_whole(found, "vLLM")
+        check_weights(found)
         try:
             from vllm import LLM
         except ImportError as error:
@@ -69,15 +82,18 @@ class VLLMEngine:
             seed,
         )
         self.processor = processor or load_processor(model_path, family, max_pixels, revision)
-        text = AutoConfig.from_pretrained(model_path, revision=revision).get_text_config()
+        text = load_config(model_path, revision).get_text_config()
         self.llm = LLM(
             model=model_path,
             revision=revision,
+            trust_remote_code=False,
             dtype=dtype,
             tensor_parallel_size=tensor_parallel,
+            gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
-            max_model_len=min(MAX_MODEL_LEN, text.max_position_embeddings),
+            max_model_len=min(max_model_len or MAX_MODEL_LEN, text.max_position_embeddings),
             **vllm_images(self.processor),
+            **(WITHOUT_CACHES if for_latency else {}),
         )
 
     def close(self) -> None:

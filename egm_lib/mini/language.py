@@ -1,10 +1,10 @@
 """Referring expressions of the miniature world, what they refer to, and the reasoning that finds
 it.
 
-A Query is a small tree: which kind of thing, picked how, relative to which other queries. Each
-query can say itself in words (with paraphrases), find its thing (or None when it fits none or
-several, or by too small a margin), and write the steps that lead there. Places are visible centres
-on the 0..1000 grid of egm_lib.mini.pretraining.vision.
+A Query is a small tree: which kind of thing, how it is picked, and relative to which other queries.
+It can state itself in words (with paraphrases), find its thing (None if it fits none or several, or
+fits by too small a margin), and write the steps that lead there. Places are visible centres on the
+0..1000 grid of egm_lib.mini.pretraining.vision.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ def retell(worked: str, expression: str, way: str) -> str:
 def way_of(reasoning: str | None, expression: str) -> str | None:
     """In which of WAYS a text reasons, told by its form; nothing is said on whether it is right.
 
-    None where there is no reasoning, as in a direct answer.
+    None if there is no reasoning, as in a direct answer.
     No place is restating. One place, nothing listed, is concluding, except for an expression that
     needs no steps: its worked trace has that form too, and begins with "the".
     """
@@ -381,7 +381,7 @@ def _pick_kind(rng: Random, scene: Scene, sizes: range) -> Kind | None:
 
 
 def propose(rng: Random, scene: Scene, hops: int, how: str | None = None) -> Query | None:
-    """A random query with that many selections; it need not fit. None where the scene has nothing
+    """A random query with that many selections; it need not fit. None if the scene has nothing
     for it.
 
     how: as Query.how, for one selection; deeper queries draw their own.

@@ -151,7 +151,7 @@ class TeacherTransport(httpx2.AsyncBaseTransport):
         model: str,
         ways: Mapping[str, float] | None = None,
     ) -> tuple[str | None, str]:
-        """(text, finish reason) of a reply; text None where teacher.jsonl holds none.
+        """(text, finish reason) of a reply; text None if teacher.jsonl holds none.
 
         ways: shares of the ways to reason (WAYS); None: every trace is worked out.
         """

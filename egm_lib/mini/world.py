@@ -58,8 +58,8 @@ class Recipe:
 def recipes(test_scenes: int = 0) -> dict[str, Recipe]:
     """Every file of the world, by its path below the root.
 
-    test_scenes: which scenes the test splits have. Every number gives others of the same recipes;
-    training, selection and validation stay as they are.
+    test_scenes: which scenes the test splits have. Each number gives other scenes of
+    the same recipes; training, selection and validation stay as they are.
     """
     tests = EDITION * test_scenes
     found = {
@@ -164,7 +164,7 @@ def _sample(
         words, cause = kind.name(), "AMBIGUOUS-IMAGE"
     elif recipe.amodal and fault < UNVERIFIED_SHARE and crowd:
         amodal_expression, verified = kind.name(), "NO"
-    # COCO-Amodal has names, not expressions: in training they are the teacher's to write
+    # COCO-Amodal has names, not expressions; in training the teacher writes the expressions
     expression = kind.name() if recipe.split in ("train", "selection") and recipe.amodal else words
     row = {
         "dataset": recipe.dataset,

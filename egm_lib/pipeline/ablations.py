@@ -1,17 +1,18 @@
-"""EGM taken apart, as the paper does not do: the reward's weight, the KL, SFT and GRPO alone; other
-ways to decode.
+"""Ablations that the paper lacks: parts of the training left out, and other ways to decode.
 
     python -m egm_lib.pipeline.ablations --profile mini [--seed 0] [--steps 40]
 
-Needs a finished run. Each variant of the training is a short GRPO run of the same number of steps
-in a folder of its own below the run, and answers one validation split (ablation_grpo.md).
-`small-egm` answers the test splits with less reasoning, by sampling and by a vote
-(table4_decoding.md; egm_lib.inference.decoding). What is finished is not run again.
+They need a finished run. Each variant of the training is a short GRPO run of the same number of
+steps: another weight of the reward, no KL, SFT or GRPO alone. It is stored in a folder below the
+run, and answers one validation split (ablation_grpo.md). `small-egm` also answers the test splits
+with less reasoning, by sampling and by a vote (table4_decoding.md; egm_lib.inference.decoding).
+Finished parts are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from egm_lib.data import read_eval, read_samples
 from egm_lib.grpo import run_grpo
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.inference.predict import predict
-from egm_lib.pipeline.jobs import job, run_jobs, training_job
+from egm_lib.inference.shards import WHOLE, Shard
+from egm_lib.pipeline.jobs import prediction_jobs, run_jobs, shard_jobs, training_job
 from egm_lib.profile import Model, Profile
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
@@ -32,8 +34,9 @@ from egm_lib.training.variants import DECODINGS, STEPS, TASK, VARIANTS
 
 @dataclass(frozen=True)
 class VariantRun(Run):
-    """A run below another: trains a model of it on its samples, and keeps its own checkpoint, log
-    and answers.
+    """A run below another one, which trains a variant of its model on its samples.
+
+    Checkpoint, log and answers are stored separately.
     """
 
     origin: Run
@@ -91,28 +94,31 @@ def train(run: Run, name: str, steps: int) -> Path:
     return run_grpo(variant_run(run, name, steps), TASK)
 
 
-def answer(run: Run, steps: int) -> None:
-    """Every variant's answers to the validation split."""
+def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
+    """Every variant's answers to the validation split, or to a shard of it."""
 
     small, samples = run.profile.models.small, validation_samples(run.profile)
     for name, variant in VARIANTS.items():
-        own = variant_run(run, name, steps)
-        folder = own.start if variant.changes is None else own.checkpoint(TASK, "small-egm")
-        engine = make_engine(run.profile, replace(small, path=str(folder), revision=None), run.seed)
-        predict(
-            samples,
-            engine,
-            out=answers_file(run, name, steps),
-            model=name,
-            profile=run.profile.name,
-            seed=run.seed,
-            root=run.profile.data.path,
-            sampling=run.profile.generation.sampling,
-        )
+        trained = variant_run(run, name, steps)
+        folder = trained.start if variant.changes is None else trained.checkpoint(TASK, "small-egm")
+        model = replace(small, path=str(folder), revision=None)
+        # Closed before the next one is built
+        with contextlib.closing(make_engine(run.profile, model, run.seed)) as engine:
+            predict(
+                samples,
+                engine,
+                out=answers_file(run, name, steps),
+                model=name,
+                profile=run.profile.name,
+                seed=run.seed,
+                root=run.profile.data.path,
+                sampling=run.profile.generation.sampling,
+                shard=shard,
+            )
 
 
 def run_all(run: Run, steps: int) -> None:
-    """Trains and asks what is missing, in processes of their own, and writes the table."""
+    """Trains and evaluates what is missing, in separate processes, and writes the tables."""
 
     require_checkpoint(run, TASK, "small-sft", f"`make reproduce PROFILE={run.profile.name}`")
     require_file(run.samples(f"rl_{TASK}"), "notebook 05")
@@ -124,14 +130,10 @@ def run_all(run: Run, steps: int) -> None:
             for name in trained
         ],
     )
-    run_jobs(run, [job(run, "pipeline.ablations", "--steps", str(steps), "--answer")])
-    run_jobs(
-        run,
-        [
-            job(run, "inference.predict", "--task", TASK, "--model", f"small-egm@{way}")
-            for way in DECODINGS
-        ],
-    )
+    answering = ("pipeline.ablations", "--steps", str(steps), "--answer")
+    run_jobs(run, shard_jobs(run, ["small-egm"], *answering))
+    decoded = [f"small-egm@{way}" for way in DECODINGS]
+    run_jobs(run, prediction_jobs(run, decoded, "--task", TASK))
     evaluation, names = run.profile.evaluation, ["ablation_grpo", "table4_decoding"]
     build_tables(
         run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples, only=names
@@ -150,6 +152,9 @@ def main(argv: list[str] | None = None) -> int:
         "--train", choices=VARIANTS, metavar="VARIANT", help="train this variant only"
     )
     part.add_argument("--answer", action="store_true", help="only let the trained variants answer")
+    parser.add_argument(
+        "--shard", type=Shard.parse, default=WHOLE, metavar="I/N", help="of --answer"
+    )
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     return ends(lambda: _work(args))
@@ -160,7 +165,7 @@ def _work(args: argparse.Namespace) -> None:
     if args.train:
         print(train(run, args.train, args.steps))
     elif args.answer:
-        answer(run, args.steps)
+        answer(run, args.steps, args.shard)
     else:
         run_all(run, args.steps)
 

@@ -1,12 +1,12 @@
-"""What a run's tables and figures are made from, as one small file that can be committed and put
-back.
+"""What a run's tables and figures are made from, in one small file.
 
     python -m egm_lib.pipeline.archive --profile mini-full
     python -m egm_lib.pipeline.archive --profile mini-full --restore
 
-Predictions, judgements, latencies, logs, manifest: all but checkpoints, ledgers and images.
-Curated data is large, so the archive holds its counts (Table 3) and the traces that Fig. 3 shows.
-To look at other traces, or to train on them, the run must be made again.
+The file can be committed and restored. It holds predictions, judgements, latencies, logs and the
+manifest: everything but checkpoints, ledgers and images. Curated data is large, so only its counts
+(Table 3) and the traces of Fig. 3 are kept. To look at other traces, or to train on them, the run
+must be made again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def pack(run: Run) -> Path:
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Without owner, rights and time, which say nothing about the run."""
+    """The member without owner, rights and time, which say nothing about the run."""
     member.uid = member.gid = member.mtime = 0
     member.uname = member.gname = ""
     member.mode = 0o644
@@ -77,10 +77,10 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def restore(run: Run) -> Path:
-    """Puts a run's archived files back where they were, all or none; returns the folder.
+    """Restores a run's archived files, all or none; returns the run's folder.
 
-    Raises FileExistsError where the run is there already, FetchError for an archive that is broken
-    or reaches outside.
+    Raises FileExistsError if the run exists, and FetchError for an archive that is broken or has
+    members outside the folder.
     """
     if run.root.exists():
         raise FileExistsError(

@@ -1,7 +1,7 @@
-"""Long work in processes of its own: a notebook's kernel may die, a training may not.
+"""Long work in separate processes, so that it survives the death of a notebook's kernel.
 
-Every process sees only the GPUs that its job takes, and a kernel sees none: a library that looks
-for GPUs must not find those on which another process trains.
+Every process sees only the GPUs that its job takes. A kernel sees none, because a library that
+looks for GPUs must not find those on which another process trains.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egm_lib.errors import EgmError
 from egm_lib.files import project_root
+from egm_lib.pipeline.launch import launch_command
+from egm_lib.profile import Generation, generation_of
 from egm_lib.run import Run
 
 POLL_S = 0.5
@@ -37,12 +39,14 @@ class Job:
     """A command, and the file that takes what it prints. The log is appended to by a rerun.
 
     gpus: how many GPUs it takes on a machine that has some.
+    shard: it shares its work with others, which run at the same time.
     """
 
     name: str
     command: Sequence[str]
     log: Path
     gpus: int = 1
+    shard: bool = False
 
 
 def job(run: Run, module: str, *arguments: str, gpus: int = 1) -> Job:
@@ -57,30 +61,79 @@ def job(run: Run, module: str, *arguments: str, gpus: int = 1) -> Job:
     return Job(name, command, run.log(f"{name}.txt"), gpus)
 
 
-def prediction_jobs(run: Run, models: Sequence[str]) -> list[Job]:
-    """`egm_lib.inference.predict` for several models, dealt out to one job for each worker.
+def prediction_jobs(run: Run, models: Sequence[str], *arguments: str) -> list[Job]:
+    """`egm_lib.inference.predict` for several models, each by as many processes as the machine has
+    room for (`shard_jobs`).
 
-    A process that answers for several models loads its libraries once.
+    Without GPUs a process answers for all models, so that it loads its libraries once.
     """
+    served = [model for model in models if _generation(run, model).engine == "openai"]
+    local = [model for model in models if model not in served]
+    groups = [[model] for model in local] if visible_gpus() else [local] if local else []
+    return [
+        job
+        for group in (*([model] for model in served), *groups)
+        for job in shard_jobs(
+            run,
+            group,
+            "inference.predict",
+            *(word for model in group for word in ("--model", model)),
+            *arguments,
+        )
+    ]
+
+
+def shard_jobs(run: Run, models: Sequence[str], module: str, *arguments: str) -> list[Job]:
+    """`job` for work with models that takes `--shard I/N`: N processes, one for each copy of the
+    models that the machine has room for.
+
+    That is the number of GPUs, divided by the models' tensor_parallel; without GPUs
+    `launch.prediction_workers`. A server is asked by one process, which keeps it busy alone.
+    """
+    gpus, total = max(gpus_of(run, model) for model in models), len(visible_gpus())
+    if gpus == 0:
+        count = 1
+    elif total:
+        count = max(1, total // gpus)
+    else:
+        count = run.profile.launch.prediction_workers
     jobs = []
-    for number in range(min(_workers(run), len(models))):
-        options = [word for model in models[number :: _workers(run)] for word in ("--model", model)]
-        command = job(run, "inference.predict", *options).command
-        name = f"predict-{number}"
-        jobs.append(Job(name, command, run.log(f"{name}.txt")))
+    for number in range(1, count + 1):
+        shard = ["--shard", f"{number}/{count}"] if count > 1 else []
+        name = "-".join([module.rpartition(".")[2], *models, *shard[1:]]).replace("/", "-of-")
+        command = job(run, module, *arguments, *shard).command
+        jobs.append(Job(name, command, run.log(f"{name}.txt"), gpus, shard=count > 1))
     return jobs
 
 
+def latency_job(run: Run, models: Sequence[str]) -> Job:
+    """One process that measures the latency of several models, one after the other."""
+    options = [word for model in models for word in ("--model", model)]
+    gpus = max(gpus_of(run, model) for model in models)
+    return job(run, "inference.predict", "--latency", *options, gpus=gpus)
+
+
+def _generation(run: Run, model: str) -> Generation:
+    models = run.profile.models
+    return generation_of(run.profile, models.named(model) or models.small)
+
+
+def gpus_of(run: Run, model: str) -> int:
+    """GPUs that one copy of a model takes in a process of its own."""
+    generation = _generation(run, model)
+    return {"openai": 0, "transformers": 1, "vllm": generation.tensor_parallel}[generation.engine]
+
+
 def training_job(run: Run, module: str, *arguments: str) -> Job:
-    """As `job`, through `accelerate launch` where the profile names a configuration for it."""
+    """As `job`, through `accelerate launch` where the profile names a configuration for it.
+
+    gpus: those of one node.
+    """
     launch = run.profile.launch
-    plain = job(run, module, *arguments, gpus=launch.num_processes)
+    plain = job(run, module, *arguments, gpus=launch.num_processes // launch.nodes)
     if launch.accelerate_config is None:
         return plain
-    config = Path(__file__).parent / "configs" / f"{launch.accelerate_config}.yaml"
-    prefix = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    prefix += ["--num_processes", str(launch.num_processes)]
-    return Job(plain.name, [*prefix, *plain.command[1:]], plain.log, plain.gpus)
+    return replace(plain, command=launch_command(launch, plain.command[1:]))
 
 
 def data_job(run: Run) -> Job:
@@ -96,26 +149,24 @@ def data_job(run: Run) -> Job:
 
 def run_jobs(run: Run, jobs: Sequence[Job]) -> None:
     """Runs the jobs, as many at a time as the profile and the machine's GPUs allow."""
-    run_side_by_side(jobs, max(_workers(run), len(visible_gpus())))
-
-
-def _workers(run: Run) -> int:
-    return (os.cpu_count() or 1) if run.profile.launch.side_by_side else 1
+    cores = (os.cpu_count() or 1) if run.profile.launch.side_by_side else 1
+    shards = sum(job.shard for job in jobs)
+    run_side_by_side(jobs, max(cores, len(visible_gpus()) or shards))
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may hand to its jobs, named as in CUDA_VISIBLE_DEVICES."""
+    """The GPUs that this process may give to its jobs, named as in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get(KEPT, os.environ.get(VISIBLE))
     if named is not None:
         return [name for name in named.split(",") if name.strip()]
-    import torch  # counts by the driver's library: nothing is initialised on a GPU
+    import torch  # counted by the driver's library, which initialises nothing on a GPU
 
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
 @contextmanager
 def without_gpus() -> Iterator[None]:
-    """Within it, new processes see no GPU, and their jobs still know which there are."""
+    """Within this context, new processes see no GPU, but their jobs still know which there are."""
     before = {name: os.environ.get(name) for name in (VISIBLE, KEPT)}
     os.environ[KEPT], os.environ[VISIBLE] = ",".join(visible_gpus()), ""
     try:
@@ -164,7 +215,7 @@ def _environment(workers: int, gpus: Sequence[str], total: int) -> dict[str, str
 
 
 def _end_with_parent() -> None:
-    """A killed kernel takes its processes along: a second run must not train beside an orphan."""
+    """Has Linux end this process with its parent: no second run then trains beside an orphan."""
     pr_set_pdeathsig = 1  # <sys/prctl.h>
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
@@ -188,7 +239,7 @@ class _Process:
         print(f"{job.name}: started", flush=True)
 
     def ended(self) -> bool:
-        """Whether the process has ended well. Raises JobFailed where it has ended in an error."""
+        """Whether the process has ended well. Raises JobFailed if it has ended in an error."""
         code = self.process.poll()
         if code is None:
             if time.monotonic() - self.reported >= REPORT_S:

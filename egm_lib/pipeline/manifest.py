@@ -42,7 +42,12 @@ def open_manifest(run: Run) -> dict:
     manifest |= {"stages": {}, "wall_seconds": {}}
     if run.manifest.exists():
         now = manifest
-        manifest = read_json(run.manifest, "delete it, and the run continues with its files")
+        parts = dict.fromkeys(("values", "models", "stages", "wall_seconds"), dict)
+        advice = "delete it, and the run continues with its files"
+        manifest = read_json(run.manifest, advice, shape=dict, fields=parts)
+        for name, stage in manifest["stages"].items():
+            if not _is_stage(stage):
+                raise ReproduceError(f"{run.manifest}: stage {name!r} is no record; {advice}")
         changed = [
             text for key in ("values", "models") for text in _changes(manifest[key], now[key], key)
         ]
@@ -56,6 +61,14 @@ def open_manifest(run: Run) -> dict:
         manifest |= environment()
     write_manifest(run, manifest)
     return manifest
+
+
+def _is_stage(stage: object) -> bool:
+    """Whether a value is what `reproduce` records of a stage."""
+    kinds = {"key": str, "finished": bool, "seconds": int | float, "files": list}
+    return isinstance(stage, dict) and all(
+        isinstance(stage.get(name), kind) for name, kind in kinds.items()
+    )
 
 
 def environment() -> dict:
@@ -107,12 +120,15 @@ def _weights_digest(folder: Path) -> str | None:
 
 
 def committed_json(path: str) -> dict | None:
-    """A JSON file of the checkout's last commit; None outside a checkout, or without the file."""
+    """A JSON object in a file of the checkout's last commit; None outside a checkout, and without
+    such a file.
+    """
     show = ["git", "-C", str(project_root()), "show", f"HEAD:{path}"]
     try:
-        return json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
+        value = json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def git_revision() -> str:

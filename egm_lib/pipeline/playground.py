@@ -70,7 +70,7 @@ def _engine(run: Run, model: Model) -> Engine:
 
 
 def _checkpoint(run: Run, name: str, task: str) -> Model | None:
-    """The checkpoint of a model; None where the run has not trained it."""
+    """The checkpoint of a model; None if the run has not trained it."""
     try:
         return model_of(run, name, task)
     except FileNotFoundError:

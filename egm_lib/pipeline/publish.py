@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from nbformat import ValidationError
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.errors import EgmError
@@ -40,9 +41,23 @@ def stages() -> list[Path]:
     return found
 
 
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """A notebook. Raises ReproduceError for a file that is none."""
+    try:
+        book = nbformat.read(path, as_version=4)
+        nbformat.validate(book)
+    except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ReproduceError(
+            f"{path} is no notebook ({reason}): put it back with `git checkout`, or delete it if a "
+            "run made it"
+        ) from error
+    return book
+
+
 def tasks_of(notebook: Path) -> Sequence[Task]:
     """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all."""
-    return nbformat.read(notebook, as_version=4).metadata.get("egm", {}).get("tasks", TASKS)
+    return read_notebook(notebook).metadata.get("egm", {}).get("tasks", TASKS)
 
 
 def clean(path: Path) -> None:
@@ -50,7 +65,7 @@ def clean(path: Path) -> None:
     of this machine.
     """
     root = f"{project_root()}/"
-    book = nbformat.read(path, as_version=4)
+    book = read_notebook(path)
     book.metadata.pop("widgets", None)
     book.metadata.pop("papermill", None)
     for cell in book.cells:
@@ -69,7 +84,7 @@ def publish(run: Run) -> None:
     """Puts the run's tables and figures into `figures/<profile>/`, with a card that says what made
     them; of the profile that the notebooks name, the executed notebooks as well.
 
-    Raises ReproduceError where there is nothing to publish, and stores nothing then.
+    Raises ReproduceError if there is nothing to publish, and stores nothing then.
     """
     made, published = run.figures, run.published
     summary = made / "summary.json"
@@ -96,7 +111,7 @@ def publish(run: Run) -> None:
 
 def _executed_notebooks(run: Run) -> dict[Path, nbformat.NotebookNode]:
     """The stored notebooks with the outputs of the run, without papermill's cell and the times of
-    cells. Raises ReproduceError where one was not run or was changed since.
+    cells. Raises ReproduceError if one was not run or was changed since.
     """
     books = {}
     for notebook in stages():
@@ -107,7 +122,7 @@ def _executed_notebooks(run: Run) -> dict[Path, nbformat.NotebookNode]:
             raise ReproduceError(
                 f"{executed} is missing: run the whole profile before its notebooks are published"
             )
-        book = nbformat.read(executed, as_version=4)
+        book = read_notebook(executed)
         book.cells = [
             cell
             for cell in book.cells
@@ -139,7 +154,7 @@ def _worth_seeing(output: nbformat.NotebookNode) -> bool:
 
 
 def code_of_file(notebook: Path) -> list[str]:
-    return code_of(nbformat.read(notebook, as_version=4))
+    return code_of(read_notebook(notebook))
 
 
 def code_of(book: nbformat.NotebookNode) -> list[str]:

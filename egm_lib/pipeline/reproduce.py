@@ -61,8 +61,8 @@ OUTPUTS = (  # folders that stages fill
 def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
     """Runs the stages whose number lies between `first` and `last`. fresh: finished ones, too.
 
-    Raises ReproduceError where another process works on the run, where the profile was changed
-    since the run began, and where a notebook fails.
+    Raises ReproduceError if another process works on the run, if the profile was changed
+    since the run began, and if a notebook fails.
     """
     run.root.mkdir(parents=True, exist_ok=True)
     with _locked(run.root / ".lock"):
@@ -201,7 +201,7 @@ def _missing(run: Run, done: dict) -> bool:
 def agree_on_costs(run: Run) -> None:
     """Says what the paid services of a run will cost, and asks for a budget where none is set.
 
-    Raises ReproduceError where there is nobody to ask, or no budget is given.
+    Raises ReproduceError if there is nobody to ask, or no budget is given.
     """
     estimate = estimate_run(run)
     if not estimate.stages:
@@ -230,7 +230,7 @@ def _show_results(run: Run) -> None:
     committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    summary = read_json(run.figures / "summary.json")
+    summary = read_json(run.figures / "summary.json", shape=dict)
     print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
     print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
     print(f"Does it reproduce the committed results?\n\n{verdict(summary, committed)}\n")

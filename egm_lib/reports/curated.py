@@ -11,10 +11,13 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from egm_lib.errors import InputError
 from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.files import iter_jsonl, read_json
+from egm_lib.viewer.comparison import plain_box
 
 SUMMARY = "curated.json"
+RESTORE = "restore the run again from its archive"
 EXAMPLES = 2  # traces of each task that Fig. 3 shows
 
 
@@ -45,12 +48,13 @@ def outcomes(root: Path, stage: str) -> Outcomes | None:
     path = root / "curation" / f"{stage}.jsonl"
     if not path.is_file():
         stored = _stored(root, "outcomes").get(stage)
-        return stored and Outcomes(**stored)
+        return stored and _as(Outcomes, stored, root)
     counts, dropped = Counter(), Counter()
     for row in iter_jsonl(path):
-        counts[row.get("status")] += 1
-        if row.get("status") == "filtered":
-            dropped[row.get("filter") or "unnamed filter"] += 1
+        status = str(row.get("status"))
+        counts[status] += 1
+        if status == "filtered":
+            dropped[str(row.get("filter") or "unnamed filter")] += 1
     return Outcomes(counts["ok"], counts["failed"], dict(dropped))
 
 
@@ -59,11 +63,11 @@ def trace_counts(root: Path, task: str) -> TraceCounts | None:
     path = root / "traces" / f"{task}.jsonl"
     if not path.is_file():
         stored = _stored(root, "traces").get(task)
-        return stored and TraceCounts(**stored)
+        return stored and _as(TraceCounts, stored, root)
     samples, words, images = 0, 0, set()
     for row in iter_jsonl(path):
         samples, words = samples + 1, words + len(str(row.get("reasoning") or "").split())
-        images.add(row.get("image_id"))
+        images.add(str(row.get("image_id")))
     return TraceCounts(samples, len(images), words) if samples else None
 
 
@@ -71,10 +75,9 @@ def example_traces(root: Path, task: str) -> list[dict]:
     """EXAMPLES complete samples with traces of a task, drawn at random but always the same."""
     path = root / "traces" / f"{task}.jsonl"
     if not path.is_file():
-        return _stored(root, "examples").get(task, [])
-    needed = ("reasoning", "gt_box", "image", "expression")
-    complete = [row for row in iter_jsonl(path) if all(row.get(name) for name in needed)]
-    return sample_fixed(complete, EXAMPLES)
+        rows = _stored(root, "examples").get(task, [])
+        return [row for row in rows if _is_example(row)]
+    return sample_fixed([row for row in iter_jsonl(path) if _is_example(row)], EXAMPLES)
 
 
 def summary(root: Path) -> dict:
@@ -97,4 +100,25 @@ def summary(root: Path) -> dict:
 
 def _stored(root: Path, part: str) -> dict:
     """A part of the summary that a restored run has; empty for a live run."""
-    return (read_json(root / SUMMARY, shape=dict) or {}).get(part, {})
+    parts = dict.fromkeys(("outcomes", "traces", "examples"), dict)
+    stored = read_json(root / SUMMARY, RESTORE, shape=dict, fields=parts)
+    return {} if stored is None else stored[part]
+
+
+def _as(kind: type, stored: dict, root: Path) -> Outcomes | TraceCounts:
+    try:
+        return kind(**stored)
+    except TypeError as error:
+        raise InputError(f"{root / SUMMARY}: {stored} are no {kind.__name__}; {RESTORE}") from error
+
+
+def _is_example(row: object) -> bool:
+    """Whether a row has all that is drawn of a sample with its trace."""
+    return (
+        isinstance(row, dict)
+        and all(
+            row.get(name) and isinstance(row[name], str)
+            for name in ("reasoning", "image", "expression")
+        )
+        and plain_box(row.get("gt_box")) is not None
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate
 from egm_lib.files import read_json, read_jsonl
@@ -116,7 +117,11 @@ def _logged(results: Results, stage: str, column: str) -> Iterator[tuple[str, fl
     """(task, mean of the first tenth, mean of the last tenth, steps) of the first seed's logs."""
     for task in ("vanilla", "amodal"):
         path = results.roots[0] / "logs" / f"{stage}-{task}.jsonl"
-        rows = [row for row in read_jsonl(path) if column in row] if path.is_file() else []
+        rows = [
+            row
+            for row in (read_jsonl(path) if path.is_file() else ())
+            if isinstance(row.get("step"), int) and isinstance(row.get(column), int | float)
+        ]
         if rows:
             tenth = max(1, len(rows) // 10)
             values = [row[column] for row in rows]
@@ -130,7 +135,16 @@ def _sft(results: Results) -> Iterator[str]:
 
 
 def _selection(results: Results) -> Iterator[str]:
-    counts = (read_json(results.roots[0] / "selection.json") or {}).get("vanilla")
+    path = results.roots[0] / "selection.json"
+    counts = (read_json(path, shape=dict) or {}).get("vanilla") or {}
+    needed = ("pool", "learnable", "kept")
+    if counts and not (
+        isinstance(counts, dict) and all(isinstance(counts.get(name), int) for name in needed)
+    ):
+        raise InputError(
+            f"{path}: 'vanilla' lacks the counts {', '.join(needed)}; delete it and run notebook "
+            "05 again"
+        )
     if counts and counts["pool"]:
         share = 100 * counts["learnable"] / counts["pool"]
         yield (

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import egm_lib.viewer
 from egm_lib.cli import ends, run_parser, runs_of
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.files import atomic_open, read_json
@@ -33,6 +34,7 @@ from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import style_of
 
 DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
+REDRAW = "draw the figures again: python -m egm_lib.reports.figures"
 TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at about 5 MB
 TABLES = (
     "table4",
@@ -64,11 +66,13 @@ def build_gallery(
     title = f"EGM: profile {results.profile}, {'seed' if len(results.seeds) == 1 else 'seeds'} "
     title += ", ".join(map(str, results.seeds))
     here = Path(egm_lib.viewer.__file__).parent
-    drawn = read_json(figures_dir / "figures.json") or []
+    drawn = read_json(figures_dir / "figures.json", REDRAW, shape=list) or []
+    if not all(isinstance(figure, dict) and "name" in figure for figure in drawn):
+        raise InputError(f"{figures_dir / 'figures.json'} is no list of figures; {REDRAW}")
     page = _PAGE.format(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
-        headline=_headline(read_json(figures_dir / "summary.json")),
+        headline=_headline(read_json(figures_dir / "summary.json", shape=dict)),
         # The viewer itself is in the page: its still image is left out.
         figures="\n".join(
             _figure(figure, figures_dir) for figure in drawn if figure["name"] != "viewer"

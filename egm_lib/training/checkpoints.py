@@ -14,6 +14,7 @@ from transformers.trainer_utils import sort_checkpoints
 
 from egm_lib.files import write_text
 from egm_lib.inference.loading import save_processor, video_half
+from egm_lib.inference.model_folder import ADAPTER, check_whole, find_checkpoint
 from egm_lib.run import Run
 from egm_lib.training import ranks
 from egm_lib.training.model_setup import TrainingError
@@ -35,8 +36,9 @@ def is_finished(out: Path) -> bool:
 
 
 def checkpoint_bytes(model) -> int:
-    """Size of a checkpoint of a model with its optimizer. ZeRO-3's own attribute counts what it
-    has divided among the processes.
+    """Size of a checkpoint of a model with its optimizer.
+
+    Under ZeRO-3 an attribute of the parameters counts what is divided among the processes.
     """
     sizes = [
         (getattr(parameter, "ds_numel", parameter.numel()), parameter.requires_grad)
@@ -131,6 +133,8 @@ def require_file(path: Path, made_by: str) -> Path:
 
 def require_checkpoint(run: Run, task: str, model: str, made_by: str) -> Path:
     path = run.checkpoint(task, model)
+    if (path / ADAPTER).is_file():  # TRL and vLLM read the folder themselves
+        check_whole(find_checkpoint(path), "a training that starts from it")
     if not is_finished(path):
         raise TrainingError(f"{path} holds no finished model: run {made_by} first.")
     return path

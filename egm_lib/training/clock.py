@@ -1,8 +1,8 @@
 """The clock of a training: its log, its checkpoints, and how long it may take.
 
-`max_steps` of a profile says when a training ends, and the learning rate follows the steps.
-`max_minutes` beside it only guards against a training that takes too long. Where `max_minutes`
-stands alone, the training ends with the minutes, and the learning rate follows them.
+If a profile sets `max_steps`, the training ends after so many steps, and the learning rate follows
+the steps. `max_minutes` then only stops a training that takes too long. If `max_minutes` is set
+alone, the training ends after so many minutes, and the learning rate follows the time.
 
 A log is JSONL, one line a step. TensorBoard shows the same numbers:
 `tensorboard --logdir data/runs`.
@@ -31,10 +31,10 @@ class Clock(TrainerCallback):
     """Stops a training after max_minutes, saves every save_seconds, and logs each step as JSONL.
 
     Minutes add up over interruptions. The seconds between checkpoints count from the end of a save,
-    so that a slow save does not follow the one before. With several processes rank 0 keeps time,
-    log and checkpoints, and decides for all.
-    Where TensorBoard is installed, the folder `tensorboard/<name of the log>` beside the log gets
-    the same numbers.
+    so that a slow save is not followed by the next one at once. With several processes, rank 0
+    keeps time, log and checkpoints, and decides for all.
+    If TensorBoard is installed, the same numbers go into `tensorboard/<name of the log>` beside the
+    log.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class Clock(TrainerCallback):
         self.before_s = 0.0  # of the training before it was interrupted
         self.board = None  # TensorBoard's writer
         self.began = self.saved = time.monotonic()
-        self.now_s: float | None = None  # rank 0's time, where there are several processes
+        self.now_s: float | None = None  # rank 0's time, if there are several processes
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training, interruptions left out; the same on every rank."""
+        """Seconds of training without interruptions; the same on every rank."""
         if self.now_s is not None:
             return self.now_s
         return self.before_s + time.monotonic() - self.began
 
     def progress(self, step: int, max_steps: int) -> float:
-        """The share of the training that is over, 0 to 1, by steps or by minutes: the larger."""
+        """The share of the training that is done, 0 to 1, by steps or by time (the larger)."""
         by_steps = step / max_steps if max_steps > 0 else 0.0
         by_time = self.elapsed_s / (60 * self.max_minutes) if self.max_minutes else 0.0
         return min(1.0, max(by_steps, by_time))
@@ -67,7 +67,7 @@ class Clock(TrainerCallback):
         self.began = self.saved = time.monotonic()
 
     def _open_log(self, step: int) -> None:
-        """Keeps the lines up to the step that training goes on from."""
+        """Keeps the lines up to the step from which training continues."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_log(self.log) if row["step"] <= step] if step else []
         self.before_s = rows[-1]["elapsed_s"] if rows else 0.0
@@ -76,7 +76,7 @@ class Clock(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             folder = self.log.parent / "tensorboard" / self.log.stem
-            if not step:  # curves of an earlier training
+            if not step:  # the folder may hold curves of an earlier training
                 shutil.rmtree(folder, ignore_errors=True)
             self.board = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=20)
 
@@ -119,14 +119,14 @@ class Clock(TrainerCallback):
 
 
 class TimedSchedule:
-    """A trainer whose learning rate follows its clock where minutes alone limit the training."""
+    """A trainer whose learning rate follows the clock if only minutes limit the training."""
 
     clock: Clock
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if not self.clock.max_minutes or self.args.max_steps > 0:
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.warmup_steps  # below 1 a share of the training
+        warmup = self.args.warmup_steps  # below 1: a share of the training
         shape = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
         shapes = {
             "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -152,7 +152,7 @@ class TimedSchedule:
 
 
 def read_log(log: Path) -> list[dict]:
-    """The lines of a training log that state their step and their time; torn ones are left out."""
+    """The lines of a training log that state a step and a time; others are left out."""
     if not log.exists():
         return []
     stated = [
@@ -164,16 +164,16 @@ def read_log(log: Path) -> list[dict]:
 
 
 def logged_minutes(log: Path) -> float:
-    """Minutes that a finished training took, by its log."""
+    """Minutes that a finished training took, according to its log."""
     rows = read_log(require_file(log, "the stage that writes it"))
     return max((row["elapsed_s"] for row in rows), default=0.0) / 60
 
 
 def logged_tokens(log: Path) -> int | None:
-    """Tokens that a finished training read and wrote, prompts and answers, by its log.
+    """Tokens of prompts and answers that a finished training processed, according to its log.
 
-    Of GRPO's samples each completion counts with its prompt (TRL's `num_tokens`). None where the
-    log does not state them.
+    In GRPO each completion counts with its prompt (TRL's `num_tokens`). None if the log does not
+    state them.
     """
     rows = read_log(require_file(log, "the stage that writes it"))
     counts = [row["num_tokens"] for row in rows if isinstance(row.get("num_tokens"), int | float)]

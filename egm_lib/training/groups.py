@@ -1,14 +1,15 @@
-"""Some of a run's last GRPO groups, kept for people to read.
+"""Some of the last GRPO groups of a run, stored for people to read.
 
 `TraceViewer(groups=read_groups(path))` shows them.
 
-A line of the JSONL file is a prompt: its sample's fields, the step, and a group's completions with
-their rewards and advantages (Eq. 7 and 8). The file is written whole whenever a checkpoint is saved
-and when training ends.
+A line of the JSONL file is one prompt: the fields of its sample, the step, and the completions of
+its group with their rewards and advantages (Eq. 7 and 8). The file is written whole whenever a
+checkpoint is saved and when the training ends.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from transformers import TrainerCallback
 from egm_lib.files import read_jsonl, write_jsonl
 from egm_lib.loss import group_advantages
 
+log = logging.getLogger(__name__)
+
 MAX_GROUPS = 32  # kept of a run
-STEP_GROUPS = 8  # kept of a step, so that the last four are there
+STEP_GROUPS = 8  # kept of a step, so that the file covers the last four steps
 SAMPLE_FIELDS = (
     "sample_id",
     "image",
@@ -34,13 +37,13 @@ SAMPLE_FIELDS = (
 
 
 class GroupKeeper(TrainerCallback):
-    """Remembers the last groups and writes them.
+    """Keeps the last groups and writes them to a file.
 
-    A run that is resumed goes on from the groups of its checkpoint.
+    A resumed run continues with the groups up to its checkpoint.
     """
 
     def __init__(self, path: Path, opener: str = ""):
-        """opener: what the chat template has begun of each answer, such as `<think>`."""
+        """opener: how the chat template begins each answer, such as `<think>`."""
         self.path, self.opener = path, opener
         self.groups: deque[dict] = deque(maxlen=MAX_GROUPS)
 
@@ -52,10 +55,10 @@ class GroupKeeper(TrainerCallback):
         rewards_B: Tensor,
         size: int,
     ) -> None:
-        """Remembers the first groups of a step.
+        """Keeps the first groups of a step.
 
-        samples, texts, rewards_B: one a completion, the `size` completions of a prompt side by
-        side. A text that is null counts as empty.
+        samples, texts, rewards_B: one for each completion; the `size` completions of a prompt
+        follow each other. A text that is None counts as empty.
         """
         for start in range(0, min(len(texts), STEP_GROUPS * size) - size + 1, size):
             rewards_G = rewards_B[start : start + size].cpu()
@@ -84,5 +87,28 @@ class GroupKeeper(TrainerCallback):
 
 
 def read_groups(path: Path) -> list[dict]:
-    """The groups of a file, the earliest first; none where there is no file."""
-    return read_jsonl(path) if path.is_file() else []
+    """The groups of a file, the earliest first; none where there is no file.
+
+    A row that is no group is left out with a warning.
+    """
+    rows = read_jsonl(path) if path.is_file() else []
+    groups = [row for row in rows if _is_group(row)]
+    if len(groups) < len(rows):
+        log.warning("%s: %d rows are no groups and are left out", path, len(rows) - len(groups))
+    return groups
+
+
+def _is_group(row: Mapping) -> bool:
+    """Whether a row has completions, and a reward and an advantage for each."""
+    kinds = {"completions": str, "rewards": int | float, "advantages": int | float}
+    lists = [row.get(name) for name in kinds]
+    return (
+        isinstance(row.get("step"), int)
+        and all(isinstance(values, list) for values in lists)
+        and len({len(values) for values in lists}) == 1
+        and all(
+            isinstance(value, kind)
+            for values, kind in zip(lists, kinds.values(), strict=True)
+            for value in values
+        )
+    )

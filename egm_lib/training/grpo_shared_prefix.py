@@ -19,8 +19,9 @@ from egm_lib.training.prefix_logps import suffix_logps
 
 
 class SharedPrefixGRPO(TimedGRPO):
-    """GRPOTrainer whose rollouts and update read each image and prompt once a group. One process,
-    frozen vision.
+    """GRPOTrainer whose rollouts and update read each image and prompt once a group.
+
+    It needs a single process and a frozen vision tower.
     """
 
     def __init__(self, *args, reader: Reader, rollout_dtype: str, **kwargs):
@@ -33,8 +34,9 @@ class SharedPrefixGRPO(TimedGRPO):
         return self.waiting.pop(0)
 
     def _roll_out(self, rows: list[dict]) -> list[dict]:
-        """Samples, scores and normalises a step's groups; returns one part for each accumulation
-        step.
+        """Samples a step's groups and computes rewards and advantages.
+
+        Returns one part for each accumulation step.
         """
         self._plan_check()
         prompts, completions, logps, rewards_B = self._answer(rows, self.num_generations)
@@ -99,7 +101,7 @@ class SharedPrefixGRPO(TimedGRPO):
     def _note_rollouts(
         self, rewards_B: Tensor, completions: list[list[int]], group_size: int
     ) -> None:
-        """What TRL notes itself, under its names."""
+        """Logs what TRL's trainer logs, under the same names."""
         groups = rewards_B.view(-1, group_size)
         lengths_B = torch.tensor([len(tokens) for tokens in completions], dtype=torch.float)
         cut = sum(map(self._is_truncated, completions))
@@ -129,8 +131,10 @@ class SharedPrefixGRPO(TimedGRPO):
     def _trained_rows(
         self, completions: list[list[int]], advantages_B: Tensor
     ) -> dict[int, list[int]]:
-        """Completions to train on, by group: those of mixed groups, without truncated ones where
-        they are masked.
+        """Completions to train on, by group.
+
+        These are the completions of groups with unequal rewards, without truncated ones if those
+        are masked.
         """
         size, trained = self.num_generations, {}
         for group in advantages_B.view(-1, size).ne(0).any(dim=1).nonzero()[:, 0].tolist():
@@ -144,8 +148,9 @@ class SharedPrefixGRPO(TimedGRPO):
         return trained
 
     def _parts(self, prompts, completions, logps, advantages_B: Tensor) -> list[dict]:
-        """The groups in as many parts as there are accumulation steps, of like lengths, so that
-        little is padded.
+        """The groups in as many parts as there are accumulation steps.
+
+        Groups of similar length are put together, so that little is padded.
         """
         device, trained = self.accelerator.device, self._trained_rows(completions, advantages_B)
         groups = sorted(
@@ -179,7 +184,7 @@ class SharedPrefixGRPO(TimedGRPO):
         return parts
 
     def _compute_loss(self, model, inputs):
-        if not inputs["prompts"]:  # no mixed group in this part
+        if not inputs["prompts"]:  # no group with unequal rewards in this part
             return sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
         prompts, mask = inputs["prompts"], inputs["mask"]
         features = self.reader.features([prompt.image for prompt in prompts])

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer under our clock and log; both GRPO trainers build on it."""
+"""TRL's GRPOTrainer with our clock and log, the base of both GRPO trainers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from egm_lib.training.clock import Clock, TimedSchedule
 from egm_lib.training.groups import GroupKeeper
 from egm_lib.training.model_setup import TrainingError
 
-# Nats a token, for tokens that are sampled without top-p and top-k. One policy gives 1e-4 in
-# float32 and about 0.01 in half precision; misplaced image positions gave 0.01 to 0.04, features of
-# old weights 0.15, another prompt about 1.
+# In nats a token, for tokens that are sampled without top-p and top-k. The same policy gives 1e-4
+# in float32 and about 0.01 in half precision. Misplaced image positions gave 0.01 to 0.04, features
+# of old weights 0.15, and another prompt about 1.
 MAX_LOGP_GAP = 0.02
 
 
 def answer_texts(completions: Sequence) -> list[str]:
-    """Completions as texts; TRL gives those of a chat as messages. One without content is empty."""
+    """Completions as texts. TRL gives those of a chat as messages; one without content is empty."""
     texts = [
         completion[-1]["content"] if isinstance(completion, list) else completion
         for completion in completions
@@ -33,24 +33,26 @@ def answer_texts(completions: Sequence) -> list[str]:
 def check_same_policy(trainer_logps: Tensor, sampler_logps: Tensor) -> float:
     """Mean |log p(trainer) - log p(sampler)| over tokens.
 
-    sampler_logps: of a sampler without top-p and top-k; a cut distribution is renormalised, and
-    differs from the trainer's by up to -log(top_p). Raises TrainingError above MAX_LOGP_GAP.
+    sampler_logps: those of a sampler without top-p and top-k. A truncated distribution is
+    renormalised, and differs from the trainer's by up to -log(top_p).
+    Raises TrainingError above MAX_LOGP_GAP.
     """
     gap = (trainer_logps - sampler_logps).abs().mean().item()
-    if not gap <= MAX_LOGP_GAP:  # nan too
+    if not gap <= MAX_LOGP_GAP:  # also if it is nan
         raise TrainingError(
             "trainer and sampler disagree: mean log-prob of the sampled tokens "
             f"{trainer_logps.mean().item():.4f} by the trainer, "
             f"{sampler_logps.mean().item():.4f} by the sampler, mean difference {gap:.4f} "
-            f"(limit {MAX_LOGP_GAP}). They see other prompts or other weights: compare the prompt "
+            f"(limit {MAX_LOGP_GAP}). Their prompts or their weights differ: compare the prompt "
             "ids that both get."
         )
     return gap
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's sampler, shuffled by seed and epoch: a run that is resumed in a later epoch sees the
-    same order.
+    """TRL's sampler, shuffled by seed and epoch.
+
+    So a run that is resumed in a later epoch sees the same order of prompts.
     """
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,9 +61,7 @@ class EpochSampler(RepeatSampler):
 
 
 class TimedGRPO(TimedSchedule, GRPOTrainer):
-    """GRPOTrainer under our clock and log, with an order of prompts that survives an
-    interruption.
-    """
+    """GRPOTrainer with our clock and log, and an order of prompts that survives interruptions."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         check_steps: int,
         **kwargs,
     ):
-        """check_steps: trainer and sampler are compared in the first step and after so many."""
+        """check_steps: trainer and sampler are compared in the first step, then after so many."""
         self.clock, self.keeper = clock, keeper
         self.check_steps = check_steps
-        self.checked, self.checked_step = False, 0  # whether they were compared lately; and when
-        # In rollout and reward, ever; in forward and backward of this step
+        self.checked, self.checked_step = False, 0  # whether a comparison is recent; its step
+        # Seconds of all rollouts and rewards so far; of forward and backward in this step
         self.sampling_s = self.update_s = 0.0
         super().__init__(*args, callbacks=[clock, keeper], **kwargs)
 
@@ -109,7 +109,7 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
         raise NotImplementedError
 
     def _plan_check(self) -> None:
-        """Called before a step's rollout: is it time to compare trainer and sampler again?"""
+        """Before a rollout: plans a comparison of trainer and sampler if the last is too old."""
         if self.state.global_step - self.checked_step >= self.check_steps:
             self.checked = False
 
@@ -137,10 +137,10 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
     def _note_rewards(
         self, rows: Sequence[Mapping], texts: Sequence[str], rewards_B: Tensor, seconds: float
     ) -> None:
-        """Notes what the rewards tell, and keeps some groups.
+        """Logs the metrics of the rewards, and keeps some groups.
 
-        rewards_B: of all processes, groups side by side; rows and texts: of this one; the main
-        one's come first.
+        rewards_B: those of all processes, one group after the other, the main process first.
+        rows, texts: those of this process.
         """
         self.sampling_s += seconds
         if not self.model.training:  # held-out prompts, each answered once

@@ -1,4 +1,4 @@
-"""GRPO by TRL's own rollouts and loss, with the cures that vision models need under vLLM."""
+"""GRPO with TRL's rollouts and loss, and with what vision models need under vLLM."""
 
 from __future__ import annotations
 
@@ -38,35 +38,32 @@ from egm_lib.training.packing_check import check_packing
 def collapse_image_tokens(
     ids: Sequence[int], image_token: int, ends: Collection[int] = ()
 ) -> list[int]:
-    """Each run of image tokens as one: vLLM in process expands them itself, and would see a
-    longer prompt.
+    """Token ids with one image token in place of each run of them.
 
-    ends: tokens before and after an image that vLLM puts there too (InternVL-3's); they are left
-    out.
+    vLLM in this process expands image tokens itself, and would see a longer prompt.
+    ends: tokens that vLLM also puts before and after an image (InternVL-3); they are removed.
     """
     runs = ((token, len(list(run))) for token, run in itertools.groupby(ids) if token not in ends)
     return [token for token, length in runs for _ in range(1 if token == image_token else length)]
 
 
 def check_same_prompts(trainer: Sequence[Sequence[int]], sampler: Sequence[Sequence[int]]) -> None:
-    """Raises TrainingError where the sampler has read other tokens than the trainer: other answers
-    would be trained.
+    """Raises TrainingError if the sampler has read other tokens than the trainer.
+
+    The model would then be trained on answers to other prompts.
     """
     for ours, theirs in zip(trainer, sampler, strict=True):
         if list(ours) != list(theirs):
             raise TrainingError(
                 f"the sampler read a prompt of {len(theirs)} tokens, and the trainer has "
-                f"{len(ours)}: they expand a "
-                "image in different ways, which the checkpoint's processor and vLLM's model of it "
-                "decide."
+                f"{len(ours)}: the checkpoint's processor and vLLM expand an image into different "
+                "tokens. Sample with transformers (grpo.rollout), or try another version of vLLM."
             )
 
 
 @contextmanager
 def vllm_options(**options: object) -> Iterator[None]:
-    """Within it TRL starts its vLLM with these options besides its own, which leave no place for
-    them.
-    """
+    """Within this context, TRL starts vLLM with these options too; TRL has no setting for them."""
     plain = getattr(vllm_generation, "LLM", None)  # None: vLLM is not installed
     if plain is None:
         yield
@@ -79,14 +76,14 @@ def vllm_options(**options: object) -> Iterator[None]:
 
 
 def reset_caches(llm) -> None:
-    """Empties what a vLLM in this process keeps of the weights before: image features, and keys
-    and values of prompts.
+    """Empties the caches of a vLLM in this process, which depend on the weights.
 
-    TRL empties the latter alone. With the old features of an image that comes again, trainer and
-    sampler part by 0.15 nats where vision is trained.
+    These are the image features, and the keys and values of prompts. TRL empties only the latter.
+    If vision is trained, old features of an image that occurs again make trainer and sampler differ
+    by 0.15 nats.
     """
     for name in ("reset_encoder_cache", "reset_prefix_cache"):
-        # vLLM has some on LLM, others on its engine
+        # LLM has some of these methods, its engine the others
         for owner in (llm, getattr(llm, "llm_engine", None)):
             if hasattr(owner, name):
                 getattr(owner, name)()
@@ -94,10 +91,10 @@ def reset_caches(llm) -> None:
 
 
 class PlainGRPO(TimedGRPO):
-    """TRL's own rollouts and loss, which equals ours (a test), with what vLLM needs.
+    """TRL's rollouts and loss, with what vLLM needs. A test shows that its loss equals ours.
 
-    The step whose sampler is compared with the trainer is sampled without top-p and top-k. Images
-    are opened once a step. With micro_batch_tokens, the rows of an accumulation step go through the
+    A step in which sampler and trainer are compared is sampled without top-p and top-k. Images are
+    opened once a step. With micro_batch_tokens, the rows of an accumulation step go through the
     model in micro-batches of at most so many tokens. With pack_groups, the model reads the image
     and prompt of a group once, if the first step shows that log-probs and gradient are TRL's.
     """
@@ -119,7 +116,7 @@ class PlainGRPO(TimedGRPO):
             self.vllm_generation.generate = partial(
                 self._generate_in_process, self.vllm_generation.generate
             )
-            # On the instance: TRL's `generate` calls it too, where vLLM has slept
+            # Replaced on the instance, since TRL's `generate` calls it too after vLLM has slept
             self.vllm_generation.sync_weights = partial(
                 self._sync_in_process, self.vllm_generation.sync_weights
             )
@@ -161,10 +158,10 @@ class PlainGRPO(TimedGRPO):
 
     @contextmanager
     def _uncut_sampling(self) -> Iterator[None]:
-        """Within it vLLM samples without top-p and top-k.
+        """Within this context, vLLM samples without top-p and top-k.
 
-        It states the log-probs of the distribution that it samples from, and those of a cut one are
-        not the trainer's.
+        It states the log-probs of the distribution that it samples from. Those of a truncated
+        distribution are not the trainer's.
         """
         sampler = self.vllm_generation
         cut = sampler.top_p, sampler.top_k
@@ -190,8 +187,10 @@ class PlainGRPO(TimedGRPO):
         return self._buffered_inputs[self._step % steps]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        """TRL's, on rows whose `image` is a file. It is called once a step, while the loader brings
-        each row once for every accumulation step; so images are opened here.
+        """As in TRL, but the `image` of a row is a file.
+
+        The loader yields each row once for every accumulation step, but this method is called once
+        a step. So images are opened here.
         """
         images = {file: open_image(file) for file in {row["image"] for row in inputs}}
         rows = [{**row, "image": images[row["image"]]} for row in inputs]
@@ -203,7 +202,7 @@ class PlainGRPO(TimedGRPO):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         began = time.perf_counter()
         rewards_B_1 = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        # TRL next gathers these from all ranks for its log, with the images that it has put there
+        # TRL gathers these from all ranks for its log, and has put the images into them
         prompts[:] = [row["prompt"] for row in inputs]
         self._note_rewards(
             inputs, answer_texts(completions), rewards_B_1[:, 0], time.perf_counter() - began
@@ -213,8 +212,9 @@ class PlainGRPO(TimedGRPO):
     def _generate_in_process(
         self, generate: Callable, prompts: list[list[int]], images: list | None, **kwargs
     ):
-        """vLLM's `generate` with images as vLLM wants them; it must come to the prompts that the
-        trainer has.
+        """vLLM's `generate`, with collapsed image tokens.
+
+        vLLM must then read the prompts that the trainer has.
         """
         if images is None:
             return generate(prompts=prompts, images=None, **kwargs)
@@ -228,9 +228,9 @@ class PlainGRPO(TimedGRPO):
 
     def _compute_loss(self, model, inputs):
         self._compare_policies(inputs)
-        # TRL brings the trainer's log-probs along where it also weights the loss by exp(trainer -
-        # sampler), summed over a completion. Eq. 3 has no such weight, and with top-p below 1 it is
-        # far below 1: the sampler's are those of a cut and renormalised distribution.
+        # TRL computes the trainer's log-probs only if it also weights the loss by exp(trainer -
+        # sampler), summed over a completion. Eq. 3 has no such weight. With top-p below 1 it would
+        # be far below 1, because the sampler's distribution is truncated and renormalised.
         self.vllm_importance_sampling_correction = False
         if self.packing_unchecked:
             self.packing_unchecked = False
@@ -240,7 +240,7 @@ class PlainGRPO(TimedGRPO):
         return self._loss_of_micro_batches(super()._compute_loss, model, inputs)
 
     def _compare_policies(self, inputs: dict) -> None:
-        """Checks trainer against sampler on the tokens of all ranks, so that all go on or none."""
+        """Compares trainer and sampler on the tokens of all ranks, so that all continue or none."""
         if self.checked or "sampling_per_token_logps" not in inputs:
             return
         sampler_logps = inputs["sampling_per_token_logps"]
@@ -249,11 +249,11 @@ class PlainGRPO(TimedGRPO):
         padded = [self.accelerator.pad_across_processes(logps, 1, torch.nan) for logps in pair]
         trainer_logps, sampler_logps = map(self.accelerator.gather, padded)
         keep = ~trainer_logps.isnan()
-        if keep.any():  # not so where all completions of this part are masked
+        if keep.any():  # false if all completions of this part are masked
             self._check_policy(trainer_logps[keep], sampler_logps[keep])
 
     def _loss_of_micro_batches(self, loss_of: Callable, model, inputs: dict) -> Tensor:
-        """The loss of all micro-batches; the gradient of all but the last is already computed."""
+        """The loss of all micro-batches, after the backward pass of all but the last one."""
         entropy_coef, loss = self.entropy_coef, 0.0
         num_tokens = inputs["completion_mask"].sum().clamp(min=1)
         order = by_group(inputs, self.num_generations) if self.packs else by_length(inputs)
@@ -282,7 +282,7 @@ class PlainGRPO(TimedGRPO):
 
     @contextmanager
     def _no_optimizer_step(self) -> Iterator[None]:
-        """Within it a backward pass is not the last of a step. DeepSpeed's backward asks for it."""
+        """Within this context, a backward pass is not the last of a step, as DeepSpeed asks."""
         state = self.accelerator.gradient_state
         last = state.sync_gradients
         state._set_sync_gradients(False)
@@ -292,16 +292,17 @@ class PlainGRPO(TimedGRPO):
             state._set_sync_gradients(last)
 
     def _backward(self, loss: Tensor) -> None:
-        """As transformers' Trainer calls it; the loss is already that of the whole step."""
+        """As transformers' Trainer does it. The loss is already scaled for the whole step."""
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
     ):
-        """TRL's, or that of packed groups.
+        """As in TRL, or for packed groups.
 
-        Where it computes without gradient, batch_size is given: then in batches within the budget.
+        batch_size is given if there is no gradient: it then works in batches that stay within the
+        budget.
         """
         if self.packs:
             batch = {key: value for key, value in kwargs.items() if value is not None}

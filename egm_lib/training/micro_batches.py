@@ -1,9 +1,9 @@
 """GRPO's rows in micro-batches of at most so many tokens, padding included.
 
 TRL pads all rows of a rollout to the longest prompt and the longest completion among them. Here
-rows of like length go together, and each micro-batch is padded to its own longest alone. All ranks
-form micro-batches of the same numbers of rows: under ZeRO-3 and in TRL's metrics, a rank that ran
-another number of them would leave the others waiting.
+rows of similar length go together, and each micro-batch is padded to its longest row. All ranks
+form micro-batches of the same numbers of rows. Otherwise a rank with fewer micro-batches would
+leave the others waiting, under ZeRO-3 and in TRL's metrics.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
 def lora_config(lora: Lora | None):
     """peft's configuration for a profile's `lora`: all linear layers of the language model.
 
-    Raises TrainingError where weights are divided among processes: they could not be merged.
+    Raises TrainingError if weights are divided among processes: they could not be merged.
     """
     if lora is None:
         return None
@@ -118,7 +118,8 @@ def load_start(place: str, start: Model, dtype: str):
     Raises TrainingError for a model that is gated or out of reach.
     """
     try:
-        return load_model(place, dtype=dtype), load_processor(place, start.family, start.max_pixels)
+        model = load_model(place, dtype, family=start.family, revision=start.revision)
+        return model, load_processor(place, start.family, start.max_pixels, start.revision)
     except FileNotFoundError:
         raise  # says it in one sentence
     except OSError as error:  # transformers' word for "gated", "no such model" and "no network"

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
-from transformers import AutoConfig
 
 import egm_lib
 from egm_lib.cli import ends
 from egm_lib.files import read_json
+from egm_lib.inference.loading import load_config
 from egm_lib.mini.scenes import SIZE_PX
 from egm_lib.model_shapes import ModelShape, QwenVision, shape_from_config, shape_of
 from egm_lib.profile import Model, Profile, load_profile
@@ -120,7 +120,7 @@ def model_shape(model: Model) -> ModelShape:
     folder = Path(model.location)
     if not (folder / "config.json").is_file():
         return shape_of(model.path)
-    shape = shape_from_config(AutoConfig.from_pretrained(folder))
+    shape = shape_from_config(load_config(folder))
     size = _image_size(folder)
     if not isinstance(shape.vision, QwenVision) or "shortest_edge" not in size:
         return shape

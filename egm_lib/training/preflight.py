@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
 
+from egm_lib.inference.loading import load_config
 from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import GRPO, Profile
 from egm_lib.training.hardware import DEVICES, GIB, Hardware, PlanError
@@ -18,7 +18,7 @@ from egm_lib.training.plan_memory import Setting, states, vllm_need
 
 
 def check_rollout(options: GRPO) -> None:
-    """Raises TrainingError where this machine cannot sample as the profile says."""
+    """Raises TrainingError if this machine cannot sample as the profile says."""
     if options.rollout == "transformers":
         return
     if not torch.cuda.is_available():
@@ -33,7 +33,7 @@ def check_rollout(options: GRPO) -> None:
 
 
 def check_device(dtype: str, section: str, key: str = "dtype") -> None:
-    """Raises TrainingError where half precision is asked for and there is no GPU.
+    """Raises TrainingError if half precision is asked for and there is no GPU.
 
     section, key: where the profile asks for it.
     """
@@ -45,7 +45,7 @@ def check_device(dtype: str, section: str, key: str = "dtype") -> None:
 
 
 def check_memory(profile: Profile, stage: str, place: str) -> None:
-    """Raises TrainingError where not even weights and optimizer state fit into a GPU.
+    """Raises TrainingError if not even weights and optimizer state fit into a GPU.
 
     These are exact. Whether the rest fits too is an estimate, which egm_lib.training.plan makes.
     """
@@ -78,7 +78,7 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
 
 def _setting(profile: Profile, stage: str, place: str) -> Setting:
     """What decides the memory of the stage on this machine's GPUs."""
-    shape = shape_from_config(AutoConfig.from_pretrained(place))
+    shape = shape_from_config(load_config(place))
     memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
     # Accelerate's processes divide weights and optimizer state among them
     gpus = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,7 +1,7 @@
-"""What the processes of one training agree on. All of it does nothing in a single process.
+"""What the processes of one training agree on. In a single process, nothing here has an effect.
 
-Rank 0 decides, the others follow: decisions by clocks or files of their own would part the ranks,
-and a collective operation that one of them does not enter hangs the others.
+Rank 0 decides and the others follow. If each rank decided by its clock and its files, the ranks
+could disagree, and a collective operation that one of them does not enter hangs the others.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The RL data of a run (Sec. 4.2, Table 7): samples that the SFT model misses and a stronger model
-solves, and as many easy ones.
+"""The selection of a run's RL data (Sec. 4.2, Table 7).
 
     python -m egm_lib.training.selection --profile mini --role learner      # then
     python -m egm_lib.training.selection --profile mini --role reference
 
-The learner is the SFT model (Sec. 5.1), so SFT comes first. It answers before the reference, which
-answers the learner's misses alone: the selection needs no more. All amodal samples are kept
+Samples are kept that the SFT model misses and a stronger model solves, and as many easy ones. The
+learner is the SFT model (Sec. 5.1), so SFT comes first. The learner answers before the reference,
+which may answer the learner's misses alone (`selection.reference`). All amodal samples are kept
 (Sec. 4.2).
 """
 
@@ -25,6 +25,7 @@ from egm_lib.evaluation.scoring import load_predictions, score
 from egm_lib.files import write_text
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.predict import predict
+from egm_lib.inference.shards import WHOLE, Shard
 from egm_lib.learnability import select_learnable
 from egm_lib.run import Run
 
@@ -37,11 +38,12 @@ def pool_answers(run: Run, role: str) -> Path:
     return run.root / "selection" / f"{role}.jsonl"
 
 
-def answer_pool(run: Run, role: str) -> Path:
-    """Has a role answer the pool; goes on where it stopped.
+def answer_pool(run: Run, role: str, shard: Shard = WHOLE) -> Path:
+    """Lets a role answer the pool, or a shard of it, and continues where it stopped. Returns the
+    file of answers.
 
-    The learner answers every sample. The reference answers what `selection.reference` says: all,
-    or the learner's misses. Raises InputError where those are not known yet.
+    The learner answers every sample. The reference answers what `selection.reference` says: all
+    samples, or the learner's misses. Raises InputError if the misses are not known yet.
     """
     data, name = run.profile.data, ROLES[role]
     pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
@@ -64,16 +66,20 @@ def answer_pool(run: Run, role: str) -> Path:
         root=data.path,
         sampling=run.profile.generation.sampling,
         prompt=run.profile.grpo.prompt,
+        shard=shard,
     )
 
 
 def select(run: Run) -> dict:
     """Writes the RL samples of each task (samples/rl_<task>.jsonl) and selection.json.
 
-    Returns what selection.json holds. Counts: pool, both (solve it), learnable (the reference
-    alone), learner_only, neither, easy (drawn), filled (up to the profile's `selection.fill_to`),
-    kept. both and learner_only are None where the reference answered the learner's misses alone.
-    Raises FileNotFoundError before both roles have answered.
+    Returns the counts of selection.json:
+    pool: all samples; kept: those that were selected;
+    both, learnable, learner_only, neither: solved by both, by the reference alone, by the learner
+    alone, by neither. both and learner_only are None if the reference answered the misses alone;
+    easy: samples drawn from those that the learner solves;
+    filled: samples added to reach the profile's `selection.fill_to`.
+    Raises FileNotFoundError if one of the roles has not answered.
     """
     counts: dict[str, dict] = {}
     if "vanilla" in run.profile.tasks:
@@ -86,8 +92,9 @@ def select(run: Run) -> dict:
 
 
 def select_at_random(run: Run) -> int:
-    """Writes as many vanilla samples of the pool as `select` kept, drawn at random: what selection
-    is compared with. Returns how many.
+    """Writes as many random vanilla samples of the pool as `select` kept, and returns how many.
+
+    They are what the selection is compared with.
     """
     data, kept = run.profile.data, len(read_samples(run.samples("rl_vanilla")))
     pool = read_train(data.path, "vanilla", "selection", data.selection_limit)
@@ -108,7 +115,7 @@ def _scored(run: Run, role: str) -> pd.DataFrame:
 
 
 def _missed(scored: pd.DataFrame) -> np.ndarray:
-    """Rows that were answered, and wrongly: an error of the engine is no miss."""
+    """Rows with a wrong answer. An error of the engine is not a miss."""
     return (~scored["success"] & (scored["status"] != "error")).to_numpy(dtype=bool)
 
 
@@ -124,7 +131,7 @@ def _select_vanilla(run: Run) -> dict[str, int | None]:
         )
     solved = set(reference["sample_id"][reference["success"]])
     solved -= set(learner["sample_id"][learner["status"] == "error"])  # not known to be a miss
-    # A sample that the reference was not asked about counts as unsolved: the learner solves it
+    # A sample that the reference did not get counts as unsolved. The learner solves it.
     reference_N = np.array([sample_id in solved for sample_id in ids], dtype=bool)
     hard, easy = select_learnable(
         learner_N,
@@ -155,9 +162,16 @@ def _select_vanilla(run: Run) -> dict[str, int | None]:
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser("training.selection", "Answer the selection pool.")
     parser.add_argument("--role", choices=ROLES, required=True)
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=WHOLE,
+        metavar="I/N",
+        help="a part of the samples, as in inference.predict",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    return ends(lambda: print(answer_pool(run_of(args), args.role)))
+    return ends(lambda: print(answer_pool(run_of(args), args.role, args.shard)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two SFT trainers: TRL's own, and one that reads each image once a batch."""
+"""The two SFT trainers: TRL's, and one that reads each image once a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from egm_lib.training.prefix_logps import suffix_logps
 
 
 class ImageSampler(Sampler[int]):
-    """Rows in random order, those of one image side by side (at most `together`)."""
+    """Rows in random order, in which up to `together` rows of one image follow each other."""
 
     def __init__(self, images: list[str], together: int, seed: int):
         self.together, self.seed, self.epoch, self.size = together, seed, 0, len(images)
@@ -48,9 +48,10 @@ class ImageSampler(Sampler[int]):
 
 
 def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> list[int]:
-    """Tokens of a row's answer and its end, cut so that question and answer fit into max_length.
+    """Tokens of a row's answer, end token included, cut so that the row fits into max_length.
 
-    asked: tokens of image and question. Raises TrainingError where they alone fill max_length.
+    asked: number of tokens of image and question. Raises TrainingError if they alone fill
+    max_length.
     """
     ids = [
         *tokenizer(row["completion"][0]["content"], add_special_tokens=False)["input_ids"],
@@ -67,7 +68,7 @@ def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> l
 
 
 class SharedPrefixCollator:
-    """Rows -> one batch: a prefix for each image; question and answer of each row as its suffix."""
+    """Rows -> one batch: a prefix for each image, and each row's question and answer as suffix."""
 
     def __init__(self, reader: Reader, processor, max_length: int | None):
         self.reader, self.processor, self.max_length = reader, processor, max_length
@@ -98,7 +99,7 @@ class SharedPrefixCollator:
 
 
 class PlainCollator:
-    """Rows -> one batch as any model takes it: image, question and answer, padded on the right."""
+    """Rows -> one batch for any model: image, question and answer, padded on the right."""
 
     def __init__(self, processor, max_length: int | None):
         self.processor, self.max_length = processor, max_length
@@ -161,7 +162,7 @@ class SharedPrefixSFT(TimedSchedule, SFTTrainer):
             )
         lengths = torch.tensor([len(prefix.ids) for prefix in inputs["prefixes"]])
         read = int(lengths[inputs["group"].cpu()].sum() + inputs["attend"].sum())
-        self.state.num_input_tokens_seen += read  # as many as a plain forward reads
+        self.state.num_input_tokens_seen += read  # as many tokens as a plain forward reads
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         self._metrics["train"]["tokens"].append(float(keep.sum()))
         self._metrics["train"]["rows"].append(float(len(keep)))
@@ -178,7 +179,7 @@ class PlainSFT(TimedSchedule, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         before = self._total_train_tokens
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # TRL counts from zero after an interruption; the state is kept with the checkpoint
+        # TRL counts from zero after an interruption; the trainer's state is in the checkpoint
         self.state.num_input_tokens_seen += self._total_train_tokens - before
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
         return result

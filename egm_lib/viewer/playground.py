@@ -337,7 +337,7 @@ class Playground(anywidget.AnyWidget):
             frame = self._made[question.model].family.frame
             image_wh = (self._sample["width"], self._sample["height"])
             parsed = parse_completion(answer.raw_answer, frame=frame, image_wh=image_wh)
-            row |= {"frame": frame.name, "boxes": parsed.boxes, "box": parsed.box}
+            row |= {"frame": frame.value, "boxes": parsed.boxes, "box": parsed.box}
             row["status"] = status or parsed.status
         if status is None and row["gt_box"] is not None:
             scored = judge(row)

@@ -44,7 +44,7 @@ def file(tmp_path):
         (b'{"a": "\\ud83d"}\n', [{"a": "\ud83d"}]),  # half a surrogate pair, escaped
     ],
 )
-def test_whole_lines_are_kept_without_a_word(file, caplog, content, rows):
+def test_whole_lines_are_kept_without_a_warning(file, caplog, content, rows):
     file.write_bytes(content)
     assert read_jsonl(file) == rows
     assert caplog.text == ""
@@ -163,3 +163,26 @@ def test_a_file_that_is_replaced_whole_has_the_rights_of_any_other(tmp_path):
 
 def test_json_line_is_json():
     assert json.loads(json_line({"a": "\ud83d\u2028"})) == {"a": "\ud83d\u2028"}
+
+
+FIELDS = {"stages": dict, "seconds": float}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("[]", "holds a list, not an object"),
+        ("null", "holds null, not an object"),
+        ('{"seconds": 1.0}', "has no 'stages'"),
+        ('{"stages": [], "seconds": 1.0}', "'stages' in .* is a list, not an object"),
+        ('{"stages": {}, "seconds": null}', "'seconds' in .* is null, not a number"),
+    ],
+)
+def test_json_of_another_shape_is_one_sentence(tmp_path, content, reason):
+    file = tmp_path / "manifest.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=f"{reason}; mend it") as caught:
+        read_json(file, "mend it", shape=dict, fields=FIELDS)
+    assert str(file) in str(caught.value)
+    file.write_text('{"stages": {}, "seconds": 1.0, "more": 7}')
+    assert read_json(file, shape=dict, fields=FIELDS)["more"] == 7

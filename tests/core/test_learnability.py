@@ -89,7 +89,7 @@ def test_a_bucket_with_too_few_is_left_short_as_in_the_released_code():
     assert len(easy) == len(hard) - sum(round(len(hard) * share) for share in (0.15, 0.2, 0.2, 0.2))
 
 
-def test_fewer_easy_than_hard_is_said_and_all_are_taken():
+def test_too_few_easy_samples_are_reported_and_all_taken():
     with pytest.warns(UserWarning, match="only 1 easy samples for 3 hard ones"):
         hard, easy = select_learnable([1, 0, 0, 0], [1, 1, 1, 1], seed=0)
     assert hard.tolist() == [1, 2, 3] and easy.tolist() == [0]

@@ -208,7 +208,7 @@ def test_micro_batches_of_trl_add_up_to_the_same_whole():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_padding_and_what_stands_in_it_do_not_matter(options):
+def test_padding_and_its_contents_do_not_matter(options):
     tensors = batch()
     loss, gradient, metrics = loss_and_gradients(tensors, **options)
     junk = {

@@ -181,7 +181,7 @@ def test_every_box_of_the_answer_is_kept_and_sorted_ones_are_counted():
     assert parsed.swapped == 1
 
 
-def test_a_loop_of_boxes_is_cut():
+def test_a_very_long_list_of_boxes_is_cut():
     for box in ("[1, 2, 3, 4]", "(1, 2, 3, 4)", "<1><2><3><4>;", "x1=1, y1=2, x2=3, y2=4;"):
         assert parse(box * 200).boxes == [(1, 2, 3, 4)] * 200
         assert len(parse(box * 5000).boxes) == MAX_GROUPS
@@ -278,7 +278,7 @@ def test_any_text_gives_a_consistent_result(text, frame, rule, wh):
 
 @settings(deadline=None)
 @given(answers)
-def test_nothing_written_while_reasoning_can_count(text):
+def test_a_box_inside_the_reasoning_never_counts(text):
     for opening, closing in (("<think>", "</think>"), ("< Thinking >", "</THINKING >")):
         assert parse(f"{text}{opening}{text.replace('/', '')}").box is None
         assert parse(f"{text}{closing}").box is None

@@ -2,14 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from egm_lib import profile as profiles
-from egm_lib.profile import ProfileError, load_profile, profile_names
+from egm_lib.profile import ProfileError, generation_of, load_profile, profile_names
 
+SIZES = ("small", "large")
 PAPER = Path(__file__).parents[2] / "data" / "paper"
 
 
@@ -114,7 +116,7 @@ def test_released_differs_only_where_the_scripts_do():
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],
 )
-def test_a_slip_is_named_with_its_place(folder, change, words):
+def test_a_mistake_is_named_with_its_place(folder, change, words):
     (folder / "odd.yaml").write_text(yaml.safe_dump({"extends": "mini", **change}))
     with pytest.raises(ProfileError) as error:
         load_profile("odd")
@@ -206,7 +208,7 @@ def test_prompts_are_the_papers_unless_a_profile_says_otherwise():
             assert prompts == ["authors-sft"] * 3, name
 
 
-def test_unknown_name_offers_the_nearest():
+def test_an_unknown_name_suggests_the_nearest_one():
     with pytest.raises(ProfileError, match="no profile 'minni'. Did you mean 'mini'"):
         load_profile("minni")
     with pytest.raises(ProfileError, match="no profile 'mini-released'"):
@@ -239,9 +241,7 @@ def test_the_two_arms_of_the_experiment_differ_in_the_teacher_alone():
 
 
 def test_every_value_of_a_paper_profile_is_beside_its_source():
-    """A value of training or selection whose line in paper-qwen3vl-8b.yaml has no comment has no
-    source.
-    """
+    """Each line of training or selection in paper-qwen3vl-8b.yaml has a comment with its source."""
     text = (profiles.PROFILES_DIR / "paper-qwen3vl-8b.yaml").read_text()
     lines = text[text.index("\nsft:") : text.index("\ngeneration:")].splitlines()
     stated = [line for line in lines if re.match(r"\s+\w+: \S", line)]
@@ -259,3 +259,52 @@ def test_command_line(capsys):
     assert json.loads(capsys.readouterr().out)["grpo"]["entropy_coef"] == 0.01
     assert profiles.main(["nothing-like-it"]) == 2
     assert "There is no profile" in capsys.readouterr().err
+
+
+def test_a_model_states_how_it_is_run_and_the_rest_is_of_all():
+    profile = load_profile("paper-qwen3vl-8b")
+    small, large = (generation_of(profile, profile.models.named(f"{n}-base")) for n in SIZES)
+    assert (small.engine, small.tensor_parallel) == ("vllm", 1)
+    assert large == replace(small, tensor_parallel=8)
+    url = "http://localhost:8000/v1"
+    served = generation_of(profile, replace(profile.models.large, base_url=url))
+    assert (served.engine, served.base_url) == ("openai", url)
+    stated = replace(profile.models.large, engine="transformers", max_model_len=5000)
+    assert generation_of(profile, stated) == replace(
+        large, engine="transformers", max_model_len=5000
+    )
+    endpoint = load_profile("eval-qwen3vl-235b")
+    assert generation_of(endpoint, endpoint.models.large).engine == "openai"
+
+
+@pytest.mark.parametrize("name", [name for name in profile_names() if "internvl3" in name])
+def test_small_internvl_models_stay_on_one_gpu(name):
+    """14 and 12 attention heads do not divide among eight."""
+    profile = load_profile(name)
+    assert generation_of(profile, profile.models.small).tensor_parallel == 1
+
+
+def test_names_of_a_run_mean_the_checkpoints_of_the_profile():
+    models, published = load_profile("mini").models, load_profile("eval-egm-8b").models
+    assert models.named("small-base") is models.small and models.named("small-sft") is None
+    assert models.named("small-egm") is None
+    for name in ("small-egm", "small-egm-no-reasoning", "small-egm@budget-16"):
+        assert published.named(name) is published.egm
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"launch": {"nodes": 3, "num_processes": 8}}, "8 processes do not divide among 3 nodes"),
+        ({"launch": {"nodes": 2, "num_processes": 2}}, "several nodes need an accelerate_config"),
+        ({"launch": {"prediction_workers": 0}}, "prediction_workers: expected at least 1"),
+        ({"models": {"small": {"tensor_parallel": 0}}}, "models.small: tensor_parallel"),
+        ({"models": {"large": {"gpu_memory_utilization": 1.5}}}, "models.large: gpu_memory"),
+        ({"generation": {"gpu_memory_utilization": 0.0}}, "gpu_memory_utilization is a share"),
+        ({"models": {"small": {"engine": "tgi"}}}, "'tgi' is not one of"),
+    ],
+)
+def test_numbers_of_gpus_and_processes_that_cannot_be_are_refused(folder, change, words):
+    (folder / "odd.yaml").write_text(yaml.safe_dump({"extends": "mini", **change}))
+    with pytest.raises(ProfileError, match=re.escape(words)):
+        load_profile("odd")

@@ -152,7 +152,7 @@ def test_the_grid_coarsens_the_coordinates():
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_what_could_not_be_read_again_is_refused(family):
+def test_an_answer_that_could_not_be_parsed_is_refused(family):
     with pytest.raises(ValueError, match="unknown task 'modal'"):
         family.prompt("cup", "modal")
     with pytest.raises(ValueError, match="empty"):

@@ -54,7 +54,7 @@ def test_rewards(completion, reward):
 
 
 @pytest.mark.parametrize("weight, expected", [(0.0, 0.75), (0.5, 0.875), (1.0, 1.0)])
-def test_the_weight_is_of_success(weight, expected):
+def test_the_weight_belongs_to_success(weight, expected):
     assert grounding_reward((0, 0, 1, 0.75), (0, 0, 1, 1), weight) == expected
     assert egm_reward(
         ["[0, 0, 1, 0.75]"], [(0, 0, 1, 1)], [(9, 9)], frame=BoxFrame.PIXEL, weight=weight
@@ -127,7 +127,7 @@ def test_empty_cells_of_a_table_mean_not_given(empty):
         compute_score("refcoco", answer, GT, {"width": empty, "height": 500, "image_wh": empty})
 
 
-def test_columns_that_arrow_and_pandas_have_filled_up():
+def test_columns_that_arrow_and_pandas_filled_with_nulls():
     """Rows of two sources in one table: what only one of them has is null for the other."""
     rows = [
         {"width": 1000, "height": 500},
@@ -146,7 +146,7 @@ def test_columns_that_arrow_and_pandas_have_filled_up():
 
 
 @pytest.mark.parametrize("frame", [BoxFrame.PIXEL, "pixel", "PIXEL", ["pixel"]])
-def test_a_frame_may_come_from_a_file(frame):
+def test_a_frame_may_be_text(frame):
     assert egm_reward(["[100, 100, 300, 200]"], [GT], [WH], frame=frame) == [1.0]
 
 

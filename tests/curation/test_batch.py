@@ -215,7 +215,7 @@ class ForgetfulService(LimitedService):
 
 
 @pytest.mark.parametrize("what", ["/v1/batches/batch-0", "/v1/files/out-batch-0"])
-def test_what_the_service_has_forgotten_is_asked_again(tmp_path, run, monkeypatch, what):
+def test_a_batch_that_the_service_forgot_is_sent_again(tmp_path, run, monkeypatch, what):
     monkeypatch.setattr(batch, "POLL_S", 0.01)
     theirs = ForgetfulService(what)
     report = run("trace", make_root(tmp_path, 5), service(theirs, monkeypatch), batch=True)
@@ -223,7 +223,7 @@ def test_what_the_service_has_forgotten_is_asked_again(tmp_path, run, monkeypatc
     assert "has forgotten" in report.notes[0]
 
 
-def test_a_service_that_forgets_everything_is_left(tmp_path, run, monkeypatch):
+def test_a_service_that_forgets_everything_is_given_up(tmp_path, run, monkeypatch):
     monkeypatch.setattr(batch, "POLL_S", 0.01)
     theirs = ForgetfulService("/v1/batches/batch-")
     report = run("trace", make_root(tmp_path, 5), service(theirs, monkeypatch), batch=True)
@@ -246,7 +246,7 @@ def test_a_service_that_forgets_everything_is_left(tmp_path, run, monkeypatch):
         "[" * 100_000,
     ],
 )
-def test_an_odd_result_line_leaves_the_others(tmp_path, run, monkeypatch, odd):
+def test_an_odd_result_line_does_not_affect_the_others(tmp_path, run, monkeypatch, odd):
     monkeypatch.setattr(batch, "POLL_S", 0.01)
     theirs = LimitedService(100, "")
     whole = theirs.output
@@ -261,7 +261,7 @@ def test_an_odd_result_line_leaves_the_others(tmp_path, run, monkeypatch, odd):
     assert report.kept == 4 and report.failed == 1 and report.stopped is None
 
 
-def test_a_batch_that_is_refused_for_an_option_is_asked_without_it(tmp_path, run, monkeypatch):
+def test_a_batch_refused_for_an_option_is_sent_without_it(tmp_path, run, monkeypatch):
     monkeypatch.setattr(batch, "POLL_S", 0.01)
     theirs, sent = LimitedService(100, ""), []
     whole = theirs.output

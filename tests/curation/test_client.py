@@ -53,7 +53,7 @@ def test_every_task_is_answered_and_the_stages_chain(tmp_path, run):
     )
 
 
-def test_answered_samples_are_not_asked_again_and_filters_rerun_for_nothing(tmp_path, run):
+def test_answered_samples_are_not_sent_again_and_filters_rerun_for_free(tmp_path, run):
     samples = make_root(tmp_path, 30)
     assert run("trace", samples[:20]).asked == 20
     assert run("trace", samples).asked == 10
@@ -62,13 +62,13 @@ def test_answered_samples_are_not_asked_again_and_filters_rerun_for_nothing(tmp_
     assert again.asked == 0 and again.kept > 20
 
 
-def test_a_sample_that_comes_twice_is_paid_once(tmp_path, run):
+def test_a_repeated_sample_is_paid_for_once(tmp_path, run):
     samples = make_root(tmp_path, 5) * 3
     report = run("verify", samples)
     assert report.asked == 5 and len(run.rows("verify")) == 15
 
 
-def test_the_budget_is_never_passed_and_a_larger_one_goes_on(tmp_path, run):
+def test_the_budget_is_never_exceeded_and_a_larger_one_continues(tmp_path, run):
     samples = make_root(tmp_path, 60)
     full = run("trace", samples, ledger=tmp_path / "full.jsonl").cost_usd
     first = run("trace", samples, budget_usd=full / 2)
@@ -87,7 +87,7 @@ def test_a_budget_without_a_price_is_refused(tmp_path, run):
         run("trace", make_root(tmp_path, 1), teacher(price_per_mtok=None), budget_usd=1.0)
 
 
-def test_the_estimate_asks_nothing_and_learns_from_the_ledger(tmp_path, run):
+def test_the_estimate_sends_no_request_and_learns_from_the_ledger(tmp_path, run):
     samples = make_root(tmp_path, 60)
     paths = {"ledger": tmp_path / "ledger.jsonl", "root": tmp_path}
     before = estimate(TASKS["trace"], samples, teacher(), **paths)
@@ -121,7 +121,7 @@ def test_a_misbehaving_server_leaves_an_answer_or_a_listed_failure(tmp_path, run
     )
 
 
-def test_killed_and_resumed_loses_nothing_and_pays_once(tmp_path):
+def test_a_killed_run_loses_nothing_and_pays_once(tmp_path):
     make_root(tmp_path, 200)
     log, ledger = tmp_path / "paid.log", tmp_path / "out.ledger.jsonl"
     with running("--delay-ms", "150", "--log", str(log)) as url:
@@ -231,9 +231,7 @@ def test_only_a_finished_answer_is_kept(tmp_path, run, monkeypatch, without_paus
     assert (run("trace", make_root(tmp_path, 1), answering).asked == 1) == (status == "failed")
 
 
-def test_a_service_that_answers_nonsense_is_not_asked_forever(
-    tmp_path, run, monkeypatch, without_pauses
-):
+def test_a_service_that_answers_nonsense_is_given_up(tmp_path, run, monkeypatch, without_pauses):
     asked = []
 
     def handler(request):
@@ -245,7 +243,7 @@ def test_a_service_that_answers_nonsense_is_not_asked_forever(
     assert "web page" in report.failures[0][1]
 
 
-def test_verdicts_are_asked_at_temperature_0(tmp_path, run, monkeypatch):
+def test_verdicts_are_requested_at_temperature_0(tmp_path, run, monkeypatch):
     """The teacher's 0.7 is for texts."""
     asked = {}
 

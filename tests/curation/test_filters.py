@@ -44,7 +44,7 @@ def test_mention_of_the_drawn_box(text):
         ("the picture frame above the bed hangs left of the window", "picture frame"),
     ],
 )
-def test_things_that_only_look_like_a_mention(text, expression):
+def test_words_that_only_resemble_a_mention(text, expression):
     assert not filters.mentions_drawn_box(reply(text), {"expression": expression})
 
 

@@ -47,9 +47,7 @@ def test_answers_are_found_after_reopening(tmp_path):
 
 
 def test_long_records_and_equal_short_keys(tmp_path):
-    """A record may be longer than a read, and keys that share their first 64 bits are not mixed
-    up.
-    """
+    """A record may be longer than a read. Keys with the same first 64 bits are kept apart."""
     first, second = record(0, text="x" * 100_000), record(0, key="0" * 31 + "1")
     path = tmp_path / "ledger.jsonl"
     write(path, first)
@@ -83,7 +81,7 @@ def test_a_file_that_is_one_torn_line(tmp_path):
     assert len(path.read_bytes().splitlines()) == 1
 
 
-def test_a_damaged_line_in_the_middle_is_passed_over(tmp_path, capsys):
+def test_a_damaged_line_in_the_middle_is_skipped(tmp_path, capsys):
     path = tmp_path / "ledger.jsonl"
     write(path, record(1), record(2), record(3))
     lines = path.read_bytes().splitlines(keepends=True)

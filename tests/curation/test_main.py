@@ -79,5 +79,5 @@ def test_no_file_of_the_users_is_overwritten(tmp_path, monkeypatch, capsys, word
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     address = ["--base-url", "mini", "--model", "m", "--price", "1", "1"]
     assert main(["verify", "--input", "samples.jsonl", *address, *words]) == 2
-    assert reason in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert reason in (output := capsys.readouterr().err) and len(output.splitlines()) == 1
     assert {path: path.read_bytes() for path in before} == before

@@ -95,7 +95,7 @@ def test_requests_under_way_learn_once_and_the_limit_is_never_dropped():
     assert options.sent == {"max_completion_tokens": 800}
 
 
-def test_a_run_learns_from_the_first_refusal_and_says_so_once(tmp_path, run, monkeypatch):
+def test_a_run_learns_from_the_first_refusal_and_reports_it_once(tmp_path, run, monkeypatch):
     bodies = []
 
     def handler(request):

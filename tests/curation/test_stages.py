@@ -10,7 +10,7 @@ from egm_lib.curation.services import CurationError
 from egm_lib.curation.stages import estimate_run, is_paid, judge_failures, run_stage
 from egm_lib.data import eval_splits, split_id
 from egm_lib.files import read_jsonl, write_jsonl
-from egm_lib.profile import Price, load_profile
+from egm_lib.profile import Price, ProfileError, load_profile
 from egm_lib.run import Run
 
 PAID = "https://api.example.com/v1"
@@ -34,7 +34,7 @@ def make_run(tmp_path, monkeypatch):
     return make
 
 
-def test_a_stage_is_asked_with_the_profiles_settings(tmp_path, make_run):
+def test_a_stage_uses_the_profiles_settings(tmp_path, make_run):
     samples, run = make_root(tmp_path, 30), make_run(teacher())
     report = run_stage(run, "trace", samples)
     assert report.out == run.root / "curation" / "trace.jsonl" and report.out.is_file()
@@ -46,7 +46,7 @@ def test_a_stage_is_asked_with_the_profiles_settings(tmp_path, make_run):
     assert run_stage(run, "verify", samples[:10], "selection").asked == 0  # one ledger for a task
 
 
-def test_every_judge_is_asked_about_every_failure(tmp_path, make_run):
+def test_every_judge_gets_every_failure(tmp_path, make_run):
     samples, run = make_root(tmp_path, 8), make_run(teacher())
     samples[3]["box"] = [0, 0, 0, 0]  # a legal answer
     assert judge_failures(run, "small-base", samples) == 16
@@ -54,7 +54,19 @@ def test_every_judge_is_asked_about_every_failure(tmp_path, make_run):
     assert {row["judge"] for row in rows} == {"a/judge", "another"}
 
 
-def test_a_paid_service_without_a_budget_is_not_asked(tmp_path, make_run, monkeypatch):
+@pytest.mark.parametrize("second", ["a/judge", "a_judge"])  # one model, and one file name
+def test_judges_who_would_share_their_answers_are_refused(tmp_path, make_run, second):
+    """The second would read the first's ledger, and the two would agree on everything."""
+    samples, run = make_root(tmp_path, 2), make_run(teacher())
+    judges = (*run.profile.curation.judges, teacher(run.profile.curation.teacher.base_url, second))
+    curation = dataclasses.replace(run.profile.curation, judges=judges)
+    run = Run(dataclasses.replace(run.profile, curation=curation), 0)
+    with pytest.raises(ProfileError, match=f"'a/judge' and '{second}' would share their answers"):
+        judge_failures(run, "small-base", samples)
+    assert not run.root.exists()
+
+
+def test_a_paid_service_without_a_budget_gets_no_request(tmp_path, make_run, monkeypatch):
     samples, run = make_root(tmp_path, 2), make_run(teacher(PAID))
     for ask in (
         lambda: run_stage(run, "trace", samples),

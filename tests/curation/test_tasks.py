@@ -87,7 +87,7 @@ def test_what_follows_the_reasoning_is_the_answer(task, text, answer):
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0, 0], [30, 10, 30, 50], [50, 10, 30, 40]])
-def test_an_empty_predicted_box_is_told_and_not_drawn(box):
+def test_an_empty_predicted_box_is_stated_and_not_drawn(box):
     """It is a legal answer of a model, and a failure like any other."""
     sample = {"width": 128, "height": 96, "expression": "cup", "gt_box": [1, 1, 9, 9], "box": box}
     task = TASKS["failure"]

@@ -116,7 +116,7 @@ def test_a_server_without_ranges_starts_over(server, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
-def test_a_file_that_changed_is_not_glued_together(server, tmp_path):
+def test_parts_of_different_versions_are_not_joined(server, tmp_path):
     server.break_after = [300_000, 0]
     with pytest.raises(FetchError):
         get(server, tmp_path / "a.zip", attempts=1)
@@ -125,14 +125,14 @@ def test_a_file_that_changed_is_not_glued_together(server, tmp_path):
     assert (tmp_path / "a.zip").read_bytes() == CONTENT[::-1]
 
 
-def test_a_finished_part_is_taken_as_it_is(server, tmp_path):
+def test_a_finished_part_is_not_downloaded_again(server, tmp_path):
     (tmp_path / "a.zip.part").write_bytes(CONTENT)  # killed just before it was renamed
     (tmp_path / "a.zip.part.version").write_text(server.etag)
     get(server, tmp_path / "a.zip", checksum=MD5)
     assert left(tmp_path) == ["a.zip"]
 
 
-def test_a_length_that_is_a_lie_is_no_file(server, tmp_path):
+def test_a_file_shorter_than_its_stated_length_is_refused(server, tmp_path):
     server.stated_extra, server.ranges = 10, False
     with pytest.raises(FetchError, match="gave up"):
         get(server, tmp_path / "a.zip", attempts=2)
@@ -160,7 +160,7 @@ def test_a_refusal_is_not_repeated(server, tmp_path, status):
     assert len(server.asked) == 1
 
 
-def test_no_room_is_said_before_the_download(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(server, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(FetchError, match="make room"):
         get(server, tmp_path / "a.zip")
@@ -282,7 +282,7 @@ def refused(self):
     self.end_headers()
 
 
-def test_the_hub_is_asked_with_the_users_token_and_a_refusal_says_what_to_do(server, tmp_path):
+def test_the_hub_gets_the_users_token_and_a_refusal_says_what_to_do(server, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Handler, "do_GET", refused)
         patch.setattr(Handler, "do_HEAD", refused, raising=False)
@@ -309,7 +309,9 @@ def unavailable(*_, **__):
     raise ConnectionError("no route to the hub")
 
 
-def test_fetch_goes_on_after_a_source_that_is_not_available(server, tmp_path, monkeypatch, capsys):
+def test_fetch_continues_after_a_source_that_is_not_available(
+    server, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unavailable)
     sources = {
         "tao": Source("tao", "none", hub="someone/tao", hub_patterns=("a.json",), optional=True),
@@ -327,7 +329,7 @@ def test_fetch_goes_on_after_a_source_that_is_not_available(server, tmp_path, mo
     assert data_command.main(["fetch", "--root", str(tmp_path)]) == 0
 
 
-def test_a_hub_that_lacks_the_file_is_no_success(tmp_path, monkeypatch):
+def test_a_file_that_the_hub_lacks_is_an_error(tmp_path, monkeypatch):
     """snapshot_download is content if nothing matches its patterns."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
     with pytest.raises(FetchError, match="has no file amodal_annotations/train.json any more"):

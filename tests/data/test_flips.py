@@ -108,7 +108,7 @@ def test_sides_change_places_and_back(expression, mirrored):
 
 
 @pytest.mark.parametrize("expression", DOUBTFUL)
-def test_what_cannot_be_told_is_not_mirrored(expression):
+def test_ambiguous_words_are_not_mirrored(expression):
     assert mirror_expression(expression) is None and flip(sample(expression)) is None
 
 

@@ -98,13 +98,13 @@ def test_a_broken_pickle_is_one_sentence(tmp_path, data):
         load_plain_pickle(tmp_path / "a.p")
 
 
-def test_a_memo_index_cannot_take_the_memory(tmp_path):
+def test_a_memo_index_cannot_exhaust_the_memory(tmp_path):
     # 32 GB in the C unpickler
     (tmp_path / "a.p").write_bytes(b"\x80\x02]r" + struct.pack("<I", 0xFFFFFFFF) + b".")
     assert load_plain_pickle(tmp_path / "a.p") == []
 
 
-def test_no_admitted_opcode_can_call_or_import():
+def test_no_accepted_opcode_can_call_or_import():
     from egm_lib.data.plain_pickle import _PlainUnpickler
 
     named = {opcode.code.encode("latin-1")[0]: opcode.name for opcode in pickletools.opcodes}

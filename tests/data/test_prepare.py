@@ -80,7 +80,7 @@ def test_training_leaves_out_every_tested_image_and_adds_twins(refcoco_root, cap
     assert [len(read_eval(refcoco_root, *split)) for split in EVAL_SPLITS] == [1] * 8
 
 
-def test_leaks_and_flips_are_choices(refcoco_root):
+def test_leaks_and_flips_are_optional(refcoco_root):
     report = prepare(refcoco_root, tasks=["vanilla"], flips=False, keep_leaks=True)["vanilla"]
     assert report["samples"] == 9 and report["images"] == 2
     assert not (refcoco_root / "images" / "train2014_flip").exists()
@@ -149,7 +149,7 @@ def test_amodal_data_is_prepared_without_tao_and_says_so(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("folder", ["tao_amodal", "tao_amodal/amodal_annotations"])
-def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder):
+def test_tao_is_found_in_both_places(tmp_path, folder):
     amodal_root(tmp_path)
     (tmp_path / folder).mkdir(parents=True)
     write_tao(tmp_path / folder / "train.json", tao(1, (-40, 10, 60, 30)))
@@ -157,7 +157,7 @@ def test_tao_is_found_where_the_hub_and_where_a_person_puts_it(tmp_path, folder)
     assert report["samples"] == 2 and report["tao_amodal"] is True
 
 
-def test_one_task_is_prepared_where_the_files_of_the_other_are_missing(refcoco_root, capsys):
+def test_one_task_is_prepared_if_files_of_the_other_are_missing(refcoco_root, capsys):
     assert run("prepare", refcoco_root) == 2
     assert "amodal is not prepared: no file" in capsys.readouterr().err
     assert len(read_train(refcoco_root, "vanilla")) > 0
@@ -195,7 +195,7 @@ def test_check_names_what_is_missing_or_other_than_stated(refcoco_root, capsys):
     assert "is 640 x 481 px, stated are 640 x 480" in out and out.count("not a readable image") >= 2
 
 
-def test_a_turned_image_has_the_size_it_is_seen_with(refcoco_root):
+def test_a_rotated_image_has_its_upright_size(refcoco_root):
     prepare(refcoco_root, tasks=["vanilla"])
     exif = Image.Exif()
     exif[0x0112] = 6

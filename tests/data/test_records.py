@@ -75,7 +75,7 @@ def test_rows_come_back_as_written(tmp_path):
     )
 
 
-def test_no_rows_are_rows_too(tmp_path):
+def test_a_file_may_have_no_rows(tmp_path):
     assert write_samples(tmp_path / "a.jsonl", []) == 0
     assert len(read_samples(tmp_path / "a.jsonl")) == 0
 

@@ -1,5 +1,6 @@
-"""Readers, on small files in each published format with its oddities; real samples where the shared
-data is at hand.
+"""Readers of all sources, on small files in each published format with its oddities.
+
+Tests on real samples are skipped without the shared data.
 """
 
 import json
@@ -450,7 +451,7 @@ def test_tao_boxes_may_leave_the_image(tmp_path):
     assert len(load_tao_amodal(path, split="train", min_occlusion=0.9)) == 1
 
 
-def test_boxes_are_cut_to_what_an_answer_can_say(tmp_path):
+def test_boxes_are_cut_at_the_border_of_the_image(tmp_path):
     path = write_tao(
         tmp_path / "a.json",
         tao(1, (-40, 10, 60, 30)),
@@ -490,5 +491,5 @@ def test_tao_refuses_what_does_not_fit(tmp_path):
         ("frames/0391.jpg", "frames/0391.jpg"),  # a frame's number is no COCO number
     ],
 )
-def test_an_image_has_one_id_whatever_its_folder(image, image_id):
+def test_the_id_of_an_image_does_not_depend_on_its_folder(image, image_id):
     assert image_ids(pa.chunked_array([[image]])).to_pylist() == [image_id]

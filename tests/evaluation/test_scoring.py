@@ -20,7 +20,7 @@ def test_score_of_boxes_whose_iou_is_known():
     assert scored["status"].tolist() == ["ok"] * 4 + ["no_box"]
 
 
-def test_another_evaluators_rule_scores_the_same_answers_otherwise():
+def test_another_evaluators_rule_scores_the_same_answers_differently():
     rows = answers([(0, 0, 500, 250)])  # IoU 0.5 exactly
     assert score(rows, "vlmevalkit")["success"].tolist() == [True]  # accepts >= 0.5
     several = rows.assign(raw_answer='[{"bbox_2d": [0, 0, 500, 500]}, {"bbox_2d": [0, 0, 9, 9]}]')

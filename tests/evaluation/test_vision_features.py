@@ -10,7 +10,7 @@ from egm_lib.evaluation.vision_features import box_probe, cell_features, linear_
 RNG = np.random.default_rng(0)
 
 
-def test_cka_of_a_rotated_scaled_moved_copy_is_one_and_of_noise_near_zero():
+def test_cka_is_one_for_a_rotated_scaled_shifted_copy_and_near_zero_for_noise():
     x = RNG.normal(size=(2000, 12))
     rotation = np.linalg.qr(RNG.normal(size=(12, 12)))[0]
     assert linear_cka(x, x) == pytest.approx(1, abs=1e-12)
@@ -21,14 +21,14 @@ def test_cka_of_a_rotated_scaled_moved_copy_is_one_and_of_noise_near_zero():
     assert linear_cka(x, half) == pytest.approx(linear_cka(half, x), abs=1e-12)
 
 
-def test_cka_refuses_what_has_no_answer():
+def test_cka_refuses_features_for_which_it_is_undefined():
     with pytest.raises(ValueError, match="same cells"):
         linear_cka(np.ones((3, 2)), np.ones((4, 2)))
     with pytest.raises(ValueError, match="no similarity"):
         linear_cka(np.ones((3, 2)), RNG.normal(size=(3, 2)))
 
 
-def test_a_probe_reads_boxes_that_are_in_the_features_and_none_that_are_not():
+def test_a_probe_reads_boxes_only_if_they_are_in_the_features():
     corners = RNG.uniform(0, 0.5, size=(400, 2))
     boxes = np.hstack([corners, corners + RNG.uniform(0.2, 0.4, size=(400, 2))])
     held_out = np.arange(400) % 2 == 1

@@ -12,8 +12,9 @@ from egm_lib.prompts import FAMILIES
 
 
 class Thinker:
-    """Thinks for 10 tokens ("a " each), then answers in 3; goes on from what was begun. Sampled
-    boxes are scripted.
+    """Thinks for 10 tokens ("a " each), then answers in 3; continues an answer that was begun.
+
+    boxes: its sampled answers, by seed.
     """
 
     family, revision, batch_size = FAMILIES["qwen3-vl"], None, 4
@@ -36,7 +37,7 @@ class Thinker:
             yield Answer(text, 5, num_reasoning, len(written) - num_reasoning, finish)
 
 
-def test_a_budget_closes_the_reasoning_and_counts_what_was_thought():
+def test_a_budget_closes_the_reasoning_and_counts_its_tokens():
     requests = [Request(Image.new("RGB", (10, 10)), "find")]
     [answer] = decoded_as(Thinker(), "small-egm@budget-4").answer(requests, GREEDY)
     assert answer.raw_answer == "<think>\na a a a \n</think>\n\n[[0, 0, 500, 500]]"

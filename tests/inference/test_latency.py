@@ -6,12 +6,13 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from engine_world import GREEDY, FakeEngine, requests_of, sample
+from PIL import Image
 
 from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 
 
-def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images):
+def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
     samples = [sample(number) for number in range(40)]
     engine, out = FakeEngine(), images / "latency" / "small-base.jsonl"
     options = {
@@ -31,10 +32,44 @@ def test_latency_is_measured_on_a_seeded_subset_one_and_several_at_a_time(images
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
 
 
+class Asked(FakeEngine):
+    """Keeps what it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.requests = []
+
+    def answer(self, requests, sampling, *, reasoning=True):
+        self.requests.append(
+            [(request.prompt, request.image.getpixel((0, 0))) for request in requests]
+        )
+        yield from super().answer(requests, sampling, reasoning=reasoning)
+
+
+def test_latency_is_not_measured_on_what_it_warmed_up_on(images):
+    """Engines remember prompts and images; an image may have several expressions."""
+    for number in range(20):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(images / f"own{number}.png")
+    samples = [
+        sample(number, expression=f"the {number}", image=f"own{number // 2}.png")
+        for number in range(40)
+    ]
+    engine = Asked()
+    options = {"out": images / "l.jsonl", "model": "m", "root": images, "sampling": GREEDY}
+    rows = measure_latency(
+        samples, engine, concurrencies=(1, 4), num_samples=8, warmup=3, **options
+    )
+    assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16
+    [first, *singles], second = engine.requests[:9], engine.requests[9:]
+    for warm, measured in ((first, singles), (second[0], second[1:])):
+        asked = {request for wave in measured for request in wave}
+        assert not {prompt for prompt, _ in warm} & {prompt for prompt, _ in asked}
+    # Eight samples of at most eight images leave twelve images to warm up on
+    assert not {image for _, image in first} & {image for wave in singles for _, image in wave}
+
+
 class StreamingServer(ThreadingHTTPServer):
-    """Chat completions as a stream of three tokens, DELAY_S before each; counts how many requests
-    it has at a time.
-    """
+    """Streams three tokens, with DELAY_S before each, and counts requests that run at once."""
 
     request_queue_size, daemon_threads = 128, True
 
@@ -74,7 +109,7 @@ class StreamingHandler(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as_asked(images):
+def test_an_endpoint_is_timed_token_by_token_at_the_wanted_concurrency(images):
     server = StreamingServer()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     engine = OpenAIEngine(url, "m", "qwen3-vl", 4, stream=True, opens_reasoning=True, max_retries=0)
@@ -90,7 +125,8 @@ def test_an_endpoint_is_timed_token_by_token_with_as_many_requests_on_the_way_as
         concurrencies=(1, 6),
         warmup=1,
     )
-    assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 24)
+    # 24 samples: 6 to warm up on, 18 to measure
+    assert 1 < server.most <= 6 and len(server.bodies) == (1 + 2) + (6 + 18)
     assert all(
         body["stream"] and body["stream_options"] == {"include_usage": True}
         for body in server.bodies

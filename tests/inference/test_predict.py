@@ -47,7 +47,7 @@ def test_a_row_has_the_declared_columns_and_types(images):
     assert set(SCORING_COLUMNS) <= declared.keys()
 
 
-def test_a_killed_run_goes_on_and_leaves_the_same_file(images):
+def test_a_killed_run_continues_and_leaves_the_same_file(images):
     samples = [sample(number) for number in range(50)]
     whole = images / "whole.jsonl"
     run(FakeEngine(), samples, images, whole)
@@ -62,6 +62,21 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(images):
         assert engine.asked < 50 - kept + 16
 
 
+def test_a_damaged_row_is_asked_again(images):
+    """Valid JSON without the fields of a row: the others are kept."""
+    samples, whole, out = (
+        [sample(n) for n in range(6)],
+        images / "whole.jsonl",
+        images / "odd.jsonl",
+    )
+    run(FakeEngine(), samples, images, whole)
+    lines = whole.read_text().splitlines(keepends=True)
+    odd = ["{}\n", '{"sample_id": ["a"], "status": "ok"}\n', '{"status": null}\n']
+    out.write_text("".join([lines[0], *odd, *lines[2:]]))
+    run(FakeEngine(), samples, images, out)
+    assert out.read_text() == whole.read_text()
+
+
 def test_rows_of_another_model_are_not_continued(images):
     out = images / "out.jsonl"
     run(FakeEngine(), [sample(0)], images, out)
@@ -71,7 +86,7 @@ def test_rows_of_another_model_are_not_continued(images):
     assert out.read_text() == before
 
 
-def test_a_corrupt_image_marks_its_row_and_the_run_goes_on(images):
+def test_a_corrupt_image_marks_its_row_and_the_run_continues(images):
     (images / "1.png").write_bytes(b"not an image")
     rows = run(FakeEngine(), [sample(number) for number in range(6)], images, images / "out.jsonl")
     assert [row["status"] for row in rows] == ["ok", "error", "ok", "ok", "error", "ok"]
@@ -82,7 +97,7 @@ def test_a_corrupt_image_marks_its_row_and_the_run_goes_on(images):
     )
 
 
-def test_errors_are_asked_again_only_on_request(images):
+def test_rows_with_errors_are_answered_again_only_on_request(images):
     samples, out = [sample(number) for number in range(6)], images / "out.jsonl"
     longest = FAMILIES["qwen3-vl"].prompt(sample(3)["expression"], "vanilla")
     rows = run(FakeEngine(lambda prompt: prompt == longest), samples, images, out)

@@ -37,9 +37,7 @@ def test_greedy_answers_in_padded_batches_equal_generate_one_by_one(engine):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_images_by_the_processor_or_by_the_cache_and_the_repetition_penalty_of_generate(
-    engine, penalty
-):
+def test_with_and_without_vision_cache_and_penalty_answers_equal_generate(engine, penalty):
     sampling, requests = replace(GREEDY, repetition_penalty=penalty), requests_of(4)
     model, processor = tiny_qwen()
     uncached = TransformersEngine(
@@ -90,7 +88,7 @@ def test_internvl_s_padded_batches_equal_generate_one_by_one():
         assert answer.error is None and answer.raw_answer.endswith(expected) and expected
 
 
-def test_rows_that_end_early_leave_the_batch_and_the_others_go_on_alike(engine, monkeypatch):
+def test_rows_that_end_early_leave_the_batch_and_do_not_change_the_others(engine, monkeypatch):
     requests = requests_of(4)
     # let tokens in the middle of three of the four answers count as an end, so that the batch
     # shrinks
@@ -118,7 +116,7 @@ def test_vision_placeholders_are_never_sampled(engine):
     )
 
 
-def test_sampling_repeats_with_its_seed_and_moves_with_it(engine, monkeypatch):
+def test_equal_seeds_give_equal_answers_and_other_seeds_others(engine, monkeypatch):
     warm = replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)
     first = [answer.raw_answer for answer in engine.answer(requests_of(3), warm)]
     assert [answer.raw_answer for answer in engine.answer(requests_of(3), warm)] == first
@@ -126,7 +124,7 @@ def test_sampling_repeats_with_its_seed_and_moves_with_it(engine, monkeypatch):
     assert [answer.raw_answer for answer in engine.answer(requests_of(3), warm)] != first
 
 
-def test_one_bad_request_of_a_batch_does_not_take_the_others_with_it(engine, monkeypatch):
+def test_a_bad_request_does_not_affect_the_others_of_its_batch(engine, monkeypatch):
     requests, decode = requests_of(4), engine._decode
 
     def decode_or_fail(batch, *args):
@@ -140,7 +138,7 @@ def test_one_bad_request_of_a_batch_does_not_take_the_others_with_it(engine, mon
     assert "out of memory" in answers[2].error
 
 
-def test_torch_is_not_left_with_gradients(engine):
+def test_answering_leaves_no_gradients(engine):
     list(engine.answer(requests_of(1), GREEDY))
     assert (
         all(parameter.grad is None for parameter in engine.model.parameters())
@@ -148,7 +146,7 @@ def test_torch_is_not_left_with_gradients(engine):
     )
 
 
-def test_a_begun_answer_is_continued_where_it_stopped(engine):
+def test_an_answer_that_was_begun_is_continued(engine):
     [request] = requests_of(1)
     [whole] = engine.answer([request], GREEDY)
     [start] = engine.answer([request], replace(GREEDY, max_new_tokens=1))
@@ -195,7 +193,7 @@ def test_who_watches_can_end_an_answer(engine):
 @pytest.mark.parametrize(
     ("tiny", "family"), [(tiny_qwen, "qwen3-vl"), (tiny_internvl, "internvl-3")]
 )
-def test_a_closed_engine_lets_go_of_its_model(tiny, family):
+def test_a_closed_engine_frees_its_model(tiny, family):
     model, processor = tiny()
     engine = TransformersEngine(model, family, processor=processor, device="cpu")
     list(engine.answer([Request(Image.new("RGB", (64, 64)), "find")], GREEDY))

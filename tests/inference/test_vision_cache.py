@@ -1,6 +1,4 @@
-"""The cached tower says what the tower says; it looks once, keeps to its memory, and never mixes
-towers up.
-"""
+"""The cached tower gives the tower's outputs, encodes an image once, and its memory is bounded."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""vLLM on a CPU (`make test-vllm`): answers are transformers', a bound form binds, GRPO samples
-what it trains.
-"""
+"""vLLM on a CPU (`make test-vllm`) answers as transformers does, and samples what GRPO trains."""
 
 import json
 
@@ -102,9 +100,7 @@ def plain_gemm(layer, remove_weight: bool) -> None:
 
 @pytest.fixture
 def trainer(request, tmp_path, monkeypatch) -> Watched:
-    """Three steps at a rate that leaves no weight where it was; of the miniature, or of a tiny
-    random InternVL-3.
-    """
+    """Three steps at a rate that changes every weight, of the miniature or a tiny InternVL-3."""
     family = getattr(request, "param", FAMILY)
     place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
     samples = make_samples(tmp_path / "images", images=4, per_image=1)

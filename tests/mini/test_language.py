@@ -167,7 +167,7 @@ COVERED = (
     ("the ring is at 20 40. it is seen from 0 0 to 60 80. nothing hides it.", "ring", "restating",
      "it is ring. nothing hides it."),
 ])  # fmt: skip
-def test_a_trace_is_told_in_another_way(worked, expression, way, told):
+def test_a_trace_can_be_written_in_another_way(worked, expression, way, told):
     assert retell(worked, expression, way) == told
 
 
@@ -190,7 +190,7 @@ def test_an_unknown_way_is_refused():
      "concluding"),
     ("it is ring. extend left a bit.", "ring", "restating"),              # amodal
 ])  # fmt: skip
-def test_the_way_of_a_text_is_told_by_its_form(reasoning, expression, way):
+def test_the_way_of_a_text_is_recognised_by_its_form(reasoning, expression, way):
     assert way_of(reasoning, expression) == way
 
 

@@ -154,7 +154,7 @@ def test_the_shipped_models_speak_the_language_of_this_code(name):
     assert load_processor(folder, "qwen3-vl").tokenizer.get_vocab() == build_tokenizer().get_vocab()
 
 
-def test_the_shipped_models_look_through_the_same_eyes():
+def test_the_shipped_models_have_the_same_vision_tower():
     small, *others = (
         load_model(pretrain.SHIPPED / name).model.visual.state_dict() for name in SHIPPED
     )

@@ -1,9 +1,10 @@
-"""The varied teacher: its ways of reasoning come at the profile's shares, and only as asked for."""
+"""The miniature's teacher errs at known rates, and the profile's shares set how it reasons."""
 
 import json
 from collections import Counter
 
 import pytest
+from curation_world import make_root
 
 from egm_lib import profile
 from egm_lib.curation.client import run_task
@@ -80,7 +81,7 @@ def test_a_larger_share_of_work_keeps_what_was_worked_out(root):
     assert worked and all(eye.way(f"s{n}", more) == "worked" for n in worked)
 
 
-def test_the_uniform_teacher_is_the_default_and_is_asked_as_before(root, tmp_path):
+def test_the_uniform_teacher_is_the_default_and_its_requests_are_unchanged(root, tmp_path):
     assert "ways" not in load_profile("mini").curation.teacher.extra_body
     rows, _ = curated(root, tmp_path, "trace", None)
     truths = {
@@ -117,7 +118,32 @@ def test_a_profile_declares_the_shares(tmp_path, monkeypatch):
     {"worked": 1.0},                                        # the others are not said to be 0
     "worked",
 ])  # fmt: skip
-def test_shares_that_are_no_shares_fail_and_are_not_left_out(root, tmp_path, ways):
+def test_invalid_shares_are_an_error(root, tmp_path, ways):
     rows, report = curated(root, tmp_path, "trace", ways)
     assert not rows and report.failed
     assert "shares of worked, concluding, restating" in str(report)
+
+
+def test_the_teachers_errors_come_at_their_rates(tmp_path):
+    make_root(tmp_path, 1)
+    eye = TeacherTransport(
+        tmp_path / "teacher.jsonl", error_rates={"trace": {"refusal": 0.1, "truncated": 0.2}}
+    )
+    kinds = Counter(eye.planted_error(f"s{number}", "trace") for number in range(5000))
+    assert abs(kinds["refusal"] / 5000 - 0.1) < 0.02 and abs(kinds["truncated"] / 5000 - 0.2) < 0.02
+
+
+def test_the_failure_judge_takes_the_prediction_into_account(tmp_path):
+    samples = make_root(tmp_path, 4)
+    truths = [json.loads(line) for line in (tmp_path / "teacher.jsonl").read_text().splitlines()]
+    samples[1]["box"] = None  # no box at all: no look-alike was hit
+    samples[2]["box"] = None
+    samples[2]["gt_box"] = truths[2]["gt_box"] = [10.0, 10.0, 14.0, 14.0]  # 16 px of 12,288
+    truths[3]["planted_cause"] = "GT-ERROR"
+    (tmp_path / "teacher.jsonl").write_text("".join(json.dumps(truth) + "\n" for truth in truths))
+    unerring = TeacherTransport(tmp_path / "teacher.jsonl", confusion_rates={"j": 0.0})
+    causes = [
+        unerring.answer("failure", t, TASKS["failure"].prompt(s), "j")[0]
+        for s, t in zip(samples, truths, strict=True)
+    ]
+    assert causes == ["COMPLEX-PROMPT", "OTHER", "SMALL-OBJECT", "GT-ERROR"]

@@ -1,6 +1,4 @@
-"""The files of the miniature world: same format as real data, disjoint splits, planted faults that
-are known.
-"""
+"""Files of the miniature world: the format of real data, disjoint splits, known planted faults."""
 
 import json
 

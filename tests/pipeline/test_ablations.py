@@ -1,6 +1,4 @@
-"""Ablations: same start, samples and steps for all but what is taken apart; their own folder; never
-a test split.
-"""
+"""Ablations differ from the run only in what they state, and never touch a test split."""
 
 import json
 from dataclasses import asdict, replace
@@ -26,37 +24,37 @@ def run():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_differs_from_the_run_in_nothing_but_what_it_says(run, name):
-    own, variant = variant_run(run, name, 7), VARIANTS[name]
+def test_a_variant_differs_from_the_run_only_in_what_it_states(run, name):
+    varied, variant = variant_run(run, name, 7), VARIANTS[name]
     expected = asdict(run.profile) | {
         "grpo": asdict(run.profile.grpo) | {"max_steps": 7, "max_minutes": None}
     }
     expected["grpo"] |= variant.changes or {}
-    assert asdict(own.profile) == expected and own.seed == run.seed
-    assert own.samples("rl_vanilla") == run.samples("rl_vanilla")
+    assert asdict(varied.profile) == expected and varied.seed == run.seed
+    assert varied.samples("rl_vanilla") == run.samples("rl_vanilla")
     base = {"small-base": "data/mini/small", "small-sft": "checkpoints/vanilla/small-sft"}[
         variant.start
     ]
     # What egm_lib.grpo starts from
-    assert str(own.checkpoint("vanilla", "small-sft")).endswith(base)
+    assert str(varied.checkpoint("vanilla", "small-sft")).endswith(base)
 
 
-def test_a_variant_writes_nothing_of_the_run_and_two_variants_share_nothing(run):
+def test_a_variant_writes_into_its_folder_alone(run):
     places = set()
     for name in VARIANTS:
         for steps in (7, 8):
-            own = variant_run(run, name, steps)
+            varied = variant_run(run, name, steps)
             written = (
-                own.checkpoint("vanilla", "small-egm"),
-                own.log("grpo-vanilla.jsonl"),
-                own.groups("vanilla"),
+                varied.checkpoint("vanilla", "small-egm"),
+                varied.log("grpo-vanilla.jsonl"),
+                varied.groups("vanilla"),
             )
             places |= {*written, answers_file(run, name, steps)}
     assert len(places) == 4 * 2 * len(VARIANTS)
     assert all(place.is_relative_to(run.root / "ablations") for place in places)
 
 
-def test_validation_is_no_test_split(tmp_path, run):
+def test_the_validation_split_is_not_a_test_split(tmp_path, run):
     sample = {
         "sample_id": "v1",
         "dataset": "refcoco",
@@ -119,7 +117,7 @@ def test_every_way_to_decode_is_one_that_the_engine_knows(way):
     assert decoded_as(engine, f"small-egm@{way}").number == int(way.rpartition("-")[2])
 
 
-def test_every_variant_is_trained_and_every_way_to_decode_is_asked(
+def test_every_variant_is_trained_and_every_way_to_decode_is_run(
     run, tmp_path, monkeypatch, capsys
 ):
     asked, figures = [], tmp_path / "figures"

@@ -1,6 +1,4 @@
-"""A run's archive: put back, it gives the same tables; it holds no checkpoint; nothing is written
-over.
-"""
+"""A restored run gives the same tables. An archive holds no checkpoint and overwrites nothing."""
 
 import json
 import shutil
@@ -43,7 +41,7 @@ def tables(run: Run, out) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_run_that_was_put_back_gives_the_same_tables(run, tmp_path):
+def test_a_restored_run_gives_the_same_tables(run, tmp_path):
     before = tables(run, tmp_path / "before")
     packed = archive.pack(run)
     assert packed.read_bytes() == archive.pack(run).read_bytes()  # as git wants it
@@ -132,5 +130,5 @@ def test_a_restore_says_where_images_come_from(run, monkeypatch, capsys, there):
     if there:
         run.profile.data.path.mkdir(parents=True)
     assert archive.main(["--profile", "toy", "--restore"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in said) is there
+    output = capsys.readouterr().out
+    assert output.startswith(str(run.root)) and ("egm_lib.mini.world --out" not in output) is there

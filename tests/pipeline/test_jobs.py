@@ -3,10 +3,21 @@
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
-from egm_lib.pipeline.jobs import Job, JobFailed, run_side_by_side
+from egm_lib.pipeline.jobs import (
+    Job,
+    JobFailed,
+    latency_job,
+    prediction_jobs,
+    run_jobs,
+    run_side_by_side,
+    shard_jobs,
+)
+from egm_lib.profile import load_profile
+from egm_lib.run import Run
 
 
 def python(tmp_path, name, code):
@@ -30,7 +41,7 @@ def test_a_failure_shows_the_end_of_its_log_and_stops_the_others(tmp_path):
     assert time.monotonic() - began < 120
 
 
-def test_no_more_than_the_workers_at_a_time_and_one_thread_each(tmp_path):
+def test_jobs_run_on_so_many_workers_with_one_thread_each(tmp_path):
     code = (
         "import os, time, pathlib; p = pathlib.Path({folder!r}); mine = p / str(os.getpid());"
         "mine.touch(); time.sleep(0.3);"
@@ -68,3 +79,92 @@ def test_interrupted_processes_are_ended(tmp_path, monkeypatch):
         run_side_by_side([job], workers=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int(job.log.read_text()), 0)
+
+
+@pytest.fixture
+def paper():
+    return Run(load_profile("paper-qwen3vl-8b"), 42)
+
+
+def gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    monkeypatch.delenv("EGM_VISIBLE_DEVICES", raising=False)
+
+
+def shards_of(jobs) -> list[str]:
+    """The --shard of each job; "-" where there is none."""
+    return [
+        job.command[list(job.command).index("--shard") + 1] if "--shard" in job.command else "-"
+        for job in jobs
+    ]
+
+
+def test_a_model_is_asked_by_as_many_processes_as_copies_of_it_fit(paper, monkeypatch):
+    gpus(monkeypatch, 8)
+    small = prediction_jobs(paper, ["small-base"])
+    assert shards_of(small) == [f"{number}/8" for number in range(1, 9)]
+    assert {job.gpus for job in small} == {1}
+    large = prediction_jobs(paper, ["large-base"])  # one copy takes all eight
+    assert shards_of(large) == ["-"] and large[0].gpus == 8
+    intern = Run(load_profile("paper-internvl3-8b"), 42)
+    assert shards_of(prediction_jobs(intern, ["large-base"])) == ["1/2", "2/2"]
+    reference = shard_jobs(paper, ["reference"], "training.selection", "--role", "reference")
+    assert shards_of(reference) == ["-"] and reference[0].gpus == 8
+    learner = shard_jobs(paper, ["small-sft"], "training.selection", "--role", "learner")
+    assert len(learner) == 8 and "--role" in learner[0].command
+    logs = [job.log for job in [*small, *large, *learner]]
+    assert len(set(logs)) == len(logs) and all(log.parent == paper.root / "logs" for log in logs)
+
+
+def test_a_machine_with_fewer_gpus_runs_fewer_processes(paper, monkeypatch):
+    gpus(monkeypatch, 2)
+    assert shards_of(prediction_jobs(paper, ["small-base"])) == ["1/2", "2/2"]
+
+
+def test_without_gpus_the_profile_says_how_many_processes(monkeypatch):
+    gpus(monkeypatch, 0)
+    profile = load_profile("mini")
+
+    def jobs(workers):
+        launch = replace(profile.launch, prediction_workers=workers)
+        return prediction_jobs(Run(replace(profile, launch=launch), 0), ["small-base", "small-egm"])
+
+    assert shards_of(jobs(1)) == ["-"]
+    assert shards_of(jobs(3)) == ["1/3", "2/3", "3/3"]
+    # Each answers for all models: it loads its libraries once
+    for job in jobs(3):
+        assert [word for word in job.command if word.startswith("small-")] == [
+            "small-base",
+            "small-egm",
+        ]
+
+
+def test_a_server_is_asked_by_one_process_that_takes_no_gpu(paper, monkeypatch):
+    gpus(monkeypatch, 8)
+    url = "http://localhost:8000/v1"
+    large = replace(paper.profile.models.large, base_url=url)
+    models = replace(paper.profile.models, large=large)
+    run = Run(replace(paper.profile, models=models), 42)
+    jobs = prediction_jobs(run, ["small-base", "large-base"])
+    assert [job.gpus for job in jobs if "large-base" in job.command] == [0]
+    assert len(jobs) == 1 + 8
+
+
+def test_latency_is_measured_in_one_process_with_the_gpus_of_the_largest_model(paper, monkeypatch):
+    gpus(monkeypatch, 8)
+    job = latency_job(paper, ["small-base", "large-base"])
+    assert job.gpus == 8 and "--latency" in job.command and "--shard" not in job.command
+
+
+def test_shards_run_at_the_same_time_also_where_jobs_do_not(tmp_path, monkeypatch):
+    gpus(monkeypatch, 0)
+    seen = []
+    monkeypatch.setattr(
+        "egm_lib.pipeline.jobs.run_side_by_side", lambda jobs, workers: seen.append(workers)
+    )
+    profile = load_profile("paper-qwen3vl-8b")
+    launch = replace(profile.launch, prediction_workers=3)
+    run = Run(replace(profile, launch=launch), 0)
+    run_jobs(run, prediction_jobs(run, ["small-base"]))
+    run_jobs(run, [python(tmp_path, name, "") for name in "ab"])
+    assert seen == [3, 1]

@@ -450,6 +450,8 @@ CHANGED = {
     "generation.sampling.max_new_tokens",
     "evaluation.bootstrap_samples",
     "launch.num_processes",
+    "models.large.tensor_parallel",
+    "models.reference.tensor_parallel",
 }
 LIGHT = {
     "launch.accelerate_config",

@@ -354,3 +354,36 @@ def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch)
         subprocess.run([*git, *words], check=True)
     (tmp_path / "a.json").write_text('{"n": 2}')
     assert manifest.committed_json("a.json") == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("[]", "holds a list, not an object"),
+        ("{}", "has no 'values'"),
+        ('{"values": {}, "models": [], "stages": {}, "wall_seconds": {}}', "'models' in .* a list"),
+        (
+            '{"values": {}, "models": {}, "stages": {"00_a": null}, "wall_seconds": {}}',
+            "stage '00_a' is no record",
+        ),
+        (
+            '{"values": {}, "models": {}, "stages": {"00_a": {"key": 1}}, "wall_seconds": {}}',
+            "stage '00_a' is no record",
+        ),
+    ],
+)
+def test_a_manifest_of_another_shape_is_one_sentence(project, content, reason):
+    run, ran, _, _ = project
+    run.root.mkdir(parents=True)
+    run.manifest.write_text(content)
+    with pytest.raises((InputError, ReproduceError), match=f"{reason}.*delete it, and the run"):
+        reproduce(run)
+    assert ran == [] and run.manifest.read_text() == content
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": 1, "nbformat": 4}', "{", '"text"'])
+def test_a_file_that_is_no_notebook_is_one_sentence(project, content):
+    run, ran, _, root = project
+    (root / "notebooks/01_b.ipynb").write_text(content)
+    with pytest.raises(ReproduceError, match="01_b.ipynb is no notebook .*: put it back"):
+        reproduce(run)

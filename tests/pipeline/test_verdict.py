@@ -41,7 +41,7 @@ def test_a_model_that_only_one_run_has_is_not_run_in_the_other():
     assert row(text, "small-egm") == f"| small-egm, amodal | 90.0 | {NOT_RUN} | {NOT_RUN} |"
 
 
-def test_the_reason_is_named_where_it_is_known():
+def test_the_reason_is_named_if_it_is_known():
     text = verdict({**COMMITTED, "git": "b", "hardware": {"cpu": "y"}}, COMMITTED)
     assert text.endswith("The two runs differ in code, hardware.")
     assert "differ" not in verdict(COMMITTED, COMMITTED)

@@ -56,7 +56,7 @@ def test_bands_of_training_curves():
         assert (heights.min(), heights.max()) == pytest.approx(expected, abs=1e-3)
 
 
-def test_absent_files_are_not_run_and_an_old_figure_does_not_stay(toy, tmp_path):
+def test_without_files_a_figure_is_not_run_and_an_old_one_is_removed(toy, tmp_path):
     run, folder = toy
     bare = tmp_path / "toy-3"
     (bare / "logs").mkdir(parents=True)

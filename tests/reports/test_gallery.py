@@ -28,7 +28,7 @@ def traces(page: str) -> dict:
     )
 
 
-def test_it_fetches_nothing(page):
+def test_the_page_fetches_nothing(page):
     addresses = re.findall(
         r"""(?:src|href)\s*=\s*["']([^"']*)["']|url\(([^)]*)\)|@import|fetch\(|import\(""", page
     )
@@ -36,7 +36,7 @@ def test_it_fetches_nothing(page):
     assert outside == [] and "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_it_holds_traces_of_every_kind_with_their_images(page):
+def test_the_page_has_traces_of_every_kind_with_their_images(page):
     kinds, images = traces(page)["kinds"], traces(page)["images"]
     assert len(set(images)) == len(images)  # each once, however many traces show it
     assert {"EGM solves what the base misses", "both solve"} <= {kind["kind"] for kind in kinds}

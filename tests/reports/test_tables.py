@@ -1,6 +1,4 @@
-"""Tables from files: the right numbers in the right cells, "not run" where nothing was run, the
-same bytes always.
-"""
+"""Tables from files: the right numbers in the right cells, "not run", and the same bytes."""
 
 import csv
 import json
@@ -114,7 +112,7 @@ def test_failures_by_the_majority_of_judges(run_root, tmp_path):
     assert "0.0 % unanimous" in (tmp_path / "out" / "table12.md").read_text()
 
 
-def test_of_the_bases_failures_how_many_are_solved_and_what_is_lost(run_root, tmp_path):
+def test_solved_failures_and_losses_are_counted(run_root, tmp_path):
     failed, solved, share, dropped = cells(
         build_tables([run_root], tmp_path / "o", draws=99)["table11"], "small-egm"
     )
@@ -203,7 +201,7 @@ def test_several_seeds_are_pooled(run_root, tmp_path):
     assert gain.n == 80  # paired within the seed that has both
 
 
-def test_failures_of_a_base_in_two_seeds_are_said_to_be_a_sum(run_root, tmp_path):
+def test_failures_of_two_seeds_are_marked_as_a_sum(run_root, tmp_path):
     shutil.copytree(run_root, second := tmp_path / "toy-1")
     for roots, counted in (
         ([run_root], "4 failures;"),
@@ -257,7 +255,7 @@ def test_the_same_files_give_the_same_bytes(run_root, tmp_path):
     assert len(first) == 3 * len(written) + 1
 
 
-def test_a_table_of_nothing_but_not_run_is_not_kept(run_root, tmp_path):
+def test_a_table_that_says_only_not_run_is_removed(run_root, tmp_path):
     old = tmp_path / "out" / "ablation_grpo.md"
     old.parent.mkdir()
     old.write_text("of an earlier run")
@@ -343,9 +341,7 @@ def test_paper_rows_average_to_what_the_paper_prints():
         assert set(row["models"].values()) <= names
 
 
-def test_a_profile_of_real_models_stands_beside_those_models_and_says_how_far_off_it_is(
-    run_root, tmp_path
-):
+def test_real_models_are_compared_with_the_same_models_of_the_paper(run_root, tmp_path):
     assert paper_models("paper-qwen3vl-2b-released")[0]["small-egm"] == "EGM-Qwen3-VL-2B"
     assert paper_models("mini-full") == paper_models("smoke")
     real = run_root.rename(tmp_path / "eval-egm-4b-0")
@@ -369,7 +365,7 @@ def test_counts_of_the_traces(run_root, tmp_path):
     )
 
 
-def test_what_the_curation_dropped_is_a_share_of_what_was_answered(run_root, tmp_path):
+def test_drop_rates_are_shares_of_the_answers(run_root, tmp_path):
     rows = [
         {"sample_id": f"t{n}", "status": status}
         for n, status in enumerate(("ok", "ok", "filtered", "failed"))
@@ -382,7 +378,7 @@ def test_what_the_curation_dropped_is_a_share_of_what_was_answered(run_root, tmp
     assert vanilla == "" and cells(table, "traces dropped by filters, %") == [None, None]
 
 
-def test_numbers_round_as_people_do_the_same_everywhere():
+def test_numbers_are_rounded_half_away_from_zero():
     texts = {
         49.05: "49.1",
         100 * 0.48050: "48.1",

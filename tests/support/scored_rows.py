@@ -5,8 +5,9 @@ import pandas as pd
 
 
 def answers(boxes, **columns) -> pd.DataFrame:
-    """Prediction rows for a 100 x 100 image whose target is the left upper quarter; boxes in
-    0-1000, None: no box.
+    """Prediction rows for a 100 x 100 image whose target is the upper left quarter.
+
+    boxes: in 0..1000; None for an answer without a box.
     """
     texts = ["I see none." if box is None else f'[{{"bbox_2d": {list(box)}}}]' for box in boxes]
     count = len(boxes)

@@ -1,6 +1,4 @@
-"""An InternVL-3 of random weights over bytes, built in memory in a second: for tests of engines,
-not of answers.
-"""
+"""A tiny InternVL-3 with random weights and bytes as vocabulary, built in memory in a second."""
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -26,9 +24,7 @@ TILE_PX, TILE_TOKENS = 32, 4
 
 
 def tiny_internvl(seed: int = 0):
-    """(model, processor): 2 layers, bytes as vocabulary; an image becomes one tile of 4 tokens, or
-    several.
-    """
+    """(model, processor) with 2 layers. An image becomes one or more tiles of 4 tokens."""
     vocab = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *SPECIAL])}
     tokenizer = Qwen2Tokenizer(
         vocab=vocab,

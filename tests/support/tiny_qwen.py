@@ -1,6 +1,4 @@
-"""A Qwen3-VL of random weights over bytes, built in memory in a second: for tests of engines, not
-of answers.
-"""
+"""A tiny Qwen3-VL with random weights and bytes as vocabulary, built in memory in a second."""
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,9 +26,7 @@ TEMPLATE = (
 
 
 def tiny_qwen(seed: int = 0):
-    """(model, processor): 2 layers, bytes as vocabulary, <think> and </think> as ordinary added
-    tokens.
-    """
+    """(model, processor) with 2 layers. <think> and </think> are ordinary added tokens."""
     vocab = {symbol: index for index, symbol in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(
         vocab=vocab, merges=[], unk_token=None, eos_token=SPECIAL[2], pad_token=SPECIAL[0]

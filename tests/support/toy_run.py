@@ -19,9 +19,7 @@ from egm_lib.curation.tasks import CAUSES
 
 
 def write_run(folder: Path, world: Path, seed: int = 0, count: int = 24) -> Path:
-    """folder/toy-<seed> with predictions, latency, failures, traces and logs; images under
-    world.
-    """
+    """Writes folder/toy-<seed>, a run with every kind of file; its images lie below world."""
     root, rng = folder / f"toy-{seed}", random.Random(seed)
     samples = draw_world(world, count)
     rows = predictions_of(samples, seed)

@@ -1,6 +1,4 @@
-"""What the training tests train on: a tiny model in a folder, a few images with one coloured
-square each.
-"""
+"""What training tests use: a tiny model in a folder, and images with one coloured square each."""
 
 from pathlib import Path
 
@@ -30,9 +28,7 @@ def store_model(folder: Path, family: str = "qwen3-vl") -> Path:
 
 
 def stored(folder: Path, family: str = "qwen3-vl"):
-    """(model, processor) of a folder: the model's name is the folder, from which TRL loads the
-    reference.
-    """
+    """(model, processor) of a folder. The folder is the model's name, as TRL's reference needs."""
     return load_model(folder), load_processor(folder, family)
 
 

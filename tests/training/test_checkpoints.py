@@ -59,7 +59,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_dropped(tmp_path):
     assert last_complete(tmp_path / "none") is None
 
 
-def test_a_kill_while_saving_costs_the_steps_since_the_checkpoint_before(world, tmp_path):
+def test_a_kill_while_saving_costs_the_steps_since_the_last_checkpoint(world, tmp_path):
     """transformers' own choice is the highest folder, which cannot be loaded."""
     out = tmp_path / "out"
     trainer, processor = trainer_of(world, out, max_steps=6)
@@ -99,7 +99,7 @@ def test_the_older_checkpoint_goes_when_the_next_is_whole(tmp_path):
         (100, False, ["checkpoint-1"]),  # for none: what is there stays
     ],
 )
-def test_a_short_disk_ends_no_training(tmp_path, monkeypatch, capsys, free, saved, left):
+def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch, capsys, free, saved, left):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free))
     (tmp_path / "checkpoint-1").mkdir()
@@ -133,7 +133,7 @@ def test_the_time_between_checkpoints_counts_from_the_end_of_a_save(tmp_path, mo
     assert not saves(1) and saves(59)
 
 
-def test_a_log_that_was_torn_goes_on(tmp_path):
+def test_a_log_with_a_torn_last_line_is_continued(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes(
         b'{"step": 1, "elapsed_s": 5.0}\n{"loss": 1}\n{"step": 2, "elapsed_s": 9.0, "x\xc3'

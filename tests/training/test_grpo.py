@@ -1,6 +1,4 @@
-"""GRPO: our path equals TRL's, learns what the reward says, and stops where trainer and sampler are
-not one policy.
-"""
+"""GRPO: our path equals TRL's, learns from the reward, and stops if trainer and sampler differ."""
 
 import itertools
 import json
@@ -22,7 +20,7 @@ from trl.scripts.vllm_serve import make_parser
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from egm_lib import grpo as grpo_module
-from egm_lib.files import project_root
+from egm_lib.files import project_root, write_jsonl
 from egm_lib.grpo import (
     grpo_options as trl_options,
 )
@@ -321,7 +319,7 @@ def test_an_image_is_opened_once_a_step_and_stays_on_its_rank(world, tmp_path, m
     ],
     ids=["full", "lora", "plain-full", "plain-lora"],
 )
-def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
+def test_two_steps_train_only_the_language_model_and_log_their_metrics(
     world, tmp_path, shared, changes
 ):
     trainer, processor = trainer_of(world, tmp_path, shared=shared, reward=half_right, **changes)
@@ -362,7 +360,7 @@ def test_two_steps_move_the_language_model_alone_and_log_what_they_did(
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=2, alpha=4)], ids=["full", "lora"])
-def test_two_steps_of_internvl_move_the_language_model_alone(world, tmp_path, lora):
+def test_two_steps_of_internvl_train_only_the_language_model(world, tmp_path, lora):
     """Images of several tiles, and the InternVL column of Table 6: no KL, an entropy term."""
     folder = store_model(tmp_path / "model", "internvl-3")
     trainer, processor = trainer_of(
@@ -456,7 +454,7 @@ def test_held_out_prompts_fill_whole_batches(tmp_path):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_truncated_completions_leave_the_update_where_the_profile_says_so(
+def test_truncated_completions_are_left_out_if_the_profile_says_so(
     world, tmp_path, monkeypatch, masked
 ):
     """Two of four completions of a group end: with the mask, those alone are trained on; all are
@@ -511,7 +509,7 @@ def test_the_mean_reward_rises_and_falls_with_the_sign_of_the_reward(world, tmp_
     assert sum(means["down"][-3:]) / 3 < 0.7 * means["down"][0]
 
 
-def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
+def test_a_killed_run_continues_to_the_same_rewards(world, tmp_path):
     class Killed(Exception):
         pass
 
@@ -541,7 +539,7 @@ def test_a_killed_run_goes_on_to_the_same_rewards(world, tmp_path):
     assert groups == read_groups(tmp_path / "whole/groups.jsonl")
 
 
-def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
+def test_a_step_whose_groups_have_equal_rewards_changes_nothing(world, tmp_path):
     trainer, processor = trainer_of(
         world, tmp_path, reward=lambda completions, **kwargs: [0.5] * len(completions)
     )
@@ -549,7 +547,7 @@ def test_a_step_without_any_mixed_group_changes_nothing(world, tmp_path):
     assert logged(tmp_path / "log.jsonl", "frac_reward_zero_std") == [1.0, 1.0]
 
 
-def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkeypatch):
+def test_a_sampler_with_another_policy_stops_the_run(world, tmp_path, monkeypatch):
     def drunk(*args, **kwargs):
         tokens, logps = plain(*args, **kwargs)
         return tokens, [[value - 1.0 for value in row] for row in logps]
@@ -565,7 +563,7 @@ def test_another_sampler_stops_the_run_with_both_numbers(world, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sampler_that_parts_from_the_trainer_later_is_stopped(world, tmp_path, monkeypatch):
+def test_a_sampler_that_differs_only_later_stops_the_run(world, tmp_path, monkeypatch):
     """Old weights in the sampler show only after the first step."""
 
     def stale(*args, **kwargs):
@@ -581,7 +579,7 @@ def test_a_sampler_that_parts_from_the_trainer_later_is_stopped(world, tmp_path,
     assert trainer.state.global_step == 2
 
 
-def test_top_p_does_not_look_like_another_policy(world, tmp_path):
+def test_top_p_is_not_mistaken_for_another_policy(world, tmp_path):
     trainer, _ = trainer_of(world, tmp_path, top_p=0.5, reward=half_right, check_steps=1)
     trainer.train()
     gaps = logged(tmp_path / "log.jsonl", "sampling/sampling_logp_difference/mean")
@@ -589,7 +587,7 @@ def test_top_p_does_not_look_like_another_policy(world, tmp_path):
 
 
 @pytest.mark.parametrize(("gap", "stops"), [(0.005, False), (0.03, True)])
-def test_the_limit_tells_half_precision_from_misplaced_images(gap, stops):
+def test_the_limit_separates_half_precision_from_misplaced_images(gap, stops):
     logps = torch.linspace(-2, 0, 50)
     with pytest.raises(TrainingError, match="disagree") if stops else nullcontext():
         check_same_policy(logps, logps - gap)
@@ -617,7 +615,7 @@ def test_vllm_samples_a_compared_step_without_top_p(colocated, monkeypatch):
     assert trainer.vllm_generation.calls[-1] == (0.7, 5)
 
 
-def test_nan_is_no_agreement():
+def test_nan_counts_as_a_disagreement():
     with pytest.raises(TrainingError, match="disagree"):
         check_same_policy(torch.tensor([float("nan")]), torch.tensor([0.0]))
 
@@ -633,17 +631,17 @@ def test_nan_is_no_agreement():
         ([], (), []),
     ],
 )
-def test_image_tokens_collapse_to_one_a_image(ids, ends, collapsed):
+def test_image_tokens_collapse_to_one_per_image(ids, ends, collapsed):
     assert collapse_image_tokens(ids, 9, ends) == collapsed
 
 
-def test_a_sampler_that_reads_another_prompt_is_stopped():
+def test_a_sampler_that_reads_another_prompt_stops_the_run():
     check_same_prompts([[1, 9, 9, 2]], [(1, 9, 9, 2)])
     with pytest.raises(TrainingError, match="read a prompt of 5 tokens, and the trainer has 4"):
         check_same_prompts([[1, 9, 9, 2]], [[1, 9, 9, 9, 2]])
 
 
-def test_reward_sees_what_the_template_has_begun(world):
+def test_the_reward_sees_the_start_that_the_template_wrote(world):
     reward = make_reward(stored(world[0])[1], FAMILY, 0.5)
     box = '```json\n[\n\t{"bbox_2d": [100, 100, 500, 500], "label": "x"}\n]\n```'
     # The second never stops thinking: its box does not count
@@ -675,14 +673,23 @@ def test_accuracy_is_counted_from_boxes_at_any_reward_weight(world, tmp_path, sh
     assert logged(log, "reward") == [pytest.approx((weight + (1 - weight) * 1.4) / 4, abs=0.02)]
 
 
-def test_a_completion_of_nothing_is_kept_as_an_empty_one(world, tmp_path):
+def test_a_completion_that_is_none_is_kept_as_empty(world, tmp_path):
     assert answer_texts([None, [{"role": "assistant", "content": None}], "x"]) == ["", "", "x"]
     keeper = GroupKeeper(tmp_path / "groups.jsonl", "<think>\n")
     keeper.keep(1, world[1][:1] * 2, [None, "x"], torch.tensor([0.0, 1.0]), 2)
     assert keeper.groups[0]["completions"] == ["<think>\n", "<think>\nx"]
 
 
-def test_profile_values_arrive_under_trl_s_names(tmp_path):
+def test_rows_that_are_no_groups_are_left_out(tmp_path):
+    """The figure compares rewards, and a training that goes on compares steps."""
+    group = {"step": 1, "completions": ["x"], "rewards": [1.0], "advantages": [0.0]}
+    odd = [{}, *({**group, name: None} for name in group), {**group, "rewards": [None]}]
+    odd += [{**group, "rewards": [1.0, 0.0]}, {**group, "completions": "x"}]
+    write_jsonl(tmp_path / "groups.jsonl", [*odd, group])
+    assert read_groups(tmp_path / "groups.jsonl") == [group]
+
+
+def test_profile_values_become_trl_s_options(tmp_path):
     options = trl_options(grpo_options(beta=0.005, top_k=50, prompts_per_step=16), tmp_path, seed=1)
     expected = {
         "beta": 0.005,
@@ -796,7 +803,7 @@ def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
-def test_vllm_without_a_gpu_is_said_before_anything_starts():
+def test_vllm_without_a_gpu_is_reported_before_anything_starts():
     grpo_module.check_rollout(grpo_options())
     with pytest.raises(TrainingError, match="sees no GPU here"):
         grpo_module.check_rollout(grpo_options(rollout="vllm-colocate"))
@@ -827,7 +834,9 @@ def test_vllm_is_started_with_what_the_profile_says_and_trl_does_not(world, tmp_
     )
 
 
-def test_a_server_that_does_not_answer_is_said_with_what_starts_one(world, tmp_path, monkeypatch):
+def test_a_server_that_does_not_answer_is_reported_with_the_command_for_it(
+    world, tmp_path, monkeypatch
+):
     def wait(*args, **kwargs):
         raise requests.ConnectionError("The vLLM server can't be reached after 240.0 seconds.")
 
@@ -859,6 +868,6 @@ def test_checkpoints_come_as_often_as_the_profile_says(world, tmp_path):
     assert trainer.clock.save_seconds == 7 * 60
 
 
-def test_no_sample_is_said_in_one_sentence(world, tmp_path):
+def test_a_file_without_samples_is_reported_in_one_sentence(world, tmp_path):
     with pytest.raises(TrainingError, match="no RL sample"):
         trainer_of((world[0], [], world[2]), tmp_path)

@@ -89,7 +89,7 @@ def kept(run, task="vanilla"):
     return set(read_samples(run.samples(f"rl_{task}"))["sample_id"])
 
 
-def test_what_the_learner_misses_and_the_reference_solves_and_as_many_easy_ones(run):
+def test_learnable_samples_and_as_many_easy_ones_are_selected(run):
     answer(run, "learner", {0, 1, 2, 3, 4})
     answer(run, "reference", {0, 1, 5, 6})
     counts = select(run)["vanilla"]
@@ -108,7 +108,7 @@ def test_what_the_learner_misses_and_the_reference_solves_and_as_many_easy_ones(
     assert json.loads((run.root / "selection.json").read_text())["vanilla"] == counts
 
 
-def test_all_amodal_samples_are_kept_the_verified_ones_where_there_are_some(run):
+def test_all_amodal_samples_are_kept_if_possible_verified_ones(run):
     answer(run, "learner", set())
     answer(run, "reference", {0})
     assert select(run)["amodal"] == {"pool": 3, "kept": 3}
@@ -116,7 +116,7 @@ def test_all_amodal_samples_are_kept_the_verified_ones_where_there_are_some(run)
     assert select(run)["amodal"]["kept"] == 1 and kept(run, "amodal") == {"s02"}
 
 
-def test_a_selection_of_nothing_is_filled_up_where_the_profile_says_so(run):
+def test_an_empty_selection_is_filled_if_the_profile_says_so(run):
     answer(run, "learner", set())
     answer(run, "reference", set())
     assert select(run)["vanilla"]["kept"] == 0
@@ -156,13 +156,13 @@ def test_the_reference_answers_the_learners_misses_alone(run, monkeypatch):
     assert asked(run, monkeypatch) == [f"s{number:02}" for number in range(4, 10)]
 
 
-def test_the_reference_waits_for_the_whole_learner(run, monkeypatch):
+def test_the_reference_is_refused_before_the_learner_is_done(run, monkeypatch):
     answer(run, "learner", {0, 1}, numbers=range(5))
     with pytest.raises(InputError, match="--role learner"):
         asked(run, monkeypatch)
 
 
-def test_the_misses_alone_select_what_all_answers_select(run):
+def test_answers_to_the_misses_select_the_same_as_answers_to_all(run):
     """And what they cannot tell is None, not zero."""
     answer(run, "learner", {0, 1, 2, 3})
     answer(run, "reference", {0, 5, 6})
@@ -172,7 +172,7 @@ def test_the_misses_alone_select_what_all_answers_select(run):
     assert kept(run) == chosen
 
 
-def test_an_error_of_the_learners_engine_is_no_miss(run):
+def test_an_error_of_the_learners_engine_is_not_a_miss(run):
     answer(run, "learner", {0, 1})
     path = pool_answers(run, "learner")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -182,7 +182,7 @@ def test_an_error_of_the_learners_engine_is_no_miss(run):
     assert select(run)["vanilla"]["learnable"] == 1 and "s05" not in kept(run)
 
 
-def test_prompts_at_random_are_as_many_and_follow_the_seed(run):
+def test_random_prompts_have_the_same_number_and_follow_the_seed(run):
     """The comparison with selected prompts is fair only where the numbers are equal."""
     drawn = []
     for seed in (0, 0, 1, 2):

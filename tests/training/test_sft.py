@@ -1,6 +1,4 @@
-"""SFT: the loss covers the answer only, equals TRL's, moves what should move, and survives an
-interruption.
-"""
+"""SFT: the loss covers the answer only and equals TRL's; training survives an interruption."""
 
 import json
 import math
@@ -115,7 +113,7 @@ def test_internvl_s_loss_covers_the_answer_and_its_end_and_nothing_else(internvl
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
+def test_an_answer_beyond_max_length_is_cut(world, tmp_path, shared):
     whole, processor = trainer_of(world, tmp_path, shared=shared)
     row = [whole.train_dataset[0]]
 
@@ -133,7 +131,7 @@ def test_what_passes_max_length_is_cut_off_the_answer(world, tmp_path, shared):
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
-def test_shared_prefix_trains_as_trl_s_own_path_does(world, tmp_path, changes):
+def test_shared_prefix_and_plain_trainer_give_the_same_losses(world, tmp_path, changes):
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
         trainer, processor = trainer_of(
@@ -183,7 +181,7 @@ def check_readable(out, family):
         (True, Lora(r=2, alpha=4), ("_proj.weight",)),
     ],
 )
-def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
+def test_only_trainable_parameters_change(world, tmp_path, merger, lora, moves):
     trainer, processor = trainer_of(world, tmp_path, freeze_merger=merger, lora=lora)
     out = train_to(trainer, processor, tmp_path / "out")
     moved = moved_names(world[0], out)
@@ -202,7 +200,9 @@ def test_only_what_should_move_moves(world, tmp_path, merger, lora, moves):
         (True, Lora(r=2, alpha=4), ("_proj.weight",)),
     ],
 )
-def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merger, lora, moves):
+def test_only_trainable_parameters_of_internvl_change(
+    internvl_world, tmp_path, merger, lora, moves
+):
     trainer, processor = trainer_of(
         internvl_world, tmp_path, family=INTERNVL, freeze_merger=merger, lora=lora
     )
@@ -214,7 +214,7 @@ def test_only_what_should_move_moves_in_internvl(internvl_world, tmp_path, merge
     assert all(any(part in name for part in moves) and "vision_tower" not in name for name in moved)
 
 
-def test_a_killed_run_goes_on_to_the_same_losses(world, tmp_path):
+def test_a_killed_run_continues_to_the_same_losses(world, tmp_path):
     class Killed(Exception):
         pass
 
@@ -266,7 +266,7 @@ def test_the_clock_ends_a_run_and_its_schedule():
     assert clock.progress(0, 10) == 1.0
 
 
-def test_rows_of_a_image_stand_together_and_every_row_once():
+def test_rows_of_an_image_stand_together_and_every_row_occurs_once():
     images = [str(n % 10) for n in range(45)]
     sampler = ImageSampler(images, together=2, seed=3)
     order = list(sampler)
@@ -277,7 +277,7 @@ def test_rows_of_a_image_stand_together_and_every_row_once():
     assert list(sampler) != order
 
 
-def test_profile_values_arrive_under_trl_s_names(tmp_path):
+def test_profile_values_become_trl_s_options(tmp_path):
     options = trl_options(
         sft_options(learning_rate=3e-4, warmup_ratio=0.03, dtype="bfloat16"), tmp_path, seed=5
     )
@@ -291,8 +291,9 @@ def test_profile_values_arrive_under_trl_s_names(tmp_path):
 
 
 def test_images_are_shrunk_to_the_profile_s_pixels(world):
-    """SFT and GRPO see images as the profile's `max_pixels` says; of 64 x 64 px there are 16
-    merged patches.
+    """SFT and GRPO shrink images to the profile's `max_pixels`.
+
+    An image of 64 x 64 px has 16 merged patches.
     """
     folder, _, root = world
     for max_pixels, merged in ((None, 16), (1024, 4), (512, 1)):
@@ -302,7 +303,7 @@ def test_images_are_shrunk_to_the_profile_s_pixels(world):
         assert grid.prod() == 4 * merged
 
 
-def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
+def test_missing_and_empty_traces_are_reported_in_one_sentence(tmp_path):
     with pytest.raises(TrainingError, match="is missing: run notebook 02"):
         read_traces(tmp_path / "none.jsonl", tmp_path, "vanilla")
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -310,8 +311,22 @@ def test_missing_and_empty_traces_are_said_in_one_sentence(tmp_path):
         read_traces(tmp_path / "empty.jsonl", tmp_path, "vanilla")
 
 
+def test_a_row_that_is_no_trace_is_left_out(tmp_path, monkeypatch):
+    """Whole traces stay, and bare ones are joined, whatever stands between them."""
+    samples = [{"sample_id": str(number), "gt_box": [0, 0, 9, 9]} for number in range(3)]
+    monkeypatch.setattr(sft, "read_train", lambda *args: samples)
+    whole = {**samples[2], "reasoning": "so"}
+    odd = [{"sample_id": "1"}, {"reasoning": "so"}, {"sample_id": [], "reasoning": "so"}]
+    unknown = {"sample_id": "9", "reasoning": "so"}
+    bare = [{"sample_id": 0, "reasoning": "so"}, {"sample_id": "1", "reasoning": "so"}]
+    write_jsonl(tmp_path / "traces.jsonl", [odd[0], bare[0], *odd, unknown, whole, bare[1]])
+    traces = read_traces(tmp_path / "traces.jsonl", tmp_path, "vanilla")
+    assert [str(trace["sample_id"]) for trace in traces] == ["0", "2", "1"]
+    assert all(trace["gt_box"] and trace["reasoning"] == "so" for trace in traces)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
-def test_half_precision_without_a_gpu_is_said_before_anything_starts():
+def test_half_precision_without_a_gpu_is_reported_before_anything_starts():
     check_device("float32", "sft")
     with pytest.raises(
         TrainingError, match="sft.dtype is 'bfloat16', and PyTorch sees no GPU here"
@@ -319,7 +334,9 @@ def test_half_precision_without_a_gpu_is_said_before_anything_starts():
         check_device("bfloat16", "sft")
 
 
-def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(world, monkeypatch):
+def test_a_gpu_too_small_for_the_optimizer_is_reported_before_anything_is_loaded(
+    world, monkeypatch
+):
     profile, place = load_profile("paper-qwen3vl-8b"), str(world[0])
     shape = shape_from_config(AutoConfig.from_pretrained(place))
     trained = shape.parameters - shape.vision.tower
@@ -342,7 +359,7 @@ def test_a_gpu_that_cannot_hold_the_optimizer_is_said_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.3, False), (0.001, True)])
-def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_is_loaded(
+def test_a_share_too_small_for_a_colocated_vllm_is_reported_before_anything_is_loaded(
     world, monkeypatch, share, refused
 ):
     base, place = load_profile("paper-qwen3vl-8b"), str(world[0])
@@ -361,7 +378,7 @@ def test_a_colocated_vllm_that_cannot_hold_its_weights_is_said_before_anything_i
 
 
 @pytest.mark.parametrize("stage", [sft, grpo])
-def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_path, capsys):
+def test_memory_is_checked_before_anything_else(stage, monkeypatch, tmp_path, capsys):
     def refuse(*args):
         raise TrainingError("no room")
 
@@ -373,7 +390,7 @@ def test_the_memory_is_looked_at_before_anything_else(stage, monkeypatch, tmp_pa
     assert capsys.readouterr().err == "no room\n"
 
 
-def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
+def test_a_gated_model_is_reported_in_one_sentence(monkeypatch):
     def gated(*args, **kwargs):
         raise OSError(
             "You are trying to access a gated repo.\nMake sure to have access to it at ..."
@@ -388,7 +405,7 @@ def test_a_gated_model_is_said_in_one_sentence(monkeypatch):
         model_setup.load_start(small.path, small, "float32")
 
 
-def test_too_little_memory_is_said_in_one_sentence(capsys):
+def test_too_little_memory_is_reported_in_one_sentence(capsys):
     def full(run, args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
 
@@ -487,7 +504,7 @@ def test_a_control_gets_the_tokens_of_what_it_is_compared_with(
     assert f"{tokens['grpo']:,} of grpo" in stated and "steps x" in stated
 
 
-def test_tokens_are_counted_alike_by_both_trainers_and_across_an_interruption(world, tmp_path):
+def test_both_trainers_count_the_same_tokens_also_across_an_interruption(world, tmp_path):
     counts = []
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
@@ -522,7 +539,7 @@ def test_lora_on_divided_weights_is_refused(monkeypatch, name, value):
         lora_config(Lora(r=2, alpha=4))
 
 
-def test_steps_govern_the_schedule_and_minutes_only_guard(world, tmp_path):
+def test_steps_set_the_schedule_and_minutes_only_limit_it(world, tmp_path):
     """Else the learning rate, and so the weights, depend on how fast the machine is."""
     trainer, _ = trainer_of(
         world, tmp_path, max_steps=10, max_minutes=0.001, lr_scheduler_type="linear"

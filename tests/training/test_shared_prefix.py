@@ -1,6 +1,4 @@
-"""Reading a prompt once for a group changes nothing: log-probs, gradients and greedy answers equal
-plain code's.
-"""
+"""Reading a prompt once for a group changes neither log-probs, gradients nor greedy answers."""
 
 from pathlib import Path
 
@@ -56,7 +54,7 @@ def plain_logps(world, row: int, completion: list[int]) -> torch.Tensor:
     return logits[start - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def test_reader_makes_the_processor_s_tokens_and_the_model_s_positions(world):
+def test_the_reader_gives_the_processor_s_tokens_and_the_model_s_positions(world):
     model, prompts = world[0], world[5]
     for row, prompt in enumerate(prompts):
         inputs = plain_inputs(world, row)
@@ -91,7 +89,7 @@ def test_logps_and_gradients_equal_a_plain_forward(world, monkeypatch, small_log
     torch.testing.assert_close(got_gradient, expected_gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_a_image_s_prefix_serves_several_questions(world):
+def test_the_prefix_of_an_image_serves_several_questions(world):
     model, _, reader, images, _, prompts = world
     prompt = prompts[1]
     suffix = [*prompt.ids[prompt.image_end :], 70, 71]
@@ -164,7 +162,7 @@ def test_draws_follow_the_distribution_within_top_k_and_top_p():
     assert set(decode_loop._pick(logits, SamplingOptions(1), None).tolist()) == {1, 2, 3}
 
 
-def test_a_image_file_is_opened_once(world):
+def test_an_image_file_is_opened_once(world):
     model, processor, _, images, texts, _ = world
     opened: list[Path] = []
 

@@ -43,7 +43,12 @@ def rehearsal_profile(
         "extends": name,
         "title": f"rehearsal of {profile.title}",
         "models": {
-            role: {"path": str(_place(folder, model)), "revision": None}
+            # A stand-in fits one GPU, and has too few heads for several
+            role: {
+                "path": str(_place(folder, model)),
+                "revision": None,
+                "tensor_parallel": None,
+            }
             for role, model in _models(profile).items()
         },
         "data": {"root": str(folder / "data"), **SAMPLES},

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from egm_lib.evaluation.scoring import numeric
 from egm_lib.evaluation.statistics import estimate
 from egm_lib.files import read_jsonl
 from egm_lib.reports.figures.material import DRAWS, EGM, SMALL, Material, NotRun
@@ -64,7 +65,7 @@ def training_log(path: Path) -> pd.DataFrame:
     frame = pd.DataFrame(read_jsonl(path) if path.is_file() else [])
     if "step" not in frame:
         return frame.iloc[:0]
-    frame = frame.apply(pd.to_numeric, errors="coerce").dropna(subset="step")
+    frame = frame.apply(numeric).dropna(subset="step")
     # Held-out prompts have a line of their own beside their step's
     return frame.groupby("step", as_index=False).last()
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure, SubFigure
 
 from egm_lib.evaluation.statistics import estimate, sample_fixed
-from egm_lib.files import read_jsonl
 from egm_lib.reports.curated import example_traces
 from egm_lib.reports.figures.material import (
     DRAWS,
@@ -19,6 +18,7 @@ from egm_lib.reports.figures.material import (
 )
 from egm_lib.reports.figures.pieces import down_up, draw_legend, say
 from egm_lib.reports.tables.cells import decimal_text
+from egm_lib.training.groups import read_groups
 from egm_lib.viewer.comparison import Comparison, reasoning_and_answer
 from egm_lib.viewer.drawing import (
     comparison_height_in,
@@ -249,11 +249,11 @@ def _mixed_group(material: Material) -> Mapping | None:
     """One of the kept GRPO groups in which some completions hit and some miss."""
     folder = material.results.roots[0] / "groups"
     files = [folder / f"{task}.jsonl" for task in ("vanilla", "amodal")]
-    groups = [group for file in files if file.is_file() for group in read_jsonl(file)]
+    groups = [group for file in files for group in read_groups(file)]
     mixed = [
         group
         for group in groups
-        if (rewards := group.get("rewards")) and min(rewards) < 0.5 < max(rewards)
+        if group["rewards"] and min(group["rewards"]) < 0.5 < max(group["rewards"])
     ]
     return sample_fixed(mixed, 1)[0] if mixed else None
 

@@ -64,7 +64,7 @@ class Material:
         return [sample for sample in self.of(task) if OUTCOMES[outcome](sample, SMALL, EGM)]
 
     def needed(self, model: str, task: str = "vanilla") -> pd.DataFrame:
-        """Scored rows of a model; raises NotRun where there are none."""
+        """Scored rows of a model; raises NotRun if there are none."""
         rows = self.results.of(model, task)
         if rows.empty:
             raise NotRun(f"no {task} predictions of {model}")

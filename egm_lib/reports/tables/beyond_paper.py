@@ -310,7 +310,7 @@ def table_latency(results: Results) -> Table:
 
 
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
-    """Mean (with interval), p50 and p95 of a model's latency in ms; None where it was not run."""
+    """Mean (with interval), p50 and p95 of a model's latency in ms; None if it was not run."""
     rows = results.latency
     if len(rows):
         asked = (rows["model"] == model) & (rows["concurrency"] == concurrency)

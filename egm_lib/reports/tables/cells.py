@@ -86,7 +86,7 @@ def percent(value: Estimate | Difference | None, signed: bool = False) -> Cell:
 
 
 def summarised(value: dict | None) -> Cell:
-    """A mean as summary.json has it, as percent; None where it was not run."""
+    """A mean as summary.json has it, as percent; None if it was not run."""
     return percent(Estimate(value["mean"], value["ci95"], value["n"])) if value else None
 
 

@@ -46,7 +46,7 @@ def by_teacher(results: Results) -> dict[str, Results]:
 
 
 def answered(results: Results) -> list[Finding]:
-    """Every hypothesis with its answer; none where the profile is not part of the experiment."""
+    """Every hypothesis with its answer; none if the profile is not part of the experiment."""
     runs = by_teacher(results)
     return findings(runs, draws=results.draws) if runs else []
 

@@ -197,7 +197,7 @@ def _dropped(results: Results, stage: str) -> Cell:
 
 
 def _count_traces(results: Results, task: str) -> dict[str, Cell] | None:
-    """Table 3's counts of the samples with traces of a task, None where there are none."""
+    """Table 3's counts of the samples with traces of a task, None if there are none."""
     counts = trace_counts(results.roots[0], task)
     if counts is None:
         return None
@@ -245,7 +245,8 @@ def table6(results: Results) -> Table:
     trained = [root for root in results.roots if (root / "logs" / "grpo-vanilla.jsonl").is_file()]
     manifests = [read_json(root / "manifest.json", shape=dict) or {} for root in trained]
     stated = [manifest.get("values") for manifest in manifests]
-    return _settings("table6", [values["grpo"] for values in stated if values])
+    ours = [values.get("grpo") for values in stated if isinstance(values, dict)]
+    return _settings("table6", [values for values in ours if isinstance(values, dict)])
 
 
 def table8(results: Results) -> Table:

@@ -1,0 +1,113 @@
+"""A model that cannot run on its GPUs is refused before its weights are read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, InternVLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
+
+from egm_lib.files import project_root
+from egm_lib.inference import fit
+from egm_lib.inference.fit import FitError, check_fit, check_heads, check_weights, num_parameters
+from egm_lib.profile import generation_of, load_profile
+
+MINI = project_root() / "data/mini/small"
+# Published: https://huggingface.co/OpenGVLab/InternVL3-1B-hf, .../InternVL3-2B-hf, Qwen's 235B
+INTERNVL_1B = {"num_attention_heads": 14, "num_key_value_heads": 2}
+INTERNVL_2B = {"num_attention_heads": 12, "num_key_value_heads": 2}
+QWEN_235B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+
+
+def heads(text: dict):
+    return SimpleNamespace(get_text_config=lambda: SimpleNamespace(**text))
+
+
+@pytest.mark.parametrize(
+    ("text", "fitting", "refused"),
+    [
+        (INTERNVL_1B, (1, 2, 14), (4, 7, 8)),
+        (INTERNVL_2B, (1, 2, 4, 6, 12), (3, 8)),
+        (QWEN_235B, (1, 2, 4, 8, 16), (3, 6)),
+    ],
+)
+def test_heads_divide_among_the_gpus_or_are_refused(text, fitting, refused):
+    for parallel in fitting:
+        check_heads("m", heads(text), parallel)
+    for parallel in refused:
+        with pytest.raises(FitError, match=f"tensor_parallel = {parallel} GPUs. Possible are 1, 2"):
+            check_heads("m", heads(text), parallel)
+
+
+def test_parameters_are_those_of_the_checkpoint():
+    """Counted on the meta device, against the tensors that are stored."""
+    from safetensors import safe_open
+
+    with safe_open(MINI / "model.safetensors", "pt") as stored:
+        shapes = [stored.get_slice(name).get_shape() for name in stored.keys()]  # noqa: SIM118
+    assert num_parameters(AutoConfig.from_pretrained(MINI)) == sum(
+        int(torch.tensor(shape).prod()) for shape in shapes
+    )
+
+
+def test_a_235b_needs_eight_gpus_and_not_one():
+    config = Qwen3VLMoeConfig(text_config=QWEN_235B)
+    total = num_parameters(config)
+    assert 234e9 < total < 237e9  # as its name says
+    check_weights("235B", config, "bfloat16", parallel=8, memory_gib=79.0, share=0.9)
+    for parallel in (1, 4):
+        with pytest.raises(FitError, match=r"439 GiB of weights .* Raise its tensor_parallel"):
+            check_weights("235B", config, "bfloat16", parallel=parallel, memory_gib=79.0, share=0.9)
+    config.quantization_config = {"quant_method": "fp8"}  # smaller than the dtype says
+    check_weights("235B", config, "bfloat16", parallel=4, memory_gib=79.0)
+
+
+def machine(monkeypatch, gpus: int, memory_gib: float) -> None:
+    properties = SimpleNamespace(total_memory=memory_gib * fit.GIB)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+@pytest.mark.parametrize(
+    ("role", "gpus", "words"),
+    [
+        ("large", 8, None),
+        ("large", 4, "4 are visible"),
+        ("small", 1, None),
+        ("small", 0, None),
+    ],
+)
+def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, role, gpus, words):
+    large, small = Qwen3VLMoeConfig(text_config=QWEN_235B), Qwen3VLConfig()
+    configs = {"Qwen/Qwen3-VL-235B-A22B-Instruct": large, "Qwen/Qwen3-VL-8B-Thinking": small}
+    monkeypatch.setattr(
+        fit.AutoConfig, "from_pretrained", lambda place, revision: configs[str(place)]
+    )
+    machine(monkeypatch, gpus, 79.0)
+    profile = load_profile("paper-qwen3vl-8b")
+    model = getattr(profile.models, role)
+    if words is None:
+        check_fit(model, generation_of(profile, model))
+        return
+    with pytest.raises(FitError, match=words):
+        check_fit(model, generation_of(profile, model))
+
+
+def test_transformers_runs_one_copy_on_one_gpu(monkeypatch):
+    """Its model is not cut over GPUs, whatever tensor_parallel says."""
+    machine(monkeypatch, 8, 0.001)
+    monkeypatch.setattr(fit.AutoConfig, "from_pretrained", lambda *args, **more: InternVLConfig())
+    profile = load_profile("mini")
+    with pytest.raises(FitError, match="tensor_parallel = 1"):
+        check_fit(profile.models.small, generation_of(profile, profile.models.small))
