@@ -311,6 +311,7 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
         dtype=args.dtype,
         beta=profile.grpo.beta if lora or args.size == "mini" else 0.0,
         lora=lora,
+        shared_prefix="auto" if args.way in ("ours", "packed") else "off",
     )
     if update:
         vision = processor.image_processor
@@ -320,7 +321,6 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
             num_generations=ANSWERS,
             per_device_train_batch_size=ANSWERS * options.prompts_per_step,
             max_completion_length=ANSWER_TOKENS,
-            shared_prefix="auto" if args.way == "packed" else "off",
             freeze_vision=False,
             freeze_merger=False,
         )
