@@ -79,8 +79,8 @@ gallery: $(ENV) ## one page to look through the samples of PROFILE, gallery.html
 	@$(RUN) -m egm_lib.reports.gallery --profile $(PROFILE)
 
 ##@ Check
-rehearse: $(ENV) ## a paper PROFILE from first to last notebook on stand-ins, e.g. PROFILE=paper-qwen3vl-8b
-	@$(RUN) -m egm_lib.pipeline.rehearsal --profile $(PROFILE)
+rehearse: $(ENV) ## a paper PROFILE from first to last notebook on stand-ins, e.g. PROFILE=paper-qwen3vl-8b; FRESH=1: anew
+	@$(RUN) -m egm_lib.pipeline.rehearsal $(if $(FRESH),--fresh )--profile $(PROFILE)
 
 test: $(ENV) ## ruff, pytest, and one notebook
 	@$(RUN) -m ruff check .

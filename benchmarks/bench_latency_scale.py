@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,7 +48,7 @@ DIRECT, REASONED, LONG = 42, 101, 1000  # the teaser's two answers; a long trace
 OUT = project_root() / "results" / "latency-scale"
 PROBE_WEIGHTS = (6144, 2048)  # a layer of the 2B model
 PROBE_LAYERS = 12  # more than any cache holds
-CPU_LIMIT_GB = 10  # others use the machine
+CPU_LIMIT_GB = 10  # and 0.7 of what is free: others use the machine
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,13 @@ def run(only: Sequence[str] | None, out: Path, again: bool) -> None:
         record["load"].append(round(os.getloadavg()[0], 1))
         write_text(path, json.dumps(record, indent=1) + "\n")
 
-    record["probes"].append(in_process("--probe"))
+    def probe_again() -> None:
+        reached = in_process("--probe")
+        if reason := reached.get("not_run"):
+            sys.exit(f"What this device reaches could not be measured: {reason}.")
+        record["probes"].append(reached)
+
+    probe_again()
     for name, case in cases.items():
         kept = name in rows and not rows[name].get("not_run") and not again
         if kept or (only and case.model not in only):
@@ -123,7 +131,7 @@ def run(only: Sequence[str] | None, out: Path, again: bool) -> None:
         rows[name] = asdict(case) | row
         print(line(rows[name]), flush=True)
         save()
-    record["probes"].append(in_process("--probe"))
+    probe_again()
     save()
     print(f"{path} is written; python -m egm_lib.reports.efficiency compares it with the roofline")
 
@@ -138,6 +146,8 @@ def in_process(*options: str) -> dict:
     done = subprocess.run(
         [sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=False
     )
+    if done.returncode == -signal.SIGKILL:
+        return {"not_run": "killed by the system, as where memory runs out"}
     if done.returncode:
         return {"not_run": f"it ended with status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -149,12 +159,22 @@ def why_not(case: Case, device: str) -> str:
     if device == "cuda":
         room_gb = 0.85 * torch.cuda.get_device_properties(0).total_memory / 1e9
     else:
-        room_gb = CPU_LIMIT_GB
+        room_gb = min(CPU_LIMIT_GB, 0.7 * free_gb())
     if need_gb > room_gb:
         return f"{need_gb:.1f} GB of weights, {room_gb:.0f} GB of room"
     if device == "cpu" and (case.requests > 8 or max(case.answers) >= LONG):
         return "too long on a CPU"
     return ""
+
+
+def free_gb() -> float:
+    """Memory that other work leaves; no limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return math.inf
+    values = dict(line.split(":") for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024 / 1e9
 
 
 def measure(case: Case) -> dict:

@@ -53,6 +53,7 @@ CASES = (
     ("grpo", "0.1b"),
     ("grpo", "0.2b"),
     ("grpo-budget", "0.2b"),
+    ("grpo-packed", "0.1b"),
     ("grpo-shared", "0.2b"),
 )
 ROWS = 2  # of a pass
@@ -209,6 +210,7 @@ def run_case(case: str, size: str):
             micro_batch_tokens=400 if case == "grpo-budget" else None,
             freeze_vision=shared,
             freeze_merger=shared,
+            shared_prefix="auto" if case in ("grpo-packed", "grpo-shared") else "off",
         )
         model.save_pretrained(scratch / "model")  # the KL's reference is loaded from a folder
         processor.save_pretrained(scratch / "model")

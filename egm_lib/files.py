@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import typing
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ from egm_lib.errors import InputError
 log = logging.getLogger(__name__)
 
 MAX_WARNINGS = 5  # lines of one file that are named when they are left out
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def project_root() -> Path:
@@ -143,6 +145,19 @@ def _decoded(content: bytes) -> str:
         raise ValueError(
             f"not UTF-8 text: byte {error.start} is {content[error.start]:#x}"
         ) from None
+
+
+def writable(text: str) -> str:
+    """A text that can be written as UTF-8: half a surrogate pair becomes U+FFFD."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def writable_row(row: Mapping) -> dict:
+    """A row whose keys and texts can be written as UTF-8, as a data frame must have them."""
+    return {
+        writable(name): writable(value) if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def json_line(row: Mapping) -> str:

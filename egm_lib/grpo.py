@@ -42,7 +42,7 @@ from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.inference.vllm_engine import VLLM_LIMITS
 from egm_lib.parsing import accepts, parse_completion
-from egm_lib.profile import GRPO, Profile
+from egm_lib.profile import GRPO, Profile, generation_of
 from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
 from egm_lib.reward import grounding_reward
 from egm_lib.run import Run
@@ -346,22 +346,24 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
     except OSError as error:  # such as a server that does not answer, after TRL has waited for it
         if options.rollout != "vllm-server":
             raise
+        gpus = generation_of(run.profile, run.profile.models.small).tensor_parallel
         raise TrainingError(
-            f"{error} Start one, on GPUs of its own: `{server_command(start, options)}`"
+            f"{error} Start one, on GPUs of its own: `{server_command(start, options, gpus)}`"
         ) from error
     # The start's processor as it was: limits of a profile are not stored in a checkpoint.
     return train_to(trainer, load_processor(start, profile.models.small.family), out)
 
 
-def server_command(model: str, options: GRPO) -> str:
+def server_command(model: str, options: GRPO, tensor_parallel: int) -> str:
     """The command that starts a vLLM server for `grpo.rollout: vllm-server`.
 
-    TRL samples from it and sends it new weights.
+    TRL samples from it and sends it new weights. tensor_parallel: GPUs that the model is cut over.
     """
     limits = json.dumps(VLLM_LIMITS)
     return (
         f"trl vllm-serve --model {model} --dtype {options.rollout_dtype} "
-        f"--max-model-len {rollout_context(options)} --limit-mm-per-prompt '{limits}'"
+        f"--max-model-len {rollout_context(options)} --tensor-parallel-size {tensor_parallel} "
+        f"--limit-mm-per-prompt '{limits}'"
     )
 
 

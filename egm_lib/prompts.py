@@ -30,14 +30,26 @@ def _tag(*names: str) -> re.Pattern[str]:
     )
 
 
-# Models write these tags in several ways: <think>, <Think>, <thinking>, </think >
-REASONING_TAG = _tag("think", "thinking", "thought", "reasoning")
+# Models write these tags in several ways: <think>, <Think>, <thinking>, </think >, with a prefix
+# (<seed:think>) or attributes, with a slash as JSON writes it (<\/think>), and in the ways of
+# Kimi-VL, Magistral and Virgo: ◁think▷, [THINK], <|begin_of_thought|>.
+REASONING_TAG = re.compile(
+    r"""
+    (?: [<◁]\s*+ | \[(?=/?(?-i:THINK)\]) )
+    (?P<close> \\?/ | \|end_of_ )?+ \s*+
+    (?: \|begin_of_ | \w{1,20}+: )?+
+    (?: think | thinking | thoughts? | reasoning | analysis | scratchpad )
+    (?: \s++\w++=[^<>]{0,99}+ )?+
+    \s*+ (?: \|?>|[▷\]] )
+    """,
+    re.ASCII | re.IGNORECASE | re.VERBOSE,
+)
 ANSWER_TAG = _tag("answer")
 # The tags of the families' own answers, as they write them
 PROTOCOL_TAGS = tuple(
     f"<{slash}{name}>" for name in ("think", "answer", "ref", "box") for slash in ("", "/")
 )
-_QUOTED_TAG = _tag("think", "thinking", "thought", "reasoning", "answer", "ref", "box")
+_QUOTED_TAGS = (REASONING_TAG, _tag("answer", "ref", "box"))
 
 
 @dataclass(frozen=True)
@@ -95,8 +107,11 @@ class Family:
         and if the reasoning is blank.
         """
         for text in (label or "", reasoning or ""):
-            if tag := _QUOTED_TAG.search(text):
-                raise ValueError(f"{tag[0]} inside an answer would make it unreadable: {text!r}")
+            for quoted in _QUOTED_TAGS:
+                if tag := quoted.search(text):
+                    raise ValueError(
+                        f"{tag[0]} inside an answer would make it unreadable: {text!r}"
+                    )
         if reasoning is not None and not reasoning.strip():
             raise ValueError("the reasoning is blank: pass None for an answer without reasoning")
         box = convert(box_px, BoxFrame.PIXEL, self.frame, image_wh)

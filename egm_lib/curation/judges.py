@@ -42,6 +42,7 @@ def agreement(
     Fleiss'); low and high, its 95 % interval (Cohen's from its standard error, Fleiss' by
     bootstrap); n. A kappa is nan where all verdicts are the same.
     """
+    judgements = judgements.drop_duplicates(["sample_id", "judge"], keep="last")
     verdicts_N_J = judgements.pivot(index="sample_id", columns="judge", values="cause").dropna()
     judges = list(verdicts_N_J.columns)
     codes_N_J = (

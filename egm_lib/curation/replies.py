@@ -13,12 +13,13 @@ Contract:
 from __future__ import annotations
 
 import json
-import re
 import reprlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from egm_lib.files import writable
 
 MAX_COUNT = 2**31  # no reply has so many tokens
 MAX_SHOWN = 300  # characters of a service's own words in an error
@@ -26,7 +27,6 @@ MAX_SHOWN = 300  # characters of a service's own words in an error
 DECLINED = frozenset(
     ("content_filter", "safety", "prohibited_content", "recitation", "blocklist", "spii", "refusal")
 )
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -285,11 +285,6 @@ def _shown(value: object) -> str:
         return _excerpt(reprlib.repr(value), 80)
     except (ValueError, RecursionError):  # a number with thousands of digits
         return f"a {type(value).__name__}"
-
-
-def writable(text: str) -> str:
-    """A text that can be written as UTF-8: half a surrogate pair becomes U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)
 
 
 def _excerpt(text: str, length: int = MAX_SHOWN) -> str:

@@ -19,8 +19,7 @@ from egm_lib.curation.marks import (
     marked_jpeg,
     opened,
 )
-from egm_lib.curation.replies import writable
-from egm_lib.files import digest, file_digest
+from egm_lib.files import digest, file_digest, writable
 from egm_lib.parsing import split_reasoning
 
 CAUSES = ("COMPLEX-PROMPT", "AMBIGUOUS-IMAGE", "SMALL-OBJECT", "GT-ERROR", "OTHER")  # Table 1

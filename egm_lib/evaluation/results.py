@@ -19,7 +19,7 @@ from egm_lib.evaluation.scoring import (
     numeric,
     score,
 )
-from egm_lib.files import project_root, read_json, read_jsonl
+from egm_lib.files import project_root, read_json, read_jsonl, writable_row
 
 MODELS = (
     "small-base",
@@ -53,7 +53,9 @@ def _complete(path: Path, needed: Mapping[str, type]) -> list[dict]:
     """
     rows = read_jsonl(path)
     complete = [
-        row for row in rows if all(isinstance(row.get(name), kind) for name, kind in needed.items())
+        writable_row(row)
+        for row in rows
+        if all(isinstance(row.get(name), kind) for name, kind in needed.items())
     ]
     if len(complete) < len(rows):
         message = "%s: %d rows without %s are left out"

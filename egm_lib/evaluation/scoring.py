@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from egm_lib.boxes import BoxFrame, check_box, iou
-from egm_lib.files import iter_jsonl
+from egm_lib.files import iter_jsonl, writable
 from egm_lib.parsing import accepts, parse_completion
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ KINDS = {
     "gt_box": list,
 }
 TOKEN_COLUMNS = ("reasoning_tokens", "answer_tokens")
+TOO_LARGE = 2.0**53  # from here on, a float is not exact to one
 BATCH_ROWS = 20_000  # rows held as Python objects at a time
 
 
@@ -66,7 +67,7 @@ def load_predictions(
     parts = []
     while batch := list(islice(rows, BATCH_ROWS)):
         names = columns or list(dict.fromkeys(chain.from_iterable(batch)))
-        parts.append(pd.DataFrame({name: _values(batch, name) for name in names}))
+        parts.append(pd.DataFrame({writable(name): _values(batch, name) for name in names}))
     return (
         pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(columns or ()))
     )
@@ -75,13 +76,15 @@ def load_predictions(
 def _values(rows: Sequence[Mapping], name: str) -> list:
     """A field of all rows; None for a value that is not of the field's kind."""
     kind = KINDS.get(name, object)
-    return [value if isinstance(value := row.get(name), kind) else None for row in rows]
+    values = (value if isinstance(value := row.get(name), kind) else None for row in rows)
+    return [writable(value) if isinstance(value, str) else value for value in values]
 
 
 def numeric(column: pd.Series) -> pd.Series:
-    """A column as numbers; nan for what is none."""
+    """A column as numbers; nan for what is none, or too large to have been measured."""
     plain = column.map(lambda value: isinstance(value, str | int | float))
-    return pd.to_numeric(column.where(plain), errors="coerce")
+    numbers = pd.to_numeric(column.where(plain), errors="coerce").astype(float)
+    return numbers.where(numbers.abs() < TOO_LARGE)
 
 
 def score(predictions: pd.DataFrame, rule: str = "egm") -> pd.DataFrame:

@@ -93,8 +93,9 @@ def cell_features(
             part, part_boxes, cells, merged.split([h * w for h, w in cells]), strict=True
         ):
             x1, y1, x2, y2 = convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
-            row = min(int((y1 + y2) / 2 * height), height - 1)
-            column = min(int((x1 + x2) / 2 * width), width - 1)
+            # An amodal box may have its centre outside the image: the nearest cell
+            row = min(max(int((y1 + y2) / 2 * height), 0), height - 1)
+            column = min(max(int((x1 + x2) / 2 * width), 0), width - 1)
             rows.append(features_T_D[row * width + column].double().cpu().numpy())
     return np.stack(rows)
 
@@ -102,11 +103,12 @@ def cell_features(
 def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.DataFrame:
     """Each model's CKA with the first model, and the mean IoU of its probe.
 
-    Measured on the first `limit` training samples of a run; the probe is tested on every second
-    image. The models are loaded, so they must fit this machine.
+    Measured on the first `limit` training samples of the run's first task; the probe is tested on
+    every second image. The models are loaded, so they must fit this machine. A model of another
+    family than Qwen3-VL cuts its images into tiles, and has no such cells: its numbers are missing.
     """
-    root = run.profile.data.path
-    samples = list(read_train(root, "vanilla", limit=limit))
+    root, task = run.profile.data.path, run.profile.tasks[0]
+    samples = list(read_train(root, task, limit=limit))
     images = [open_image(resolve_image(sample, root)) for sample in samples]
     boxes_N_4 = np.array(
         [
@@ -117,7 +119,10 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
     held_out_N = pd.factorize(np.array([sample["image_id"] for sample in samples]))[0] % 2 == 1
     rows, first_N_D = [], None
     for name in models:
-        checkpoint = model_of(run, name, "vanilla")
+        checkpoint = model_of(run, name, task)
+        if checkpoint.family != "qwen3-vl":
+            rows.append({"model": name})
+            continue
         model = load_model(checkpoint.location, checkpoint.dtype, family=checkpoint.family)
         processor = load_processor(checkpoint.location, checkpoint.family)
         features_N_D = cell_features(
@@ -134,4 +139,5 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
                 "held out": len(probed),
             }
         )
-    return pd.DataFrame(rows).set_index("model")
+    columns = ["model", f"CKA with {models[0]}", "cells", "probe, mean IoU", "held out"]
+    return pd.DataFrame(rows, columns=columns).set_index("model")

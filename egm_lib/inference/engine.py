@@ -16,6 +16,7 @@ from egm_lib.profile import Sampling
 from egm_lib.prompts import Family
 
 THINK_END = "</think>"
+CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ import transformers
 
 from egm_lib.data import open_image, resolve_image
 from egm_lib.files import write_jsonl
-from egm_lib.inference.engine import Answer, Engine, Request
+from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.profile import Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
-
-CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 
 
 def measure_latency(

@@ -29,9 +29,9 @@ from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
-from egm_lib.inference.engine import Answer, Engine, Request
+from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request
 from egm_lib.inference.from_profile import make_engine, model_of
-from egm_lib.inference.latency import CONCURRENCIES, measure_latency
+from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge, whole_rows
 from egm_lib.inference.vllm_engine import VLLMEngine

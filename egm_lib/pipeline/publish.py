@@ -98,7 +98,8 @@ def publish(run: Run) -> None:
         copy = published.with_name(f"{published.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(made, copy)
-        shutil.rmtree(published)
+        if published.exists():
+            shutil.rmtree(published)
         copy.rename(published)
     card = {name: stated.get(name) for name in ("profile", "seeds", "git", "hardware")}
     write_text(published / CARD, json.dumps(card, indent=1) + "\n")

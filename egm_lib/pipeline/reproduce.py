@@ -27,7 +27,7 @@ from nbclient.exceptions import DeadKernelError
 
 from egm_lib.cli import ends, run_parser
 from egm_lib.curation.stages import BUDGET_VARIABLE, budget_of, estimate_run
-from egm_lib.files import digest, project_root, read_json
+from egm_lib.files import digest, project_root
 from egm_lib.pipeline.jobs import without_gpus
 from egm_lib.pipeline.manifest import (
     committed_json,
@@ -41,6 +41,7 @@ from egm_lib.pipeline.verdict import verdict
 from egm_lib.profile import load_profile
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import build_tables
+from egm_lib.reports.tables.cells import is_summary, read_summary
 from egm_lib.run import Run
 
 KERNEL = "python3"
@@ -228,9 +229,10 @@ def _show_results(run: Run) -> None:
     The tables are made again, since the manifest is complete only now.
     """
     committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
+    committed = committed if is_summary(committed) else None
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    summary = read_json(run.figures / "summary.json", shape=dict)
+    summary = read_summary(run.figures / "summary.json")
     print(f"\nAccuracy at IoU > 0.5, mean over splits, 95 % intervals\n\n{numbers(summary)}\n")
     print((run.figures / "table4_differences.md").read_text(encoding="utf-8"))
     print(f"Does it reproduce the committed results?\n\n{verdict(summary, committed)}\n")

@@ -23,6 +23,7 @@ from egm_lib.files import project_root, write_text
 from egm_lib.grpo import SERVER_VARIABLE, server_command
 from egm_lib.pipeline import reproduce
 from egm_lib.pipeline.jobs import gpus_of
+from egm_lib.profile import generation_of
 from egm_lib.run import Run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -52,7 +53,8 @@ def _server(run: Run) -> str:
     It begins with the weights of the small model; TRL sends it those that it trains.
     """
     launch, small = run.profile.launch, run.profile.models.small
-    command = f"exec .venv/bin/{server_command(shlex.quote(small.location), run.profile.grpo)}"
+    gpus, model = generation_of(run.profile, small).tensor_parallel, shlex.quote(small.location)
+    command = f"exec .venv/bin/{server_command(model, run.profile.grpo, gpus)}"
     log = shlex.quote(str(run.log("vllm-server.txt")))
     host = f"sed -n {launch.nodes + 1}p"
     return (

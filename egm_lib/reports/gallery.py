@@ -28,12 +28,13 @@ from egm_lib.reports.figures.material import (
     data_root,
     outcome_title,
 )
-from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, summarised
+from egm_lib.reports.tables.cells import NOT_REPORTED, NOT_RUN, read_summary, summarised
 from egm_lib.viewer.comparison import OUTCOMES, models_in
 from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import style_of
 
 DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
+DRAWN = {"name", "title", "caption", "not_run"}  # what figures.json says of each
 REDRAW = "draw the figures again: python -m egm_lib.reports.figures"
 TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at about 5 MB
 TABLES = (
@@ -67,12 +68,12 @@ def build_gallery(
     title += ", ".join(map(str, results.seeds))
     here = Path(egm_lib.viewer.__file__).parent
     drawn = read_json(figures_dir / "figures.json", REDRAW, shape=list) or []
-    if not all(isinstance(figure, dict) and "name" in figure for figure in drawn):
+    if not all(isinstance(figure, dict) and figure.keys() >= DRAWN for figure in drawn):
         raise InputError(f"{figures_dir / 'figures.json'} is no list of figures; {REDRAW}")
     page = _PAGE.format(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
-        headline=_headline(read_json(figures_dir / "summary.json", shape=dict)),
+        headline=_headline(read_summary(figures_dir / "summary.json")),
         # The viewer itself is in the page: its still image is left out.
         figures="\n".join(
             _figure(figure, figures_dir) for figure in drawn if figure["name"] != "viewer"

@@ -10,8 +10,14 @@ from pathlib import Path
 from egm_lib.cli import ends
 from egm_lib.errors import InputError
 from egm_lib.evaluation.results import MODELS, paper, paper_models
-from egm_lib.files import project_root, read_json, write_text
-from egm_lib.reports.tables.cells import cell_text, published, stated_text, summarised
+from egm_lib.files import project_root, write_text
+from egm_lib.reports.tables.cells import (
+    cell_text,
+    published,
+    read_summary,
+    stated_text,
+    summarised,
+)
 
 PROFILES = ("mini-full", "mini")
 
@@ -71,7 +77,7 @@ def rewritten(text: str, block: str, content: str) -> str:
 def committed_readme(root: Path) -> str:
     """README.md with the image and the numbers of the committed results."""
     source = committed(root) / "summary.json"
-    summary = read_json(source, shape=dict)
+    summary = read_summary(source)
     text = rewritten((root / "README.md").read_text(encoding="utf-8"), "image", image(root))
     return rewritten(text, "numbers", numbers(summary))
 

@@ -277,7 +277,9 @@ class PlainGRPO(TimedGRPO):
         """Rows of each micro-batch: the same on all ranks, from the longest rows of any of them."""
         lengths = self.accelerator.gather(lengths_2_B[None]).amax(dim=0).tolist()
         if self.packs:
-            return packed_row_counts(*lengths, self.num_generations, self.micro_batch_tokens)
+            held_out = not self.model.training
+            group_size = self.num_generations_eval if held_out else self.num_generations
+            return packed_row_counts(*lengths, group_size, self.micro_batch_tokens)
         return row_counts(*lengths, self.micro_batch_tokens)
 
     @contextmanager

@@ -5,8 +5,8 @@
 
 Prints memory of one GPU in each phase of a step, disk, host memory and hours, each with its
 arithmetic. No weights are loaded and nothing is downloaded: shapes come from the model's folder, or
-from the table of `egm_lib.model_shapes`. Weights and optimizer states are exact; the rest is held
-against measured peaks by `benchmarks/bench_plan.py`.
+from the table of `egm_lib.model_shapes`. Weights and optimizer states are exact. The rest is an
+estimate, which `benchmarks/bench_plan.py` compares with measured peaks.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ def make_setting(
     shape = shape or model_shape(profile.models.small)
     if shared_prefix is None:
         family = FAMILIES[profile.models.small.family]
-        shared_prefix = can_share_prefix(family, options, SimpleNamespace(world_size=on.count))
+        shared_prefix = getattr(options, "shared_prefix", "auto") == "auto" and can_share_prefix(
+            family, options, SimpleNamespace(world_size=on.count)
+        )
     return Setting(
         options=options,
         shape=shape,

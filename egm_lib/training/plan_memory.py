@@ -1,9 +1,9 @@
 """What each GPU holds in a training, part by part, with the arithmetic.
 
 A step has up to three phases: the rollout (GRPO), the update (forward and backward passes) and the
-optimizer's step. A part counts in the phases that it lives through; the fullest phase decides.
-Sizes of activations are those of transformers' own layers under scaled dot-product attention;
-a test holds them against the tensors that autograd really keeps.
+optimizer's step. A part counts in every phase during which it is held; the fullest phase decides.
+Sizes of activations are those of transformers' own layers under scaled dot-product attention.
+A test compares them with the tensors that autograd really keeps.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ class Sharding:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """All that decides what a stage holds. shared_prefix: our own trainers (model_setup)."""
+    """All that decides what a stage holds.
+
+    shared_prefix: whether our own trainer runs, which reads a prompt once (model_setup).
+    """
 
     options: SFT | GRPO
     shape: ModelShape
@@ -110,6 +113,17 @@ class Setting:
         return self.hardware.device.is_gpu and not self.shared_prefix
 
     @property
+    def packs(self) -> bool:
+        """Whether TRL's trainer reads the prompt of a group once (packed_groups)."""
+        options = self.options
+        return (
+            isinstance(options, GRPO)
+            and options.shared_prefix == "auto"
+            and not self.shared_prefix
+            and options.per_device_train_batch_size % options.num_generations == 0
+        )
+
+    @property
     def trained(self) -> int:
         """Parameters that are trained."""
         if self.options.lora:
@@ -125,25 +139,26 @@ class Setting:
         budget = getattr(self.options, "micro_batch_tokens", None)
         if budget is None or self.shared_prefix:
             return rows
-        return max(1, min(rows, budget // (self.row.prompt + self.row.answer)))
+        reads = 1 / self.options.num_generations if self.packs else 1  # of a prompt, for each row
+        return max(1, min(rows, int(budget // (self.row.prompt * reads + self.row.answer))))
 
     @property
     def prompts(self) -> int:
         """Prompts of one forward and backward pass that are read: each row's, or once a group."""
-        if not self.shared_prefix:
+        if not (self.shared_prefix or self.packs):
             return self.rows
         together = getattr(self.options, "num_generations", max(1, self.rows // 4))
-        return max(1, self.rows // together)
+        return -(-self.rows // together)
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens of the answers of one forward and backward pass, padded."""
-        return self.rows * self.row.longest
+        """Tokens of the answers of one forward and backward pass, each as long as the longest."""
+        return min(self.rows * self.row.longest, self.tokens)
 
     @property
     def tokens(self) -> int:
         """Tokens of one forward and backward pass, padded; at most the budget's."""
-        tokens = self.prompts * self.row.prompt + self.answer_tokens
+        tokens = self.prompts * self.row.prompt + self.rows * self.row.longest
         budget = getattr(self.options, "micro_batch_tokens", None)
         if budget is None or self.shared_prefix:
             return tokens
@@ -181,6 +196,21 @@ def text_layer_bytes(text: TextShape, value: int, length: int) -> int:
     attention = value * (2 * queries + 2 * repeated + length)
     mlp = 4 * value * text.intermediate  # gate, its activation, up, their product
     return norms + head_norms + attention + mlp
+
+
+def language_layer_bytes(setting: Setting) -> float:
+    """Bytes a token that autograd keeps of one layer of the language model in a pass."""
+    text, value, row, tokens = setting.shape.text, setting.compute, setting.row, setting.tokens
+    # Packed rows have no padding, and their masks are small
+    kept = text_layer_bytes(text, value, 0 if setting.packs else row.prompt + row.longest)
+    if setting.prompts == setting.rows:
+        return kept
+    # Every answer attends to a copy of its prompt's keys and values
+    repeated = text.heads if text.kv_heads < text.heads else text.kv_heads
+    copies = 2 * repeated * setting.rows * row.prompt
+    if setting.packs:  # queries and output of the answers are taken out of the row, and put back
+        copies += 2 * text.heads * (tokens - setting.prompts * row.prompt)
+    return kept + value * text.head_dim * copies / tokens
 
 
 def block_bytes(vision: QwenVision | InternVision, value: int) -> int:
@@ -272,14 +302,14 @@ def _activations(setting: Setting) -> list[Part]:
     """What forward and backward passes hold."""
     shape, value, tokens = setting.shape, setting.compute, setting.tokens
     text, vision, row = shape.text, shape.vision, setting.row
-    layer = text_layer_bytes(text, value, row.prompt + row.longest)
+    layer = language_layer_bytes(setting)
     kept = value * text.hidden if setting.checkpointing else layer
     what = "input" if setting.checkpointing else "all activations"
     parts = [
         Part(
             "activations, language",
             tokens * text.layers * kept,
-            f"{tokens:,} tokens x {text.layers} layers x {kept:,} bytes ({what})",
+            f"{tokens:,} tokens x {text.layers} layers x {kept:,.0f} bytes ({what})",
             UPDATE,
         )
     ]

@@ -56,7 +56,7 @@ def hours(setting: Setting, samples: int) -> list[Amount]:
     group = options.num_generations if isinstance(options, GRPO) else 1
     rows = steps_of(setting, samples) * _step_rows(setting)
     again = 2 * setting.checkpointing
-    reads = 1 / group if setting.shared_prefix else 1  # of a prompt, for each row
+    reads = 1 / group if setting.shared_prefix or setting.packs else 1  # of a prompt, for each row
     tokens = rows * (setting.row.prompt * reads + setting.row.answer)
     parts = [_by_flops("language model", (6 + again), text.active_parameters, tokens, speed, at)]
     vision, patches = setting.shape.vision, setting.shape.vision.tower_tokens(setting.row.image)
@@ -65,7 +65,9 @@ def hours(setting: Setting, samples: int) -> list[Amount]:
     cached = setting.shared_prefix  # each image is encoded once
     if not cached:
         parts.append(
-            _by_flops("vision tower", passes, vision.tower, rows * patches, speed, at, "patches")
+            _by_flops(
+                "vision tower", passes, vision.tower, rows * reads * patches, speed, at, "patches"
+            )
         )
     if isinstance(options, GRPO):
         if options.beta:

@@ -28,9 +28,9 @@ def suffix_logps(
     temperature: float = 1.0,
     entropy: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the tokens after each prefix, and the entropies there where asked for; zeros
-    where keep_B_T is 0.
+    """Log-probs of the tokens after each prefix, and their entropies where asked for.
 
+    Both are zero where keep_B_T is 0.
     group_B: index of each row's prefix, whose last token predicts the first of the suffix.
     attend_B_T: 0 on padding (right); keep_B_T: the tokens to score.
     """
@@ -59,10 +59,9 @@ def suffix_logps(
 def head_logps(
     model, hidden_K_W: Tensor, target_K: Tensor, temperature: float, entropy: str | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (float32) of the targets, and entropies; the logits are never held where they would
-    be large.
+    """Log-probs (float32) of the targets, and entropies. Large logits are never held whole.
 
-    entropy: None (not computed), "value" (to look at) or "gradient" (to train on).
+    entropy: None (not computed), "value" (to log) or "gradient" (to train on).
     """
     head = model.get_output_embeddings()
     if len(target_K) * head.weight.shape[0] > SMALL_LOGITS:

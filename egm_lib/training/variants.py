@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 TASK = "vanilla"
-STEPS = 40  # ours: enough for the curves of the miniature to part
+STEPS = 40  # ours: enough for the miniature's curves to separate
 # Ours; majority-1: one sample
 DECODINGS = ("budget-8", "budget-16", "budget-24", "majority-1", "majority-8")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """start: the model that is trained, small-base or small-sft; changes: of the profile's `grpo`,
-    None: no GRPO.
+    """One training of the ablations.
+
+    start: the model that is trained, small-base or small-sft.
+    changes: options of the profile's `grpo` that differ; None: no GRPO.
     """
 
     start: str

@@ -2,9 +2,9 @@
 
 `python -m egm_lib.training.verl_export --profile paper-qwen3vl-8b` writes train.parquet (in VeRL's
 schema), overrides.txt (Table 6 as Hydra overrides) and run.sh into the run's folder `verl/`. VeRL
-itself is not needed here. Where it is installed, tests/training/test_verl.py puts parquet and
-overrides through VeRL's own RLHFDataset, configuration and checks (done with verl 0.9.1 on a CPU;
-no training was run).
+itself is not needed here. Where it is installed, tests/training/test_verl.py passes parquet and
+overrides to VeRL's own RLHFDataset, configuration and checks (done with verl 0.9.1 on a CPU; no
+training was run).
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ def draw_image(
         width, height = sample.get("width") or 1, sample.get("height") or 1
         message = textwrap.fill(f"no image: {problem}", 36)
         centred = {"ha": "center", "va": "center", "transform": ax.transAxes}
-        ax.text(0.5, 0.5, message, color=FAINT, fontsize=7, **centred)
+        # A small axes must not grow with its message
+        ax.text(0.5, 0.5, message, color=FAINT, fontsize=7, in_layout=False, **centred)
     if gt is not None:
         if modal is not None:
             draw_hidden(ax, tuple(gt), tuple(modal))
@@ -317,8 +318,8 @@ def draw_group(
     completions = group["completions"]
     hits, step = sum(completion["success"] for completion in completions), group.get("step")
     title = "GRPO group" if step is None else f"GRPO group at step {step}"
-    title += f": “{sample.get('expression', '')}”; {len(completions)} completions, {hits} hit"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+    title += f": {hits} of {len(completions)} completions hit “{sample.get('expression', '')}”"
+    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize=9)
     rows = -(-len(completions) // GROUP_COLUMNS)
     axes = figure.subplots(rows, GROUP_COLUMNS, squeeze=False).ravel()
     for ax in axes[len(completions) :]:
@@ -342,7 +343,7 @@ def group_height_in(group: Mapping, sample: Mapping, width_in: float) -> float:
     """The height that draw_group needs, in inches."""
     tall = (sample.get("height") or 1) / (sample.get("width") or 1)
     rows = -(-len(group["completions"]) // GROUP_COLUMNS)
-    return 0.45 + rows * (width_in / GROUP_COLUMNS * tall + 0.12)
+    return 0.6 + rows * (width_in / GROUP_COLUMNS * tall + 0.12)
 
 
 def swatch(ax: Axes, x: float, y: float, style: Look) -> None:

@@ -63,6 +63,19 @@ def test_the_parser_bank_comes_out_as_expected():
         ("<think>[5, 6, 7, 8]</thinking>[1, 2, 3, 4]", (1, 2, 3, 4)),  # closed by another name
         ("<thought>[5, 6, 7, 8]</thought>[1, 2, 3, 4]", (1, 2, 3, 4)),
         ("<reasoning>[5, 6, 7, 8]</reasoning><Answer>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<analysis>[5, 6, 7, 8]</analysis>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<scratchpad>[5, 6, 7, 8]</scratchpad>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<seed:think>[5, 6, 7, 8]</seed:think>[1, 2, 3, 4]", (1, 2, 3, 4)),  # Seed
+        ("\u25c1think\u25b7[5, 6, 7, 8]\u25c1/think\u25b7[1, 2, 3, 4]", (1, 2, 3, 4)),  # Kimi-VL
+        ("[THINK][5, 6, 7, 8][/THINK][1, 2, 3, 4]", (1, 2, 3, 4)),  # Magistral
+        (
+            "<|begin_of_thought|>[5, 6, 7, 8]<|end_of_thought|>[1, 2, 3, 4]",  # Virgo
+            (1, 2, 3, 4),
+        ),
+        ('<think step="1">[5, 6, 7, 8]</think>[1, 2, 3, 4]', (1, 2, 3, 4)),
+        ("<think>[5, 6, 7, 8]<\\/think>[1, 2, 3, 4]", (1, 2, 3, 4)),  # as JSON writes a slash
+        ("[Think] of a box: [1, 2, 3, 4]", (1, 2, 3, 4)),  # a word in brackets is no tag
+        ("[1, 2, 3, 4] <think about it> [/analysis]", (1, 2, 3, 4)),
         ("[5, 6, 7, 8] <Answer>[1, 2, 3, 4]</ANSWER> [5, 6, 7, 8]", (1, 2, 3, 4)),
         ("[5, 6, 7, 8] <answer >[1, 2, 3, 4]</answer >", (1, 2, 3, 4)),
         ("<thinker>[1, 2, 3, 4]</rethink>", (1, 2, 3, 4)),  # no tags of reasoning
@@ -144,6 +157,10 @@ def test_answers(answer, box):
         ("<thinking>at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("<Think>at x1=1, y1=2, x2=3, y2=4", "unclosed_reasoning"),
         ("< think >at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<think step='1'>at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("\u25c1think\u25b7at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("[THINK]at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<seed:think>at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("<think>at [1, 2, 3, 4] <answer>[5, 6, 7, 8]</answer>", "unclosed_reasoning"),
         ("a</think>[1, 2, 3, 4]<think>or", "unclosed_reasoning"),  # thinking again: no final answer
         ("[1, 2, 3]", "malformed"),

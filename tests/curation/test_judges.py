@@ -59,6 +59,12 @@ def test_only_failures_that_all_judged_count_and_unanimity_has_no_kappa():
     assert row["n"] == 2 and row["percent"] == 100 and np.isnan(row["kappa"])
 
 
+def test_a_judge_who_is_listed_twice_counts_by_the_last_verdict():
+    rows = judgements(a=["OTHER", "OTHER"], b=["OTHER", "OTHER"])
+    row = agreement(pd.concat([rows, judgements(b=["GT-ERROR"])])).loc["a - b"]
+    assert row["n"] == 2 and row["percent"] == 50
+
+
 def test_judgements_file_leaves_out_what_was_filtered(tmp_path):
     for judge, status in (("a", "ok"), ("b", "filtered")):
         row = {"sample_id": "s", "status": status, "answer": "OTHER"}

@@ -1,11 +1,20 @@
 """CKA and probe on constructed cases; each feature vector is that of the right cell."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_qwen import tiny_qwen
 
-from egm_lib.evaluation.vision_features import box_probe, cell_features, linear_cka
+from egm_lib.data import write_samples
+from egm_lib.evaluation import vision_features
+from egm_lib.evaluation.vision_features import (
+    box_probe,
+    cell_features,
+    compare_models,
+    linear_cka,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -61,3 +70,32 @@ def test_a_cell_s_features_are_found_where_the_box_is():
     images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]
     got = cell_features(model, processor, images, [(50, 20, 60, 30), (2, 34, 10, 44)])
     assert got.shape == (2, 64) and got[:, 0].tolist() == [7, 4]
+    outside = cell_features(model, processor, images[:1], [(-30, 20, 10, 40)])
+    assert outside[0, 0] == 4  # an amodal box, whose centre has left the image
+
+
+def test_a_run_of_the_amodal_task_alone_is_compared_on_its_own_samples(tmp_path, monkeypatch):
+    """`prepare --task amodal` writes no vanilla samples. InternVL-3 has tiles instead of cells."""
+    for number in range(4):
+        pixels = RNG.integers(0, 255, size=(32, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    common = {"dataset": "coco_amodal", "split": "train", "task": "amodal", "flipped": False}
+    common |= {"width": 64, "height": 32, "expression": "cup", "gt_box": [40.0, 10.0, 70.0, 30.0]}
+    rows = [
+        common | {"sample_id": f"{number}", "image_id": f"{number}", "image": f"{number}.png"}
+        for number in range(4)
+    ]
+    write_samples(tmp_path / "train_amodal.jsonl", rows)
+    families = {"small-base": "qwen3-vl", "large-base": "internvl-3"}
+    checkpoints = {
+        name: SimpleNamespace(location=name, dtype="float32", family=family)
+        for name, family in families.items()
+    }
+    model, processor = tiny_qwen()
+    monkeypatch.setattr(vision_features, "model_of", lambda run, name, task: checkpoints[name])
+    monkeypatch.setattr(vision_features, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(vision_features, "load_processor", lambda *_: processor)
+    profile = SimpleNamespace(tasks=("amodal",), data=SimpleNamespace(path=tmp_path))
+    table = compare_models(SimpleNamespace(profile=profile), list(families))
+    assert table.loc["small-base", "CKA with small-base"] == pytest.approx(1)
+    assert table.loc["small-base", "cells"] == 4 and table.loc["large-base"].isna().all()

@@ -91,9 +91,7 @@ def machine(monkeypatch, gpus: int, memory_gib: float) -> None:
 def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, role, gpus, words):
     large, small = Qwen3VLMoeConfig(text_config=QWEN_235B), Qwen3VLConfig()
     configs = {"Qwen/Qwen3-VL-235B-A22B-Instruct": large, "Qwen/Qwen3-VL-8B-Thinking": small}
-    monkeypatch.setattr(
-        fit.AutoConfig, "from_pretrained", lambda place, revision: configs[str(place)]
-    )
+    monkeypatch.setattr(fit, "load_config", lambda place, revision: configs[str(place)])
     machine(monkeypatch, gpus, 79.0)
     profile = load_profile("paper-qwen3vl-8b")
     model = getattr(profile.models, role)
@@ -107,7 +105,7 @@ def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, role, gpus, w
 def test_transformers_runs_one_copy_on_one_gpu(monkeypatch):
     """Its model is not cut over GPUs, whatever tensor_parallel says."""
     machine(monkeypatch, 8, 0.001)
-    monkeypatch.setattr(fit.AutoConfig, "from_pretrained", lambda *args, **more: InternVLConfig())
+    monkeypatch.setattr(fit, "load_config", lambda place, revision: InternVLConfig())
     profile = load_profile("mini")
     with pytest.raises(FitError, match="tensor_parallel = 1"):
         check_fit(profile.models.small, generation_of(profile, profile.models.small))

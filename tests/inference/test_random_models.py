@@ -1,10 +1,14 @@
 """Models with random weights: they have the shape that was asked for, and answer."""
 
+import importlib.util
+import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from egm_lib.files import project_root, read_json
 from egm_lib.inference.decode_loop import SamplingOptions, complete, read_inputs
 from egm_lib.inference.random_models import config_of, cut, random_inputs, random_model
 from egm_lib.model_shapes import SHAPES, shape_from_config
@@ -53,3 +57,46 @@ def test_a_cut_model_keeps_its_width_and_says_so():
     assert (quarter.text.layers, quarter.vision.depth) == (9, 6)
     assert quarter.text.layer() == shape.text.layer()
     assert cut(shape, 1) is shape
+
+
+def test_the_bench_keeps_what_it_measured_on_this_machine(bench, tmp_path, monkeypatch):
+    """Measurements take long: one that was cut off goes on, and another machine starts anew."""
+    asked = []
+
+    def in_process(*options):
+        if options[0] == "--probe":
+            return {"float32": {}, "bfloat16": {}}
+        asked.append(json.loads(options[1])["model"])
+        if asked == ["Qwen3-VL-2B", "Qwen3-VL-4B"]:
+            raise KeyboardInterrupt
+        return {"vision_ms": 1.0, "first_token_ms": 2.0, "token_ms": 3.0, "total_ms": {"42": 9.0}}
+
+    cases = tuple(bench.Case(f"Qwen3-VL-{size}") for size in ("2B", "4B", "8B"))
+    monkeypatch.setattr(bench, "in_process", in_process)
+    monkeypatch.setattr(bench, "CPU_CASES", cases)
+    monkeypatch.setattr(bench, "GPU_CASES", cases)
+    monkeypatch.setattr(bench, "why_not", lambda case, device: "large" * ("8B" in case.model))
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(None, tmp_path, again=False)
+    bench.run(None, tmp_path, again=False)
+    assert asked == ["Qwen3-VL-2B", "Qwen3-VL-4B", "Qwen3-VL-4B"]
+    rows = read_json(next(tmp_path.glob("*.json")))["rows"]
+    assert [row["model"] for row in rows] == [case.model for case in cases]
+    assert rows[2]["not_run"] == "large"
+    bench.run(["Qwen3-VL-2B"], tmp_path, again=True)
+    assert asked[3:] == ["Qwen3-VL-2B"]
+    monkeypatch.setattr(bench, "machine", lambda device: {"name": "another"})
+    bench.run(None, tmp_path, again=False)
+    assert asked[4:] == ["Qwen3-VL-2B", "Qwen3-VL-4B"]
+
+
+@pytest.fixture
+def bench():
+    """The script benchmarks/bench_latency_scale.py as a module."""
+    path = project_root() / "benchmarks" / "bench_latency_scale.py"
+    spec = importlib.util.spec_from_file_location("bench_latency_scale", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]

@@ -131,7 +131,11 @@ def test_every_variant_is_trained_and_every_way_to_decode_is_run(
         monkeypatch.setattr(ablations, name, lambda *args, **options: None)
     ablations.run_all(run, 7)
     trained = [name for name, variant in VARIANTS.items() if variant.changes is not None]
-    expected = [f"ablations-7-{name}" for name in trained] + ["ablations-7"]
-    assert asked == expected + [f"predict-vanilla-small-egm@{way}" for way in ablations.DECODINGS]
+    shards = [f"{shard}-of-{run.profile.launch.prediction_workers}" for shard in (1, 2)]
+    expected = [f"ablations-7-{name}" for name in trained]
+    expected += [f"ablations-small-egm-{shard}" for shard in shards]
+    ways = "-".join(f"small-egm@{way}" for way in ablations.DECODINGS)
+    expected += [f"predict-{ways}-{shard}" for shard in shards]
+    assert sorted(asked) == sorted(expected)
     printed = capsys.readouterr().out
     assert "ablation_grpo" in printed and "table4_decoding" in printed

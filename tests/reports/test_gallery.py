@@ -6,6 +6,7 @@ import re
 import pytest
 from toy_run import write_run
 
+from egm_lib.errors import InputError
 from egm_lib.reports.figures import build_figures
 from egm_lib.reports.gallery import TRACES_A_KIND, build_gallery
 from egm_lib.reports.tables import build_tables
@@ -70,3 +71,12 @@ def test_text_of_a_model_cannot_end_the_script(tmp_path):
         for view in kind["views"]
         for model in view["models"]
     )
+
+
+@pytest.mark.parametrize("odd", ['[{"name": "fig2"}]', "[1]", "{}", '[["name"]]'])
+def test_a_list_of_figures_of_another_shape_is_one_sentence(tmp_path, odd):
+    (tmp_path / "toy-0").mkdir()
+    (tmp_path / "figures.json").write_text(odd)
+    with pytest.raises(InputError, match=r"figures.json .*draw the figures again"):
+        build_gallery([tmp_path / "toy-0"], tmp_path, tmp_path / "g.html", root=tmp_path)
+    assert not (tmp_path / "g.html").exists()

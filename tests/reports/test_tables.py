@@ -12,9 +12,19 @@ from prediction_rows import prediction, write_rows
 from egm_lib.data import eval_splits, split_id
 from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results, paper, paper_models
+from egm_lib.evaluation.scoring import load_predictions
+from egm_lib.files import read_jsonl
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import TABLES, build_tables
-from egm_lib.reports.tables.cells import Number, Row, Table, decimal_text, to_latex, to_markdown
+from egm_lib.reports.tables.cells import (
+    Number,
+    Row,
+    Table,
+    decimal_text,
+    read_summary,
+    to_latex,
+    to_markdown,
+)
 
 PER_SPLIT = 10
 
@@ -422,3 +432,42 @@ def test_markdown_and_latex_escape_what_would_break_them():
         and r"git \#1" in latex
         and "$<$note$>$" in latex
     )
+
+
+def test_half_a_surrogate_pair_in_an_answer_stops_no_table(run_root, tmp_path):
+    """A data frame holds UTF-8 alone, and JSON may escape what is none."""
+    file = next((run_root / "predictions" / "small-base").glob("*.jsonl"))
+    rows = read_jsonl(file)
+    for name in ("raw_answer", "expression"):
+        rows[0][name] += "\ud83d"
+    rows[0]["\ud83d"] = "\ud83d"
+    write_rows(file, rows)
+    judged = {"sample_id": rows[0]["sample_id"], "judge": "a", "cause": "OTHER"}
+    write_rows(run_root / "failures" / "small-base.jsonl", [{**judged, "note": "\ud83d"}])
+    build_tables([run_root], tmp_path / "out", draws=99)
+    assert len(Results([run_root]).predictions) == len(load_predictions(run_root / "predictions"))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [],
+        {},
+        {"profile": "toy", "seeds": [0], "acc_at_50": [], "amodal_acc_at_50": {}},
+        {"acc_at_50": {"small-egm": 0.5}},
+        {"acc_at_50": {"small-egm": {"mean": None, "ci95": None, "n": 3}}},
+        {"differences": {"a": {"mean": 0.1, "ci95": [0.1], "n": 3}}},
+    ],
+)
+def test_a_summary_of_another_shape_is_one_sentence(tmp_path, odd):
+    """README, gallery and the comparison with the committed results read it."""
+    share = {"mean": 0.5, "ci95": None, "n": 3}
+    good = {"profile": "toy", "seeds": [0], "acc_at_50": {"a": share}, "amodal_acc_at_50": {}}
+    good["differences"] = {"b": {**share, "ci95": [0.1, 0.2]}, "c": None}
+    file = tmp_path / "summary.json"
+    assert read_summary(file) is None
+    file.write_text(json.dumps(good))
+    assert read_summary(file) == good
+    file.write_text(json.dumps({**good, **odd} if odd and "seeds" not in odd else odd))
+    with pytest.raises(InputError, match=r"summary.json is no summary of results; make it again"):
+        read_summary(file)

@@ -1,7 +1,6 @@
 """Checkpoints: only whole ones count, a full disk ends nothing, and ranks do as rank 0 decides."""
 
 import json
-import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ports import use_free_port
 from torch import distributed, multiprocessing
 from training_world import make_samples, sft_options, store_model, stored
 
@@ -146,7 +146,6 @@ def test_a_log_with_a_torn_last_line_is_continued(tmp_path):
 
 
 def _rank(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     clock = Clock(Path(folder) / "log.jsonl", max_minutes=1, save_seconds=50)
     args = SimpleNamespace(output_dir=folder, device="cpu")
@@ -163,8 +162,9 @@ def _rank(rank: int, folder: str) -> None:
     assert not distributed.is_initialized()
 
 
-def test_rank_0_decides_for_all_when_to_save_and_when_to_stop(tmp_path):
+def test_rank_0_decides_for_all_when_to_save_and_when_to_stop(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "elapsed_s": 0.0}\n')
+    use_free_port(monkeypatch)
     multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second and first[:2] == [False, True]

@@ -408,43 +408,58 @@ def test_no_image_of_a_held_out_prompt_is_trained_on():
         hold_out(samples, 58, seed=0)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
-def test_held_out_prompts_are_answered_now_and_then_and_never_trained_on(world, tmp_path, shared):
-    """Rewards of the prompts alone: eight of which the first is right, and in turns in training."""
+@pytest.mark.parametrize(
+    ("shared", "changes"),
+    [
+        (True, {}),
+        (False, {"shared_prefix": "off"}),
+        (False, {}),
+        (False, {"micro_batch_tokens": 200}),
+    ],
+    ids=["shared", "plain", "packed", "budget"],
+)
+def test_held_out_prompts_are_answered_now_and_then_and_never_trained_on(
+    world, tmp_path, shared, changes
+):
+    """Rewards of the prompts alone: six of which the first is right, and in turns in training."""
     _, samples, root = world
     asked = []
 
     def reward(completions, sample, **kwargs) -> list[float]:
         asked.append([row["sample_id"] for row in sample])
-        if len(completions) == 8:  # the held-out ones
-            return [1.0] + [0.0] * 7
+        if len(completions) == 6:  # the held-out ones; no whole number of groups
+            return [1.0] + [0.0] * 5
         return half_right(completions)
 
-    held_out = [sample | {"sample_id": f"held-{n}"} for n, sample in enumerate(samples * 2)]
+    held_out = [
+        sample | {"sample_id": f"held-{n}"} for n, sample in enumerate(samples + samples[:2])
+    ]
     trainer, processor = trainer_of(
         world,
         tmp_path,
         shared=shared,
         reward=reward,
         held_out=question_rows(held_out, FAMILY, root),
-        held_out_prompts=8,
+        held_out_prompts=6,
         held_out_steps=2,
         max_steps=3,
+        **changes,
     )
     train_to(trainer, processor, tmp_path / "out")
     lines = list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()))
     measured = {line["step"]: line["eval_reward"] for line in lines if "eval_reward" in line}
-    assert measured == {0: 1 / 8, 2: 1 / 8, 3: 1 / 8}
+    assert measured == pytest.approx({0: 1 / 6, 2: 1 / 6, 3: 1 / 6})
     assert [line["reward"] for line in lines if "reward" in line] == [0.5] * 3
     assert all(line["eval_completions/mean_length"] > 0 for line in lines if "eval_reward" in line)
     assert not any("eval_loss" in line for line in lines)
-    trained = [name for names in asked if len(names) != 8 for name in names]
+    trained = [name for names in asked if len(names) != 6 for name in names]
     assert trained and not any(str(name).startswith("held") for name in trained)
     kept = read_groups(tmp_path / "groups.jsonl")
     assert {group["step"] for group in kept} == {1, 2, 3}  # of training alone
     frame = training_log(tmp_path / "log.jsonl")
     assert frame["step"].tolist() == [0, 1, 2, 3]
-    assert frame.set_index("step").loc[2, ["reward", "eval_reward"]].tolist() == [0.5, 1 / 8]
+    both = frame.set_index("step").loc[2, ["reward", "eval_reward"]].tolist()
+    assert both == pytest.approx([0.5, 1 / 6])
 
 
 def test_held_out_prompts_fill_whole_batches(tmp_path):
@@ -773,7 +788,7 @@ def test_vllm_gets_a_context_of_prompt_and_completion_and_sleeps(world, tmp_path
     with pytest.raises(TrainingError, match="no room for a prompt"):
         grpo_module.rollout_context(grpo_options(max_model_len=1024, max_completion_length=1024))
     options = grpo_options(max_model_len=4096)
-    assert "--max-model-len 4096 " in grpo_module.server_command("model", options)
+    assert "--max-model-len 4096 " in grpo_module.server_command("model", options, 1)
     paper = load_profile("paper-qwen3vl-8b").grpo
     assert trl_options(paper, tmp_path, 0)["vllm_enable_sleep_mode"]
     served = replace(paper, rollout="vllm-server")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import torch
+from ports import use_free_port
 from torch import multiprocessing
 from training_world import grpo_options, make_samples, moved_names, store_model, stored
 from transformers import TrainerCallback
@@ -19,7 +20,6 @@ from egm_lib.training.checkpoints import train_to, work_folder
 from egm_lib.training.model_setup import TrainingError
 
 FAMILY = FAMILIES["qwen3-vl"]
-PORT = "29541"
 
 
 class Weights(TrainerCallback):
@@ -50,8 +50,6 @@ def _compare(trainer, gap: float) -> str:
 
 def _train(rank: int, folder: str) -> None:
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": PORT,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -90,9 +88,10 @@ def _train(rank: int, folder: str) -> None:
     ranks.leave()
 
 
-def test_two_processes_divide_a_step_and_keep_the_same_weights(tmp_path):
+def test_two_processes_divide_a_step_and_keep_the_same_weights(tmp_path, monkeypatch):
     store_model(tmp_path / "model")
     (tmp_path / "samples.json").write_text(json.dumps(make_samples(tmp_path, per_image=1)))
+    use_free_port(monkeypatch)
     multiprocessing.spawn(_train, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     # Two steps of 4 prompts x 4 completions, half of them on each rank
@@ -127,7 +126,7 @@ class Gradients(TrainerCallback):
 def _packed_update(rank: int, folder: str, size: int) -> None:
     """One update of packed groups, whose completions depend on the prompt alone."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "ACCELERATE_USE_CPU": "true"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     root = Path(folder)
     samples = [
@@ -183,11 +182,12 @@ def _packed_update(rank: int, folder: str, size: int) -> None:
     ranks.leave()
 
 
-def test_packed_groups_on_two_processes_equal_those_on_one(tmp_path):
+def test_packed_groups_on_two_processes_equal_those_on_one(tmp_path, monkeypatch):
     """As many forward passes on each rank, also where one has only groups that are all alike."""
     store_model(tmp_path / "model")
     (tmp_path / "samples.json").write_text(json.dumps(make_samples(tmp_path, per_image=1)))
     for size in (1, 2):
+        use_free_port(monkeypatch)
         multiprocessing.spawn(_packed_update, (str(tmp_path), size), nprocs=size)
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     # After the comparison, groups are divided by the budget: as on the rank of the longest ones

@@ -106,12 +106,27 @@ def test_tokens_of_an_image_are_the_family_s():
 
 
 def test_the_token_budget_bounds_a_pass():
-    with_budget = make_plan(INTERNVL, "grpo", EIGHT).setting
-    without = make_plan(changed(INTERNVL, "grpo", micro_batch_tokens=None), "grpo", EIGHT).setting
+    each_reads = changed(INTERNVL, "grpo", shared_prefix="off")
+    with_budget = make_plan(each_reads, "grpo", EIGHT).setting
+    without = make_plan(changed(each_reads, "grpo", micro_batch_tokens=None), "grpo", EIGHT).setting
     assert with_budget.tokens == 25_600
     assert without.tokens == 32 * (3328 + 48 + 1024)
-    one_row = make_plan(changed(INTERNVL, "grpo", micro_batch_tokens=1), "grpo", EIGHT).setting
+    one_row = make_plan(changed(each_reads, "grpo", micro_batch_tokens=1), "grpo", EIGHT).setting
     assert one_row.tokens == 3328 + 48 + 1024  # a row beyond the budget stands alone
+
+
+def test_packed_groups_read_prompt_and_image_once():
+    """32 rows are two groups of 16: two prompts of 3,376 tokens instead of 32."""
+    packed = changed(INTERNVL, "grpo", micro_batch_tokens=None)
+    each_reads = changed(packed, "grpo", shared_prefix="off")
+    packed, each_reads = (make_plan(profile, "grpo", EIGHT) for profile in (packed, each_reads))
+    assert packed.setting.tokens == 2 * (3328 + 48) + 32 * 1024
+    vision = [gib(plan, "activations, vision") for plan in (packed, each_reads)]
+    assert vision[0] == pytest.approx(vision[1] / 16)
+    language = [hours(plan.setting, plan.samples)[0].value for plan in (packed, each_reads)]
+    assert language[0] / language[1] == pytest.approx((3376 / 16 + 100) / (3376 + 100))
+    divided = changed(INTERNVL, "grpo", per_device_train_batch_size=24)  # a group and a half
+    assert not make_plan(divided, "grpo", EIGHT).setting.packs
 
 
 def test_a_longer_context_is_vllm_s_matter_alone():

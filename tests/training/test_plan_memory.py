@@ -1,13 +1,27 @@
-"""The plan's activations against the tensors that autograd keeps of transformers' own layers."""
+"""The plan's activations compared with what autograd keeps, and its head with what it allocates."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen3VLConfig
+from trl.kernels import ChunkedLogProbFunction
 
 from egm_lib.model_shapes import shape_from_config
-from egm_lib.training.plan_memory import block_bytes, text_layer_bytes
+from egm_lib.profile import load_profile
+from egm_lib.training.hardware import hardware
+from egm_lib.training.packed_groups import pack, use_packed_attention
+from egm_lib.training.plan import make_setting
+from egm_lib.training.plan_memory import (
+    TILE_COPIES_CPU,
+    Row,
+    block_bytes,
+    language_layer_bytes,
+    text_layer_bytes,
+)
+from egm_lib.training.prefix_logps import VOCABULARY_CHUNK
 
 ROWS, LENGTH = 2, 100
 DTYPES = [(torch.float32, 4), (torch.bfloat16, 2)]
@@ -118,6 +132,58 @@ def test_a_layer_keeps_what_the_plan_says(make, dtype, value):
     assert measured == pytest.approx(expected, rel=0.01)
 
 
+GROUPS, SIZE, PROMPT, ANSWER = 2, 3, 61, 40
+
+
+def packed_bytes(config, dtype: torch.dtype) -> int:
+    model = build(config, dtype)
+    assert use_packed_attention(model)
+    positions = torch.arange(PROMPT)[None]
+    answers = [torch.zeros(ANSWER, dtype=torch.long)] * SIZE
+    prompts = [torch.zeros(PROMPT, dtype=torch.long)] * GROUPS
+    row = pack(prompts, [positions] * GROUPS, [answers] * GROUPS)
+    length, width = row.ids_1_L.shape[1], config.text_config.hidden_size
+    inputs = torch.randn(1, length, width, dtype=dtype, requires_grad=True)
+    language = model.model.language_model
+
+    def forward():
+        return language(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(1, length, dtype=torch.long),
+            position_ids=row.positions_A_L,
+            use_cache=False,
+            packed_groups=row.groups,
+        )
+
+    return kept_bytes(forward, model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [qwen_config, internvl_config])
+def test_a_layer_that_reads_packed_groups_keeps_what_the_plan_says(make, dtype):
+    sizes = [packed_bytes(make(layers), getattr(torch, dtype)) for layers in (1, 3)]
+    measured = (sizes[1] - sizes[0]) / 2
+    profile = load_profile("paper-qwen3vl-8b")
+    options = replace(
+        profile.grpo,
+        compute_dtype=dtype,
+        num_generations=SIZE,
+        per_device_train_batch_size=GROUPS * SIZE,
+        micro_batch_tokens=None,
+    )
+    row = Row(image=PROMPT - 11, question=10, answer=ANSWER, longest=ANSWER)
+    alone = replace(profile.launch, accelerate_config=None, num_processes=1)
+    setting = make_setting(
+        replace(profile, grpo=options, launch=alone),
+        "grpo",
+        hardware("a100"),
+        shape=shape_from_config(make(1)),
+        row=row,
+    )
+    assert setting.tokens == GROUPS * (PROMPT - 1 + SIZE * ANSWER)
+    assert setting.tokens * language_layer_bytes(setting) == pytest.approx(measured, rel=0.05)
+
+
 @pytest.mark.parametrize(("dtype", "value"), DTYPES)
 def test_a_block_of_qwen_s_tower_keeps_what_the_plan_says(dtype, value):
     config = qwen_config(1, heads=2)
@@ -143,3 +209,32 @@ def test_a_block_of_internvl_s_tower_keeps_what_the_plan_says(dtype, value):
     measured = kept_bytes(lambda: block(patches), model.parameters())
     shape = shape_from_config(config).vision
     assert measured == pytest.approx(5 * 65 * block_bytes(shape, value), rel=0.01)
+
+
+def allocated_bytes(act: Callable[[], object]) -> int:
+    """The largest sum of CPU memory that PyTorch allocates during act, above its start."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        act()
+    events = profiled.profiler.kineto_results.events()
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = held = 0
+    for _, size in sizes:
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def test_the_chunked_head_takes_what_the_plan_says_without_a_gpu():
+    rows, width, vocabulary = 200, 16, 40_000  # more than one chunk
+    hidden = torch.randn(rows, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    targets = torch.arange(rows)
+
+    def score():
+        options = (1.0, VOCABULARY_CHUNK, None, 1.0, ())
+        logps, *_ = ChunkedLogProbFunction.apply(hidden, weight, None, targets, *options)
+        logps.sum().backward()
+
+    tile = TILE_COPIES_CPU * rows * VOCABULARY_CHUNK * 4
+    gradients = 4 * width * (rows + vocabulary)
+    assert allocated_bytes(score) == pytest.approx(tile + gradients, rel=0.01)

@@ -248,6 +248,7 @@ def test_playground_in_jupyterlab(lab, tmp_path):
     assert seen["keyed"] == pytest.approx(moved.things[number].full_box_px[0] - 4, abs=2)
     assert "notes.png: not a readable image" in seen["bad_file"]
     assert "reference" in answers["own"] and seen["own"]["things"] == 0
+    assert seen["phone_overflow_px"] <= 0
 
 
 @pytest.fixture

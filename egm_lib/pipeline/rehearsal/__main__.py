@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from egm_lib.cli import ends
 from egm_lib.curation.stages import BUDGET_VARIABLE
 from egm_lib.files import project_root
+from egm_lib.pipeline.manifest import open_manifest
+from egm_lib.pipeline.rehearsal.checks import check_run
 from egm_lib.pipeline.rehearsal.overlay import (
     PREFIX,
     SERVICES_URL,
@@ -29,26 +33,42 @@ from egm_lib.pipeline.reproduce import reproduce
 from egm_lib.profile import PROFILES_VARIABLE, load_profile
 from egm_lib.run import Run
 
-PROVED = """
-Rehearsed: every notebook, the annotation formats, tokenizers and chat templates, what teachers and
-judges are asked and refuse, the trainers on one process, selection, predictions and tables.
-Not rehearsed here: weights that know anything, several processes and ZeRO-3, vLLM, half precision,
-memory and speed at real sizes, downloads."""
+SHOWN = """
+Rehearsed: every notebook, the annotation formats, tokenizers and chat templates, what is asked of
+teachers and judges and what they refuse, both trainings, selection, predictions and tables."""
+NOT_SHOWN = """
+Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and speed at real sizes,
+weights that know anything, downloads."""
 
 
-def rehearse(name: str, folder: Path, *, full: bool) -> Path:
-    """Runs the rehearsal of a profile; returns the run's folder.
+def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run:
+    """Runs the rehearsal of a profile, and checks what it left behind; returns the run.
 
-    Raises what `reproduce` raises, and OSError where the local server's port is taken.
+    fresh: without the files of an earlier rehearsal, which it removes. Prints the time of each
+    stage. Raises what `reproduce` and `check_run` raise, and OSError where
+    the local server's port is taken.
     """
+    began = time.monotonic()
     build_standins(name, folder)
+    print(f"Stand-ins in {folder}: {time.monotonic() - began:.0f} s", flush=True)
     path = rehearsal_profile(name, folder, full=full)
     os.environ |= ENVIRONMENT | {PROFILES_VARIABLE: str(path.parent), BUDGET_VARIABLE: "1000"}
     profile = load_profile(PREFIX + name)
     run = Run(profile, profile.seeds[0])
-    with running(urlsplit(SERVICES_URL).port):
+    if fresh:
+        shutil.rmtree(run.root, ignore_errors=True)
+    with running(urlsplit(SERVICES_URL).port) as services:
         reproduce(run)
-    return run.root
+    print("\nSeconds of each stage, earlier attempts included:")
+    for stage, seconds in open_manifest(run)["wall_seconds"].items():
+        print(f"  {stage:30} {seconds:6.0f}")
+    print(f"  {'all, with stand-ins':30} {time.monotonic() - began:6.0f}")
+    used = sum(os.times()[:4])  # user and system; this process and those that it started
+    print(f"  {'of processor time':30} {used:6.0f}\n")
+    print(*check_run(run), sep="\n")
+    refused = sum(number for (*_, status), number in services.counts.items() if status != 200)
+    print(f"stand-in services: {services.counts.total()} requests, {refused} refused")
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,12 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--profile", default="paper-qwen3vl-8b", help="default: %(default)s")
     parser.add_argument("--folder", type=Path, help="of the stand-ins; default: data/raw/rehearsal")
+    parser.add_argument("--fresh", action="store_true", help="begin anew, not where it stopped")
     args = parser.parse_args(argv)
     folder = args.folder or project_root() / "data" / "raw" / "rehearsal"
 
     def work() -> None:
-        print(rehearse(args.profile, folder, full=False))
-        print(PROVED)
+        run = rehearse(args.profile, folder, full=False, fresh=args.fresh)
+        print(f"{SHOWN}\n{NOT_SHOWN}\n\n{run.root}")
 
     return ends(work)
 

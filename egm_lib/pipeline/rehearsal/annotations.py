@@ -124,14 +124,19 @@ def _outline(kind: str, x: float, y: float, radius: float) -> tuple[tuple[float,
     return ((x, y - radius), (x + radius, y + radius), (x - radius, y + radius))
 
 
-def _draw(shapes: Iterable[Shape], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def draw(shapes: Iterable[Shape]) -> Image.Image:
+    """An image of a scene, WIDTH x HEIGHT px."""
     image = Image.new("RGB", (WIDTH, HEIGHT), (215, 220, 222))
     pen = ImageDraw.Draw(image)
     pen.rectangle((0, HEIGHT * 2 // 3, WIDTH, HEIGHT), fill=(180, 170, 150))
     for shape in shapes:
         pen.polygon(shape.corners, fill=COLOURS[shape.colour], outline=(40, 40, 40))
-    image.save(path, quality=90)
+    return image
+
+
+def _draw(shapes: Iterable[Shape], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw(shapes).save(path, quality=90)
 
 
 # --- RefCOCO, RefCOCO+ and RefCOCOg ---

@@ -4,24 +4,20 @@ Real: token ids, vocabulary size, chat template, image processing, generation de
 files. Tiny: widths and depths. Files are written as the hub has them, for the loaders to read. The
 same seed gives the same files.
 
-The weights are random but for one thing: embedding and head are set so that a sampled answer is
-mostly some words and a box of the right form. Noise alone would earn no reward, so that GRPO would
-have no gradient. What the model sees in the image sways every probability a little.
+The weights are random, and then fitted for some seconds to the family's answer form (`fitting`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -30,7 +26,11 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from egm_lib.files import digest
+from egm_lib.inference.loading import load_processor
+from egm_lib.pipeline.rehearsal.fitting import fit_answers
 from egm_lib.pipeline.rehearsal.tokenizer import write_internvl3_tokenizer, write_qwen3vl_tokenizer
+from egm_lib.prompts import FAMILIES, FamilyName
 
 HEAD_DIM = 32  # the least that vLLM's attention takes on every device
 VOCAB_SIZE = 151_936  # of Qwen3-VL: more rows than tokens
@@ -39,36 +39,8 @@ INTERNVL_VOCAB_SIZE = 151_674  # of InternVL-3: `<video>`, 151674, has no row
 INIT_RANGE = 0.2
 TILE_PX, PATCH_PX = 112, 14  # InternVL-3 has tiles of 448 px
 TILE_TOKENS = (TILE_PX // PATCH_PX // 2) ** 2
+_SOURCES = ("checkpoints.py", "fitting.py", "tokenizer.py")  # what a stand-in is made by
 END_IDS = (151_645, 151_643)  # <|im_end|>, <|endoftext|>
-
-# Which tokens follow a token, with equal chances. Digits and separators differ by coordinate, so
-# that the last token alone says how far a box has come: x1 is 2, 12, 112, 212, ...; y1 is of 3 and
-# 4, x2 of 7 and 8, y2 of 5 and 6. Some numbers are beyond 1000.
-_BOX = {
-    "\n\n": ("[",),
-    **{"[": ("1", "2"), "1": ("1", "2"), "2": ("1", ",")},
-    **{",": ("3", "4"), "3": ("3", "4"), "4": ("3", ",\n")},
-    **{",\n": ("7", "8"), "7": ("7", "8"), "8": ("7", ",\n\n")},
-    **{",\n\n": ("5", "6"), "5": ("5", "6"), "6": ("5", "]")},
-    "]": ("<|im_end|>",),
-}
-_THOUGHT = {
-    "\n": ("The",),
-    "The": (" left", " right"),
-    **dict.fromkeys((" left", " right"), (" shape", " one")),
-    **dict.fromkeys((" shape", " one"), (" is", " at")),
-    " at": (" left", " right"),
-    " is": (" meant",),
-    " meant": (".",),
-    ".": ("</think>",),
-    "</think>": ("[", "\n\n"),
-}
-_HABITS = {"thinking": _BOX | _THOUGHT, "answering": _BOX | {"\n": ("[",)}}
-# Of a token's embedding, over what the layers add to it: an image at misplaced positions then costs
-# about 0.03 nats a token, and an answer keeps its form.
-_HABIT_SCALE = 10.0
-_HABIT_LOGIT = 22.0  # against about 13 of all other tokens together
-
 
 _HEADER = "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
 _INTERNVL_TEMPLATE = (
@@ -100,8 +72,8 @@ def make_qwen3vl(
             _write_json(work / "chat_template.json", {"chat_template": template})
             _write_qwen3vl_processor(work)
             config = _qwen3vl_config(hidden_size, num_layers)
-            habits = _HABITS["thinking" if thinking else "answering"]
-            _write_weights(work, Qwen3VLForConditionalGeneration, config, habits, seed)
+            kind = Qwen3VLForConditionalGeneration
+            _write_weights(work, kind, config, "qwen3-vl", seed, thinking=thinking)
             sampling = (
                 {"temperature": 1.0, "top_p": 0.95}
                 if thinking
@@ -126,8 +98,7 @@ def make_internvl3(
             _write_json(work / "chat_template.json", {"chat_template": _INTERNVL_TEMPLATE})
             _write_internvl3_processor(work)
             config = _internvl3_config(hidden_size, num_layers)
-            habits = _HABITS["answering"]
-            _write_weights(work, InternVLForConditionalGeneration, config, habits, seed)
+            _write_weights(work, InternVLForConditionalGeneration, config, "internvl-3", seed)
             _write_generation_config(work, {})
     return Path(folder)
 
@@ -150,14 +121,20 @@ def qwen3vl_template(thinking: bool) -> str:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path | None]:
-    """A folder to fill, which takes its name when it is full; None where it is full already."""
-    if (folder / "config.json").is_file():
+    """A folder to fill, which takes its name when it is full; None where it is full already.
+
+    One that an earlier version of the stand-ins filled is filled anew.
+    """
+    version = digest([Path(__file__).with_name(name).read_text("utf-8") for name in _SOURCES])
+    stamp = folder / "standin.txt"
+    if stamp.is_file() and stamp.read_text() == version:
         yield None
         return
     work = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     yield work
+    (work / stamp.name).write_text(version)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
 
@@ -240,42 +217,18 @@ def _write_weights(
     folder: Path,
     kind: type[PreTrainedModel],
     config,
-    habits: Mapping[str, Sequence[str]],
+    family: FamilyName,
     seed: int,
+    *,
+    thinking: bool = True,
 ) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = kind(config)
-        _accustom(model, Tokenizer.from_file(str(folder / "tokenizer.json")), habits)
+        config.save_pretrained(folder)  # the processor's loader asks for it
+        processor = load_processor(folder, family)
+        fit_answers(model, processor, FAMILIES[family], thinking=thinking, seed=seed)
     model.to(torch.bfloat16).save_pretrained(folder)
-
-
-@torch.no_grad()
-def _accustom(
-    model: PreTrainedModel, tokenizer: Tokenizer, habits: Mapping[str, Sequence[str]]
-) -> None:
-    """Sets embedding and head so that the model mostly goes on from a token as `habits` say.
-
-    Each token has a direction of its own, larger than what the layers add to it; the head's rows of
-    those that may follow point there. Raises ValueError for a habit that is not one token.
-    """
-    embedding_V_H = model.get_input_embeddings().weight
-    head_V_H = model.get_output_embeddings().weight
-    size = embedding_V_H.shape[1]
-    directions_H_H = torch.linalg.qr(torch.randn(size, size)).Q
-
-    def token_id(text: str) -> int:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
-        if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens; a habit names single ones")
-        return ids[0]
-
-    head_V_H[[token_id(text) for texts in habits.values() for text in texts]] = 0.0
-    for direction_H, (before, after) in zip(directions_H_H, habits.items(), strict=False):
-        embedding_V_H[token_id(before)] = _HABIT_SCALE * math.sqrt(size) * direction_H
-        logit = _HABIT_LOGIT - math.log(len(after))
-        for text in after:
-            head_V_H[token_id(text)] += logit / math.sqrt(size) * direction_H
 
 
 def _write_generation_config(folder: Path, options: dict) -> None:

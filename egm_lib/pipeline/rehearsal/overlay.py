@@ -1,4 +1,4 @@
-"""A paper profile's rehearsal: the same profile with stand-ins, few samples and three steps.
+"""A paper profile's rehearsal: the same profile with stand-ins, few samples and steps.
 
 `build_standins` makes what stands in; `rehearsal_profile` writes the profile that names it. What
 they leave alone is what is rehearsed: every other value of the profile, and all the code.
@@ -19,13 +19,13 @@ from egm_lib.profile import Model, Models, Profile, load_profile
 
 PREFIX = "rehearse-"
 SERVICES_URL = "http://127.0.0.1:8765"
-STEPS = 3
+STEPS, LIGHT_STEPS = 3, 2  # of SFT and of GRPO; the first of GRPO has a learning rate of 0
 SAMPLES = {  # per split
-    "train_limit": 48,
+    "train_limit": 24,
     "train_amodal_limit": 12,
-    "selection_limit": 16,
+    "selection_limit": 12,
     "selection_amodal_limit": 8,
-    "eval_limit": 4,
+    "eval_limit": 2,
 }
 
 
@@ -34,9 +34,9 @@ def rehearsal_profile(
 ) -> Path:
     """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
 
-    full: two processes, launched as the profile says, with its engine; else one process in float32,
-    and transformers as engine. services_url: where `services.running` listens. Returns the file's
-    path. Raises ProfileError for an unknown name.
+    full: two processes, launched as the profile says, with its engine; else one process a training,
+    in float32, transformers as engine, and vanilla and amodal side by side. services_url: where
+    `services.running` listens. Returns the file's path. Raises ProfileError for an unknown name.
     """
     folder, profile = Path(folder).resolve(), load_profile(name)
     changes = {
@@ -109,11 +109,12 @@ def _curation(profile: Profile, services_url: str) -> dict:
 
 
 def _budgets(profile: Profile, full: bool) -> dict:
-    """Three steps of each training, with few rows, and short answers."""
+    """Some steps of each training, with few rows, and short answers."""
     processes = min(2, profile.launch.num_processes) if full else 1
-    sft = {"max_steps": STEPS}
+    steps = STEPS if full else LIGHT_STEPS
+    sft = {"max_steps": steps}
     grpo = {
-        "max_steps": STEPS,
+        "max_steps": steps,
         "prompts_per_step": 2 * processes,
         "num_generations": 4,
         "per_device_train_batch_size": 4,
@@ -122,13 +123,15 @@ def _budgets(profile: Profile, full: bool) -> dict:
     }
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
     if not full:  # a laptop has neither half precision to train in nor vLLM
-        sft |= {"dtype": "float32"}
+        sft |= {"dtype": "float32", "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
         grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
         if profile.generation.engine == "vllm":
             generation |= {"engine": "transformers"}
-    selection = {"fill_to": 4 * processes}  # the stand-ins solve next to nothing
-    launch = {"num_processes": processes} | ({} if full else {"accelerate_config": None})
+    selection = {"fill_to": 4 * processes}  # the stand-ins solve little
+    launch: dict = {"num_processes": processes}
+    if not full:
+        launch |= {"accelerate_config": None, "side_by_side": True}
     return {
         "sft": sft,
         "selection": selection,

@@ -11,7 +11,7 @@ from scipy import stats
 
 from egm_lib.evaluation.scoring import numeric
 from egm_lib.evaluation.statistics import estimate
-from egm_lib.files import read_jsonl
+from egm_lib.files import read_jsonl, writable_row
 from egm_lib.reports.figures.material import DRAWS, EGM, SMALL, Material, NotRun
 from egm_lib.reports.figures.pieces import down_up
 from egm_lib.viewer.page import steps_of
@@ -62,7 +62,8 @@ def training_log(path: Path) -> pd.DataFrame:
 
     Values that are no number become nan, and lines without a step are left out.
     """
-    frame = pd.DataFrame(read_jsonl(path) if path.is_file() else [])
+    rows = read_jsonl(path) if path.is_file() else []
+    frame = pd.DataFrame([writable_row(row) for row in rows])
     if "step" not in frame:
         return frame.iloc[:0]
     frame = frame.apply(numeric).dropna(subset="step")

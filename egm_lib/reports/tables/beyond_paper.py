@@ -8,7 +8,7 @@ from egm_lib.evaluation.metrics import metrics
 from egm_lib.evaluation.results import Results, paper
 from egm_lib.evaluation.scoring import with_strata
 from egm_lib.evaluation.statistics import Difference, estimate, holm, paired_difference
-from egm_lib.inference.latency import CONCURRENCIES
+from egm_lib.inference.engine import CONCURRENCIES
 from egm_lib.parsing import RULES
 from egm_lib.reports.tables.cells import NOT_REPORTED, Number, Row, Table, count, p_text, percent
 from egm_lib.reports.tables.paper import accuracy_cells, gain

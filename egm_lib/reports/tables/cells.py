@@ -6,11 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
 
+from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import Difference, Estimate
+from egm_lib.files import read_json
 
 NOT_RUN = "not run"  # ours: the files are absent
+SHARES = ("acc_at_50", "amodal_acc_at_50", "differences")  # of summary.json, in 0..1
 NOT_REPORTED = "not reported"  # the paper's: it does not give this number
 
 
@@ -83,6 +87,41 @@ def percent(value: Estimate | Difference | None, signed: bool = False) -> Cell:
     is_difference = isinstance(value, Difference)
     p = value.p_value if is_difference else None
     return Number(100 * value.mean, ci95, value.n, p, signed=signed or is_difference)
+
+
+def read_summary(path: Path) -> dict | None:
+    """summary.json of `build_tables`; None if there is no file. Raises InputError for another
+    shape.
+    """
+    advice = "make it again: python -m egm_lib.reports.tables"
+    stated = read_json(path, advice)
+    if stated is not None and not is_summary(stated):
+        raise InputError(f"{path} is no summary of results; {advice}")
+    return stated
+
+
+def is_summary(stated: object) -> bool:
+    """Whether a JSON value is what summary.json holds, as far as it is shown."""
+    kinds = {"profile": str, "seeds": list, **dict.fromkeys(SHARES, dict)}
+    return (
+        isinstance(stated, dict)
+        and all(isinstance(stated.get(name), kind) for name, kind in kinds.items())
+        and all(
+            value is None or _is_share(value) for name in SHARES for value in stated[name].values()
+        )
+    )
+
+
+def _is_share(value: object) -> bool:
+    """Whether a value has a mean, an n, and an interval or null."""
+    if not (isinstance(value, dict) and {"mean", "ci95", "n"} <= value.keys()):
+        return False
+    ends = [] if value["ci95"] is None else value["ci95"]
+    return (
+        isinstance(ends, list)
+        and len(ends) in (0, 2)
+        and all(isinstance(number, int | float) for number in (value["mean"], value["n"], *ends))
+    )
 
 
 def summarised(value: dict | None) -> Cell:

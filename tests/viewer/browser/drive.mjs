@@ -173,8 +173,11 @@ async function playground() {
   await page.click('.egm-playground button >> text="ask"');
   await done(1);
   seen.own = await look();
+  await page.evaluate(() => window.jupyterapp.commands.execute("application:toggle-left-area")); // it would take a phone's width
   await page.setViewportSize({ width: 390, height: 844 });
   await page.locator(".egm-playground").scrollIntoViewIfNeeded();
+  await page.waitForFunction(() => document.querySelector(".egm-playground").clientWidth > 200);
+  seen.phone_overflow_px = await page.evaluate(() => { const { scrollWidth, clientWidth } = document.querySelector(".egm-playground"); return scrollWidth - clientWidth; });
   await shot("phone");
 }
 
