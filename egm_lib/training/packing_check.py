@@ -11,6 +11,8 @@ from torch import Tensor
 
 from egm_lib.training.micro_batches import micro_batches
 
+# Rows that are compared: with more, the comparison would need the memory that packing saves
+COMPARED_ROWS = 4
 # Weights that a process holds only in part: their gradient cannot be asked for apart from a step
 DIVIDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 # Limits of (log-prob, nats a token; loss; gradient norm, relative). Ours: tiny models give up to
@@ -60,10 +62,10 @@ def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
 
 
 def _first_rows(trainer, inputs: dict) -> dict:
-    """At least two rows of the first group, as many as fit a micro-batch, with advantages of +1
-    and -1: those of the group may all be zero.
+    """COMPARED_ROWS of the first group, or those that fit a micro-batch, but at least two. Their
+    advantages are +1 and -1: those of the group may all be zero.
     """
-    count, budget = trainer.num_generations, trainer.micro_batch_tokens
+    count, budget = min(trainer.num_generations, COMPARED_ROWS), trainer.micro_batch_tokens
     if budget is not None:
         width = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
         widest = trainer.accelerator.gather(torch.tensor([width], device=trainer.args.device))
