@@ -5,6 +5,7 @@ clear sentence.
 import fcntl
 import hashlib
 import json
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -298,6 +299,34 @@ def test_only_publishing_replaces_published_figures(project):
     assert (run.published / "table4.md").read_text() == "new"
 
 
+def test_a_publication_that_was_killed_is_done_again(project, monkeypatch):
+    """Killed while the old results are removed: some are left, without the card, or none."""
+    run, *_ = project
+    write_text(run.figures / "summary.json", json.dumps({"git": "first"}))
+    publish(run)
+    write_text(run.figures / "summary.json", json.dumps({"git": "second"}))
+    remove, published = shutil.rmtree, run.published
+
+    def killed(folder, **options):
+        if folder != published:
+            return remove(folder, **options)
+        (folder / "published.json").unlink(missing_ok=True)
+        if whole:
+            remove(folder)
+        raise KeyboardInterrupt
+
+    for whole in (False, True):
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(run)
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        assert published.exists() != whole
+        publish(run)
+        assert json.loads((published / "published.json").read_text())["git"] == "second"
+        assert json.loads((published / "summary.json").read_text())["git"] == "second"
+        assert not published.with_name(f"{published.name}.tmp").exists()
+
+
 def test_command_line_says_one_sentence(capsys):
     assert module.main(["--profile", "minni"]) == 2
     assert "Did you mean 'mini'" in capsys.readouterr().err
@@ -343,6 +372,18 @@ def test_a_notebook_for_another_task_is_skipped(project, capsys):
     reproduce(Run(vanilla, 0))
     assert ran == ["00_a", "02_c"]
     assert "01_b: not needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [3, None, "amodal", ["amodal"], {"tasks": "amodal"}, {"tasks": 1}])
+def test_a_notebook_for_unknown_tasks_is_one_sentence(project, odd):
+    run, ran, _, root = project
+    path = root / "notebooks" / "00_a.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.metadata["egm"] = odd
+    nbformat.write(book, path)
+    with pytest.raises(ReproduceError, match='00_a.ipynb: its metadata "egm" is .*: put it back'):
+        reproduce(run)
+    assert ran == []
 
 
 def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch):
