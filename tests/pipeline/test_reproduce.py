@@ -13,6 +13,9 @@ from dataclasses import replace
 import nbformat
 import papermill
 import pytest
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.parameterize import parameterize_path
 from roots import use_root
 
 from egm_lib.errors import InputError
@@ -167,6 +170,47 @@ def test_a_failing_notebook_is_named_with_its_reason(project):
     assert ran == ["00_a", "01_b"]
     does.clear()
     assert again(run, ran) == ["01_b", "02_c"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (DeadKernelError("Kernel died"), "01_b: its kernel died, most often because memory"),
+        (NoSuchKernel("python3"), "no Jupyter kernel 'python3'; `make setup` installs"),
+        (RuntimeError("Kernel didn't respond in 60 seconds"), "01_b: its kernel cannot start: .*"),
+    ],
+)
+def test_a_kernel_that_dies_or_cannot_start_is_one_sentence(project, error, sentence):
+    run, ran, does, _ = project
+
+    def fail():
+        raise error
+
+    does["01_b"] = fail
+    with pytest.raises(ReproduceError, match=sentence):
+        reproduce(run)
+    does.clear()
+    assert again(run, ran) == ["01_b", "02_c"]  # what was finished is kept
+
+
+def test_papermill_gets_the_paths_of_an_odd_folder_unchanged(tmp_path, monkeypatch):
+    """It fills {name} in a path with a parameter, and stops at a name that is none."""
+    root = tmp_path / "a {seed}; 'b' {} {{c}} \"d\""
+    (root / "notebooks").mkdir(parents=True)
+    write_notebook(root / "notebooks" / "00_a.ipynb", "print()")
+    use_root(monkeypatch, root)
+    monkeypatch.setattr(manifest, "_hardware", dict)
+    run = Run(load_profile("smoke"), 0)
+
+    def execute(source, target, parameters, **options):
+        source, target = (parameterize_path(path, parameters) for path in (source, target))
+        assert source == str(root / "notebooks" / "00_a.ipynb")
+        assert target == str(run.notebook("00_a.ipynb"))
+        nbformat.write(nbformat.read(source, as_version=4), target)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    reproduce(run)
+    assert json.loads(run.manifest.read_text())["stages"]["00_a"]["finished"]
 
 
 def test_two_processes_on_one_run_are_refused(project):
