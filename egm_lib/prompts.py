@@ -50,7 +50,13 @@ ANSWER_TAG = _tag("answer")
 PROTOCOL_TAGS = tuple(
     f"<{slash}{name}>" for name in ("think", "answer", "ref", "box") for slash in ("", "/")
 )
-_QUOTED_TAGS = (REASONING_TAG, _tag("answer", "ref", "box"))
+_PART_TAG = _tag("answer", "ref", "box")
+
+
+def quoted_tag(text: str) -> str | None:
+    """A tag in a label or a reasoning that would make its answer unreadable; None without one."""
+    tag = REASONING_TAG.search(text) or _PART_TAG.search(text)
+    return tag and tag[0]
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,8 @@ class Family:
         and if the reasoning is blank.
         """
         for text in (label or "", reasoning or ""):
-            for quoted in _QUOTED_TAGS:
-                if tag := quoted.search(text):
-                    raise ValueError(
-                        f"{tag[0]} inside an answer would make it unreadable: {text!r}"
-                    )
+            if tag := quoted_tag(text):
+                raise ValueError(f"{tag} inside an answer would make it unreadable: {text!r}")
         if reasoning is not None and not reasoning.strip():
             raise ValueError("the reasoning is blank: pass None for an answer without reasoning")
         box = convert(box_px, BoxFrame.PIXEL, self.frame, image_wh)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from egm_lib.inference.loading import limit_pixels, load_processor
 from egm_lib.inference.shared_prefix import Reader
 from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.profile import SFT, Profile
-from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family
+from egm_lib.prompts import DEFAULT_PROMPT, FAMILIES, Family, quoted_tag
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import (
     is_finished,
@@ -58,6 +59,8 @@ from egm_lib.training.sft_trainers import (
     SharedPrefixCollator,
     SharedPrefixSFT,
 )
+
+log = logging.getLogger(__name__)
 
 MODELS = {None: "small-sft", "direct": "small-direct-control", "sft": "small-sft-control"}
 
@@ -119,13 +122,12 @@ def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     """Samples with their `reasoning`.
 
     Rows that hold sample_id and reasoning alone are joined to the training samples; rows without
-    both are left out.
+    both are left out, and so are those that no answer can be made of, as in `Family.answer`.
     """
-    rows = [
-        row
-        for row in read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
-        if isinstance(row.get("sample_id"), str | int) and isinstance(row.get("reasoning"), str)
-    ]
+    found = read_jsonl(require_file(path, "notebook 02 (vanilla) or 03 (amodal)"))
+    rows = [row for row in found if _is_trace(row)]
+    if len(rows) < len(found):
+        log.warning("%s: %d rows are no traces and are left out", path, len(found) - len(rows))
     if not rows:
         raise TrainingError(f"{path} holds no trace: look at what the curation filters dropped.")
     if all("gt_box" in row for row in rows):
@@ -133,6 +135,16 @@ def read_traces(path: Path, root: Path, task: str) -> list[dict]:
     samples = {sample["sample_id"]: sample for sample in read_train(root, task)}
     joined = ({**samples.get(str(row["sample_id"]), {}), **row} for row in rows)
     return [row for row in joined if "gt_box" in row]
+
+
+def _is_trace(row: Mapping) -> bool:
+    """Whether a row has an id and words that an answer can hold."""
+    reasoning, expression = row.get("reasoning"), row.get("expression", "")
+    return (
+        isinstance(row.get("sample_id"), str | int)
+        and all(isinstance(text, str) and not quoted_tag(text) for text in (reasoning, expression))
+        and bool(reasoning.strip())
+    )
 
 
 def sft_config(options: SFT, work: Path, seed: int) -> SFTConfig:

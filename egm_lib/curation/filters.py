@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from egm_lib.curation.replies import DECLINED
+from egm_lib.prompts import quoted_tag
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ _REFUSAL = re.compile(
     | (?:i|we)['’](?:m|re)\ (?:un|not\ )able\ to)""",
     re.IGNORECASE | re.VERBOSE,
 )
+
+_TOKEN = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>")
+_LOST = re.compile(r"[\ufffd\x00-\x08\x0e-\x1f\x7f]")
 
 _FRAME = r"(?:box(?:es)?|rectangles?|outlines?|frames?|borders?|contours?)"
 _PASSIVE = r"(?:marked|highlighted|outlined|boxed|enclosed|circled|annotated|framed|labell?ed)"
@@ -166,6 +170,14 @@ def truncated(reply: TeacherReply, sample: Mapping) -> bool:
 def unfinished(reply: TeacherReply, sample: Mapping) -> bool:
     """The answer ended for any reason but its own end, which is "stop", and the token limit."""
     return reply.finish_reason not in ("stop", "length")
+
+
+def garbled(reply: TeacherReply, sample: Mapping) -> bool:
+    """Holds what must not be trained on as words: a tag of reasoning or answers, a token of a chat
+    template, or a sign of lost characters.
+    """
+    text = reply.answer or ""
+    return bool(quoted_tag(text) or _TOKEN.search(text) or _LOST.search(text))
 
 
 def empty(reply: TeacherReply, sample: Mapping) -> bool:

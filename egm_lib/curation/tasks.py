@@ -163,7 +163,9 @@ _DEFECTS = (
     ("unfinished", filters.unfinished),
     ("empty", filters.empty),
 )
-_MARKS_SEEN = (
+# Of texts that are trained on
+_UNFIT = (
+    ("garbled", filters.garbled),
     ("mentions-drawn-box", filters.mentions_drawn_box),
     ("names-ground-truth", filters.names_ground_truth),
 )
@@ -180,7 +182,7 @@ TASKS = {
             read=_text,
             filters=(
                 *_DEFECTS,
-                *_MARKS_SEEN,
+                *_UNFIT,
                 ("coordinates", filters.coordinates),
                 ("too-many-sentences", filters.more_sentences_than(2)),
             ),
@@ -197,7 +199,7 @@ TASKS = {
             read=_expression,
             filters=(
                 *_DEFECTS,
-                *_MARKS_SEEN,
+                *_UNFIT,
                 ("coordinates", filters.coordinates),
                 ("too-many-sentences", filters.more_sentences_than(1)),
             ),
@@ -239,7 +241,7 @@ TASKS = {
             read=_text,
             filters=(
                 *_DEFECTS,
-                *_MARKS_SEEN,
+                *_UNFIT,
                 ("coordinates", filters.coordinates),
                 ("image-boundary", filters.image_boundary),
                 ("too-many-sentences", filters.more_sentences_than(5)),

@@ -96,6 +96,26 @@ def test_refusal(text, is_one):
     assert filters.refusal(reply(text), SAMPLE) == is_one
 
 
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("<ref>The cup</ref> is red.", True),  # the SFT would stop at it
+        ("The cup at <box>left</box>.", True),
+        ("The cup.</think> So it is red.", True),
+        ("The cup.<|im_end|> It is red.", True),  # a control token within the words
+        ("The cup.</s>It is red.", True),
+        ("The caf\ufffd is red.", True),  # a character that the service lost
+        ("The cup\x00 is red.", True),
+        ("The café is <2 m away > the cup, at 3 | 4.", False),
+        ("The left one: 1 at 825 300 , 2 at 750 850 .", False),
+    ],
+)
+def test_what_must_not_be_trained_on_as_words(text, is_one):
+    assert filters.garbled(reply(text), SAMPLE) == is_one
+    for task in ("trace", "amodal-trace", "amodal-expression"):
+        assert ("garbled", filters.garbled) in TASKS[task].filters
+
+
 def test_refusal_by_the_service_itself():
     assert filters.refusal(reply("", refusal="no"), SAMPLE)
     assert filters.refusal(reply("half a", finish_reason="content_filter"), SAMPLE)

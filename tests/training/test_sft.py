@@ -317,6 +317,9 @@ def test_a_row_that_is_no_trace_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "read_train", lambda *args: samples)
     whole = {**samples[2], "reasoning": "so"}
     odd = [{"sample_id": "1"}, {"reasoning": "so"}, {"sample_id": [], "reasoning": "so"}]
+    # No answer can be made of these
+    odd += [{**whole, "reasoning": text} for text in (" ", "a <ref>cup</ref>", "b</think>c")]
+    odd += [{**whole, "expression": text} for text in ("the <answer> cup", None)]
     unknown = {"sample_id": "9", "reasoning": "so"}
     bare = [{"sample_id": 0, "reasoning": "so"}, {"sample_id": "1", "reasoning": "so"}]
     write_jsonl(tmp_path / "traces.jsonl", [odd[0], bare[0], *odd, unknown, whole, bare[1]])
