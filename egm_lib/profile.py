@@ -139,7 +139,8 @@ class Teacher:
     # What the service calls its limit on tokens. null: max_completion_tokens for OpenAI's reasoning
     # models, else max_tokens; a service that refuses one of the two is asked with the other.
     token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
-    # More fields of every request, such as {top_p: 0.9}; one that the service refuses is left out
+    # More fields of every request, such as {top_p: 0.9}. null leaves out one that is sent
+    # otherwise. One that the service refuses is left out, too.
     extra_body: dict[str, Any] = field(default_factory=dict)
 
 
@@ -307,6 +308,7 @@ class Generation:
     # Engine "openai": as of a Teacher. null: max_tokens; a service that refuses it is asked with
     # the other.
     token_limit: Literal["max_tokens", "max_completion_tokens"] | None = None
+    # Engine "openai": as of a Teacher, such as {top_k: null, repetition_penalty: null}
     extra_body: dict[str, Any] = field(default_factory=dict)
 
 
@@ -621,8 +623,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-# Fields of a request that state what is asked, and how many answers are read
-_OWN_FIELDS = ("model", "messages", "stream", "n")
+# Fields of a request that have keys of their own or that state how its answer is read
+_OWN_FIELDS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "n")
 
 
 def _check_body(fields: dict, where: str) -> None:

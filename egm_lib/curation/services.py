@@ -79,7 +79,8 @@ def sampling_options(teacher: Teacher, temperature: float | None) -> dict:
     reasons = re.match(r"(.*/)?(o\d|gpt-5)", teacher.model) is not None
     limit = teacher.token_limit or ("max_completion_tokens" if reasons else "max_tokens")
     options: dict = {} if reasons or temperature is None else {"temperature": temperature}
-    return {**options, limit: teacher.max_tokens, **teacher.extra_body}
+    options |= {limit: teacher.max_tokens, **teacher.extra_body}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 class AcceptedOptions:

@@ -46,7 +46,7 @@ class OpenAIEngine:
     gives it back (Qwen3-VL Thinking).
     token_limit: the service's name for the limit on tokens, "max_tokens" or
     "max_completion_tokens".
-    extra_body: more fields of every request.
+    extra_body: more fields of every request; null leaves out one that is sent otherwise.
     max_pixels: larger images are shrunk to at most so many before they are sent.
     stream: take answers token by token, to measure the time to the first one. It costs the client
     some work for every token.
@@ -82,6 +82,7 @@ class OpenAIEngine:
         names = ["temperature", "top_p", limit, "seed", *self.extra_body]
         if extra_sampling:
             names += ["repetition_penalty", "top_k"]
+        names = [name for name in names if self.extra_body.get(name, ...) is not None]
         # Values change with each round of a vote: what is learned is which option is sent as what
         self.accepted = AcceptedOptions({name: name for name in names})
         self._learning = threading.Lock()

@@ -120,6 +120,8 @@ def test_released_differs_only_where_the_scripts_do():
         ({"generation": {"extra_body": {1: 2}}}, ["odd.generation.extra_body: 1 is no field"]),
         # Another model's answers would be filed under this one's name
         ({"generation": {"extra_body": {"model": "b"}}}, ["odd.generation.extra_body: 'model'"]),
+        # The budget counts on the limit
+        ({"generation": {"extra_body": {"max_tokens": None}}}, ["extra_body: 'max_tokens'"]),
         ({"curation": {"teacher": {"extra_body": {"n": 4}}}}, ["teacher.extra_body: 'n'"]),
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],

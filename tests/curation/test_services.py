@@ -22,6 +22,7 @@ from egm_lib.curation.services import AcceptedOptions, refuses_everything, sampl
         ("openai/o3", {}, {"max_completion_tokens": 800}),
         # ... and what a profile may say of any model
         ("m", {"temperature": None}, {"max_tokens": 800}),
+        ("m", {"extra_body": {"temperature": None, "top_k": None}}, {"max_tokens": 800}),
         (
             "m",
             {"token_limit": "max_completion_tokens"},

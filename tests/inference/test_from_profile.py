@@ -56,6 +56,28 @@ def test_a_model_with_an_address_of_its_own_is_asked_there(monkeypatch):
     assert (options["max_model_len"], options["gpu_memory_utilization"]) == (4096, 0.5)
 
 
+def test_every_option_of_a_service_is_a_key_of_the_profile(monkeypatch):
+    """A service may want another name for the limit, more fields, or fewer."""
+    profile = load_profile("paper-qwen3vl-8b")
+    stated = {
+        "engine": "openai",
+        "base_url": "http://127.0.0.1:8000/v1",
+        "opens_reasoning": True,
+        "token_limit": "max_completion_tokens",
+        "extra_body": {"top_k": None, "repetition_penalty": None, "reasoning": {"effort": "low"}},
+    }
+    profile = replace(profile, generation=replace(profile.generation, **stated))
+    engine = make_engine(profile, profile.models.small)
+    sent = {"temperature", "top_p", "max_completion_tokens", "seed", "reasoning"}
+    assert set(engine.accepted.sent) == sent and engine.opener == "<think>\n"
+    plain = replace(profile.generation, opens_reasoning=False, token_limit=None, extra_body={})
+    engine = make_engine(replace(profile, generation=plain), profile.models.small)
+    assert set(engine.accepted.sent) == {
+        *("temperature", "top_p", "max_tokens", "seed", "top_k", "repetition_penalty"),
+    }
+    assert engine.opener == ""
+
+
 def test_an_engine_for_latency_remembers_nothing(monkeypatch):
     """Neither prompts nor images: a repeated image would be answered faster than a new one."""
     vllm, given = ModuleType("vllm"), []
