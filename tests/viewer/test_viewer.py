@@ -268,6 +268,17 @@ def test_an_empty_box_is_a_miss_with_a_sentence(world, box):
     image(viewer)
 
 
+@pytest.mark.parametrize(
+    "box", [[0, 0, 1e300, 1e300], [-1e9, -1e9, 1e9, 1e9], [900, 900, 950, 950]]
+)
+def test_a_box_far_outside_the_image_is_shown(world, box):
+    root, samples = world
+    viewer = TraceViewer([answer_row(samples[0], EGM, box, "the left one")], root=root)
+    [model] = viewer.view["models"]
+    assert model["error"] is None and not model["success"] and model["box"] is not None
+    image(viewer)
+
+
 def test_a_torn_file_shows_its_whole_rows(world, tmp_path):
     root, samples = world
     path = write_rows(tmp_path / "rows.jsonl", predictions_of(samples))
