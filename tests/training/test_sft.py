@@ -535,7 +535,7 @@ def test_lora_on_divided_weights_is_refused(monkeypatch, name, value):
     """What is merged there would be a piece of each weight."""
     lora_config(Lora(r=2, alpha=4))
     monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingError, match="LoRA does not go with ZeRO-3 or FSDP"):
+    with pytest.raises(TrainingError, match="LoRA cannot be combined with ZeRO-3 or FSDP"):
         lora_config(Lora(r=2, alpha=4))
 
 
