@@ -126,7 +126,7 @@ def test_an_answer_beyond_max_length_is_cut(world, tmp_path, shared):
     cut, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked + 5)
     assert answer(cut) == ids[:5] != ids
     none_left, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked)
-    with pytest.raises(TrainingError, match=f"take {asked} tokens, and sft.max_length is {asked}"):
+    with pytest.raises(TrainingError, match=f"take {asked} tokens, but sft.max_length is {asked}"):
         answer(none_left)
 
 

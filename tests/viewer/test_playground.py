@@ -213,7 +213,7 @@ def test_a_file_of_ones_own_is_answered(tmp_path):
 @pytest.mark.parametrize(
     "message, problem",
     [
-        ({"expression": " ", "models": ["small-egm"]}, "type what is to be found"),
+        ({"expression": " ", "models": ["small-egm"]}, "type what to find"),
         ({"expression": "it", "models": []}, "choose a model"),
         ({"expression": "it", "models": ["gpt"]}, "no model 'gpt'"),
     ],
