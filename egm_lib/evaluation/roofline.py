@@ -198,7 +198,8 @@ class Request:
     def __post_init__(self):
         if min(*self.image_wh, self.prompt_tokens, self.answer_tokens) < 1:
             raise RooflineError(
-                f"A request has an image, a prompt and an answer of at least 1 px or token: {self}"
+                "A request needs an image, a prompt and an answer of at least 1 px or token: "
+                f"{self}"
             )
 
 

@@ -1,8 +1,8 @@
 """What reports show of a run's curated data: how much was kept, and a few traces.
 
 A live run has the data itself, `curation/*.jsonl` and `traces/*.jsonl`. It is too large for an
-archive, which holds `summary` in its place: `curated.json`. All functions here answer alike for
-both; where a file is there, it counts.
+archive, which holds `curated.json` (`summary`) instead. All functions here give the same answers
+for both. If a file of the live run exists, it is used.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def _as(kind: type, stored: dict, root: Path) -> Outcomes | TraceCounts:
     try:
         return kind(**stored)
     except TypeError as error:
-        raise InputError(f"{root / SUMMARY}: {stored} are no {kind.__name__}; {RESTORE}") from error
+        raise InputError(
+            f"{root / SUMMARY}: {stored} does not describe {kind.__name__}; {RESTORE}"
+        ) from error
 
 
 def _is_example(row: object) -> bool:

@@ -81,7 +81,7 @@ class Hardware:
 
     def __post_init__(self):
         if self.count < 1:
-            raise PlanError(f"A plan needs at least one device, and --gpus is {self.count}.")
+            raise PlanError(f"A plan needs at least one device, but --gpus is {self.count}.")
 
     def __str__(self) -> str:
         return f"{self.count} x {self.device.name}"
@@ -95,7 +95,7 @@ def hardware(name: DeviceName, count: int = 1, memory_gib: float | None = None) 
     """
     device = DEVICES[name]
     if not device.is_gpu and count > 1:
-        raise PlanError(f"On a CPU a training is one process: --gpus is {count}, and 1 is right.")
+        raise PlanError(f"On a CPU, a training is one process: set --gpus to 1, not to {count}.")
     if memory_gib is None and not device.is_gpu:
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return Hardware(device if memory_gib is None else replace(device, memory_gib=memory_gib), count)
