@@ -54,7 +54,7 @@ def parse_completion(
         return Parsed(reasoning, [box] if box else [], box, "ok" if box else "no_box")
     if answer_start is None:
         return Parsed(reasoning, [], None, "unclosed_reasoning")
-    answer = _last_answer(text[answer_start:])
+    answer = last_answer(text[answer_start:])
     if not answer.isascii():
         answer = answer.translate(_FULL_WIDTH)
     boxes, swapped, attempts = _find_boxes(answer, scale)
@@ -93,7 +93,7 @@ def split_reasoning(text: str) -> tuple[str | None, int | None]:
     return text[start : closed.start()].strip() or None, closed.end()
 
 
-def _last_answer(text: str) -> str:
+def last_answer(text: str) -> str:
     """What stands in the last <answer>; the whole text if there is none."""
     start, end = 0, len(text)
     for tag in ANSWER_TAG.finditer(text):

@@ -595,6 +595,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ProfileError(f"{where}: expected fields and their values, got {value!r}.")
+        _check_body(value, where)
         return dict(value)
     if origin is tuple:
         if not isinstance(value, list):
@@ -618,6 +619,23 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ProfileError(f"{where}: expected a finite number, got {value!r}.")
     return value
+
+
+# Fields of a request that state what is asked, and how many answers are read
+_OWN_FIELDS = ("model", "messages", "stream", "n")
+
+
+def _check_body(fields: dict, where: str) -> None:
+    """Raises ProfileError for fields that a request cannot hold, or that are its own."""
+    for name in fields:
+        if not isinstance(name, str) or name in _OWN_FIELDS:
+            raise ProfileError(
+                f"{where}: {name!r} is no field that a profile may add to a request."
+            )
+    try:
+        json.dumps(fields, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProfileError(f"{where}: expected what JSON can hold ({error}).") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -31,14 +31,15 @@ def _tag(*names: str) -> re.Pattern[str]:
 
 
 # Models write these tags in several ways: <think>, <Think>, <thinking>, </think >, with a prefix
-# (<seed:think>) or attributes, with a slash as JSON writes it (<\/think>), and in the ways of
-# Kimi-VL, Magistral and Virgo: ◁think▷, [THINK], <|begin_of_thought|>.
+# (<seed:think>, <longcat_think>) or attributes, with a slash as JSON writes it (<\/think>), and in
+# the ways of Kimi-VL, Magistral, Virgo and Cohere: ◁think▷, [THINK], <|begin_of_thought|>,
+# <|START_THINKING|>.
 REASONING_TAG = re.compile(
     r"""
     (?: [<◁]\s*+ | \[(?=/?(?-i:THINK)\]) )
-    (?P<close> \\?/ | \|end_of_ )?+ \s*+
-    (?: \|begin_of_ | \w{1,20}+: )?+
-    (?: think | thinking | thoughts? | reasoning | analysis | scratchpad )
+    \|?+ (?P<close> \\?/ | end_(?:of_)?+ )?+ \s*+
+    (?: (?:begin|start)_(?:of_)?+ | [a-z0-9]{1,20}+[:_] )?
+    (?: think | thinking | thoughts? | reasoning | analysis | scratchpad ) (?:_process)?+
     (?: \s++\w++=[^<>]{0,99}+ )?+
     \s*+ (?: \|?>|[▷\]] )
     """,

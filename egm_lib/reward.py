@@ -5,7 +5,10 @@ Arguments often come from tables, which fill empty cells with None or NaN: both 
 
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
+
+import pandas as pd
 
 from egm_lib.boxes import BoxFrame, check_box, convert, iou
 from egm_lib.parsing import accepts, parse_completion
@@ -106,13 +109,13 @@ def compute_score(
 
 
 def _absent(value: Any) -> bool:
-    """Whether a table's cell is empty: None, or the NaN that pandas makes of it."""
-    return value is None or (isinstance(value, float) and value != value)
+    """Whether a table's cell is empty: None, or what numpy and pandas make of it."""
+    return value is None or value is pd.NA or (isinstance(value, Real) and value != value)
 
 
 def _column(value: Any, size: int) -> Sequence:
     """One value per completion, of a column or of a value for all."""
-    one_for_all = isinstance(value, (str, BoxFrame, int, float)) or value is None
+    one_for_all = isinstance(value, str | BoxFrame | Real) or _absent(value)
     return [value] * size if one_for_all else value
 
 

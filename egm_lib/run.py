@@ -57,9 +57,11 @@ class Run:
     @property
     def figures(self) -> Path:
         """Tables and figures, shared by the seeds of a profile: `figures/<profile>/`, or beside it
-        where the repository holds the published ones."""
+        where the repository holds the published ones, or did until a publication was killed.
+        """
         folder = self.published
-        return folder.with_name(f"{folder.name}-yours") if (folder / CARD).exists() else folder
+        yours = folder.with_name(f"{folder.name}-yours")
+        return yours if yours.is_dir() or (folder / CARD).exists() else folder
 
     @property
     def published(self) -> Path:

@@ -119,6 +119,27 @@ async def run_batches(
         ) from None
 
 
+def _id(theirs: object) -> str:
+    """The id of a file or a batch. Raises CurationError for a reply that has none."""
+    found = getattr(theirs, "id", None)
+    if not (found and isinstance(found, str)):
+        raise CurationError(
+            "the service has answered a file or a batch without an id; run again to go on"
+        )
+    return found
+
+
+def _reasons(errors: object) -> str:
+    """What a service says of a batch that failed: OpenAI's list, or whatever stands there."""
+    listed = getattr(errors, "data", errors)
+    listed = listed if isinstance(listed, list) else [listed]
+    return "; ".join(
+        f"{getattr(error, 'code', '') or ''} {getattr(error, 'message', error)}".strip()
+        for error in listed
+        if error
+    )
+
+
 class _BatchJob:
     def __init__(
         self,
@@ -218,7 +239,9 @@ class _BatchJob:
         lost = {batch.name: batch for batch in batches if batch.batch_id is None}
         if lost:
             async for theirs in self.client.batches.list(limit=100):
-                if batch := lost.pop((theirs.metadata or {}).get("egm_batch"), None):
+                about = getattr(theirs, "metadata", None)
+                name = about.get("egm_batch") if isinstance(about, dict) else None
+                if isinstance(name, str) and (batch := lost.pop(name, None)):
                     batch.batch_id = theirs.id
                     self.log.append("submitted", batch.name, batch_id=theirs.id)
                 if not lost:
@@ -243,7 +266,7 @@ class _BatchJob:
                     file=(f"{name}.jsonl", file), purpose="batch"
                 )
             created = await self.client.batches.create(
-                input_file_id=uploaded.id,
+                input_file_id=_id(uploaded),
                 endpoint="/v1/chat/completions",
                 completion_window="24h",
                 metadata={"egm_batch": name},
@@ -255,8 +278,8 @@ class _BatchJob:
             return more
         finally:
             path.unlink(missing_ok=True)
-        batch.batch_id = created.id
-        self.log.append("submitted", name, batch_id=created.id)
+        batch.batch_id = _id(created)
+        self.log.append("submitted", name, batch_id=batch.batch_id)
         self.open.append(batch)  # its cost was set aside, and its keys noted, while it was written
         self.receipts.report.asked += len(batch.requests)
         return more
@@ -303,17 +326,18 @@ class _BatchJob:
         except openai.NotFoundError:
             self._forget(batch, f"batch {batch.batch_id}")
             return True
-        if theirs.status not in ENDED:
+        except (ValueError, RecursionError):  # no JSON, such as a gateway's page: ask again
             return False
-        errors = (theirs.errors.data if theirs.errors else None) or []
-        reasons = "; ".join(f"{error.code or ''} {error.message or ''}".strip() for error in errors)
+        if getattr(theirs, "status", None) not in ENDED:
+            return False
+        reasons = _reasons(theirs.errors)
         if theirs.status == "failed" and _TOKEN_LIMIT.search(reasons):
             if batch.sent is not None:  # it was asked by this run
                 self.receipts.report.asked -= len(batch.requests)
             self._refuse_tokens(batch, reasons)
             return True
         for file_id in (theirs.output_file_id, theirs.error_file_id):
-            if not file_id:
+            if not (file_id and isinstance(file_id, str)):
                 continue
             try:
                 content = await self.client.files.content(file_id)

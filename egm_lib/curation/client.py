@@ -22,7 +22,7 @@ from egm_lib.curation.cost import CostEstimate, SpendingCap, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
 from egm_lib.curation.outputs import First, count_checked, write_output
 from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts, Report
-from egm_lib.curation.services import CurationError, Refused, connect, refuses_everything
+from egm_lib.curation.services import CurationError, Refused, connect, refuses_everything, words_of
 from egm_lib.curation.tasks import TASKS, CurationTask
 from egm_lib.profile import MINI, Teacher, api_key
 
@@ -184,7 +184,7 @@ class _Asker:
         except (openai.OpenAIError, TimeoutError) as error:
             if reason := refuses_everything(error):
                 raise Refused(self.receipts.redact(reason)) from None
-            fault = f"{type(error).__name__}: {str(error)[:500]}"
+            fault = words_of(error)
         finally:
             await self.budget.give_back(at_most_usd)
         if fault is None:
@@ -226,7 +226,7 @@ class _Asker:
                     "/chat/completions", cast_to=httpx2.Response, body=body | sent, options=headers
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                message = f"{error.param or ''} {error}"
+                message = f"{error.param or ''} {words_of(error)}"
                 if attempt + 1 == LEARN_TRIES or not self.plan.options.learn(message, sent):
                     raise
         raise AssertionError("the last try returns or raises")

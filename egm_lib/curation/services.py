@@ -13,6 +13,7 @@ import openai
 from egm_lib.errors import EgmError
 from egm_lib.profile import MINI, Teacher, is_local
 
+MAX_WORDS = 500  # of an error
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 _UNSUPPORTED = re.compile(
     r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|extra (?:inputs|fields)"
@@ -120,6 +121,18 @@ def _refused_option(message: str, sent: Mapping) -> str | None:
     places = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in sent}
     found = [(match.start(), name) for name, match in places.items() if match]
     return min(found)[1] if found else None
+
+
+def words_of(error: Exception) -> str:
+    """What went wrong, in one line of at most MAX_WORDS characters.
+
+    The client's own words lack what a service says in another field than error.message, such as
+    FastAPI's "detail".
+    """
+    body = getattr(error, "body", None)
+    told = not body or (isinstance(body, Mapping) and isinstance(body.get("message"), str))
+    words = f"{error}" if told else f"{error}: {body}"
+    return " ".join(f"{type(error).__name__}: {words}".split())[:MAX_WORDS]
 
 
 def refuses_everything(error: Exception) -> str | None:

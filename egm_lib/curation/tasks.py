@@ -20,9 +20,10 @@ from egm_lib.curation.marks import (
     opened,
 )
 from egm_lib.files import digest, file_digest, writable
-from egm_lib.parsing import split_reasoning
+from egm_lib.parsing import last_answer, split_reasoning
 
 CAUSES = ("COMPLEX-PROMPT", "AMBIGUOUS-IMAGE", "SMALL-OBJECT", "GT-ERROR", "OTHER")  # Table 1
+_END_TOKENS = re.compile(r"(?:\s*(?:<\|\w{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,13 @@ def _box_px(box: tuple[float, ...] | None) -> str:
 
 
 def after_thinking(reply: str) -> str:
-    """What follows the reasoning of a model that thinks within its reply; "" where nothing does."""
+    """What follows the reasoning of a model that thinks within its reply; "" where nothing does.
+
+    Of an answer in <answer> tags it is what they hold. A token that ends an answer is none of its
+    words, though some servers send it.
+    """
     _, start = split_reasoning(reply)
-    return "" if start is None else reply[start:].strip()
+    return "" if start is None else _END_TOKENS.sub("", last_answer(reply[start:])).strip()
 
 
 def _text(reply: str) -> str | None:

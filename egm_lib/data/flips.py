@@ -59,7 +59,8 @@ _RIGHT_ADVERB = re.compile(
 # safely.
 _UNSURE = re.compile(
     r"\b(?:clock|clockwise|counter-?clockwise|anti-?clockwise|o'?clock|mirrored|"
-    r"(?:north|south)?-?(?:east|west)(?:ern|ward|wards)?|starboard|southpaw|"
+    r"(?:north|south)?-?(?:east|west)(?:ern|erly|ward|wards|most|ernmost)?|southpaw|"
+    r"starboard|portside|port[ -]side|(?:to|on) port|\d{1,2}:\d\d|"
     r"l|r|lt|rt|lft|rgt|rght|lhs|rhs|lef|leff|rigt|rigth|rihgt|rite)\b"
 )
 # Sides in other languages that are English words too, or look like two of them
@@ -88,7 +89,7 @@ def mirror_expression(expression: str) -> str | None:
     other word must be known to be free of sides. So the result is None
     - if "left" may be a verb ("the man who left", "slice left on the plate"),
     - if "right" may be no side ("right behind"),
-    - for abbreviations, compass points and directions of rotation,
+    - for abbreviations, compass points, sides of a ship and directions of rotation,
     - for a word that is neither in `english_words.txt` nor made of two that are: it may be of
       another language, or misspelt,
     - for a word that is one edit away from left or right ("lift").

@@ -60,16 +60,19 @@ def load_jsonl(
     height.
 
     image_root: put before every image's name.
-    counts: receives the number of rows that are left out because no object fits ("empty_case").
+    counts: receives the number of rows that are left out and why: no object fits ("empty_case"),
+    the box has no area, or the expression is blank.
     image_id is the COCO number in the image's name, else the name.
     Raises FileNotFoundError, or SampleError with file, row and reason.
     """
     path = Path(path)
     table = _read_rows(path)
-    empty_N = pc.fill_null(pc.struct_field(table["categories"], "empty_case"), False)
-    row_numbers_N = 1 + np.flatnonzero(~np.asarray(empty_N))
-    table = table.take(row_numbers_N - 1)
-    report_left_out(str(path), +Counter({"no object fits": len(empty_N) - len(table)}), counts)
+    left_out, row_numbers_N = Counter(), 1 + np.arange(len(table))
+    for reason, unusable in _UNUSABLE.items():
+        odd_N = unusable(table)
+        left_out[reason] = int(odd_N.sum())
+        row_numbers_N, table = row_numbers_N[~odd_N], table.filter(pa.array(~odd_N))
+    report_left_out(str(path), +left_out, counts)
     prefix = "" if image_root is None else f"{Path(image_root)}/"
     numbers = pc.utf8_lpad(pc.cast(pa.array(row_numbers_N), pa.string()), 6, "0")
     absolute = pc.starts_with(table["image"], "/")
@@ -84,14 +87,52 @@ def load_jsonl(
         "image": image,
         "width": table["width"],
         "height": table["height"],
-        "expression": pc.utf8_trim_whitespace(pc.coalesce(table["sent"], table["normal_caption"])),
-        "gt_box": table["bbox"]
-        if table["solution"].null_count == len(table)
-        else table["solution"],
+        "expression": _expressions(table),
+        "gt_box": _boxes(table),
         "image_id": image_ids(table["image"]),
         "flipped": pc.fill_null(pc.match_substring_regex(table["image"], _MIRRORED_FOLDER), False),
     }
     return table_to_dataset(pa.table(columns), str(path), row_numbers_N)
+
+
+def _expressions(table: pa.Table) -> pa.ChunkedArray:
+    return pc.utf8_trim_whitespace(pc.coalesce(table["sent"], table["normal_caption"]))
+
+
+def _boxes(table: pa.Table) -> pa.ChunkedArray:
+    return table["bbox"] if table["solution"].null_count == len(table) else table["solution"]
+
+
+def _no_object_fits(table: pa.Table) -> np.ndarray:
+    return _mask(pc.struct_field(table["categories"], "empty_case"))
+
+
+def _is_blank(table: pa.Table) -> np.ndarray:
+    return _mask(pc.equal(_expressions(table), ""))
+
+
+def _has_no_area(table: pa.Table) -> np.ndarray:
+    """Whether a box has a side of length 0. Swapped corners, such as boxes as x, y, width and
+    height have, are another matter: the file is refused for them.
+    """
+    boxes = _boxes(table)
+    no_area_N = _mask(pc.equal(pc.list_value_length(boxes), 4))
+    x1, y1, x2, y2 = pc.list_flatten(boxes.filter(pa.array(no_area_N))).to_numpy().reshape(-1, 4).T
+    no_area_N[no_area_N] = (x1 == x2) | (y1 == y2)
+    return no_area_N
+
+
+def _mask(column: pa.ChunkedArray) -> np.ndarray:
+    """Truth values as a writable array; null is false."""
+    return np.array(pc.fill_null(column, False), dtype=bool)
+
+
+# What is left out, as the reader of RefCOCO's own files does
+_UNUSABLE = {
+    "no object fits": _no_object_fits,
+    "no area": _has_no_area,
+    "blank sentence": _is_blank,
+}
 
 
 def image_ids(images: pa.ChunkedArray) -> pa.ChunkedArray:

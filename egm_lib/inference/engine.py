@@ -6,12 +6,14 @@ answer. An engine that cannot do this raises an error.
 """
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
+from egm_lib.data import open_image, resolve_image
 from egm_lib.profile import Sampling
 from egm_lib.prompts import Family
 
@@ -60,6 +62,18 @@ class Answer:
         """No answer, and why: an exception, or a sentence."""
         why = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         return cls("", None, None, None, "error", error=why)
+
+
+def request_of(sample: Mapping, family: Family, root: Path, prompt: str) -> Request | Answer:
+    """What an engine is asked about a sample; a failed Answer where the image cannot be read.
+
+    root: the data root that images are relative to. prompt: the name of one of the family's.
+    """
+    try:
+        image = open_image(resolve_image(sample, root))
+    except (OSError, ValueError) as error:
+        return Answer.failed(error)
+    return Request(image, family.prompt(sample["expression"], sample["task"], name=prompt))
 
 
 class Engine(Protocol):

@@ -8,9 +8,8 @@ import torch
 import tqdm
 import transformers
 
-from egm_lib.data import open_image, resolve_image
 from egm_lib.files import write_jsonl
-from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request
+from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, request_of
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.profile import Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
@@ -40,7 +39,8 @@ def measure_latency(
     images, so that nothing measured was seen before. Concurrency 64 is 64 requests on the
     way to an endpoint at any time, and a batch of 64 for the other engines, whose answers come
     together; it is left out where there are fewer samples than that. Images are read before the
-    clock starts; their preprocessing and the chat template are inside it.
+    clock starts; their preprocessing and the chat template are inside it. An image that cannot be
+    read, or an engine error, marks its row.
     """
     about = {
         "model": model,
@@ -62,30 +62,29 @@ def measure_latency(
             continue
         chosen = random.Random(seed).sample(list(samples), number)
         unmeasured = _others(samples, chosen, seed)[:num_warmup]
-        warm, requests = (
-            [
-                Request(
-                    open_image(resolve_image(sample, root)),
-                    engine.family.prompt(sample["expression"], sample["task"], name=prompt),
-                )
-                for sample in part
-            ]
+        warm, asked = (
+            [request_of(sample, engine.family, root, prompt) for sample in part]
             for part in (unmeasured, chosen)
+        )
+        warm, requests = (
+            [each for each in part if isinstance(each, Request)] for part in (warm, asked)
         )
         engine.batch_size = concurrency
         list(engine.answer(warm, sampling, reasoning=reasoning))
         # It keeps to its batch_size itself
-        wave = len(requests) if isinstance(engine, OpenAIEngine) else concurrency
+        wave = max(1, len(requests)) if isinstance(engine, OpenAIEngine) else concurrency
         answers: list[Answer] = []
         with tqdm.tqdm(
             total=number, desc=f"latency {model}, {concurrency} at a time", mininterval=5
         ) as bar:
-            for start in range(0, number, wave):
+            for start in range(0, len(requests), wave):
                 for answer in engine.answer(
                     requests[start : start + wave], sampling, reasoning=reasoning
                 ):
                     answers.append(answer)
                     bar.update()
+        measured = iter(answers)
+        answers = [each if isinstance(each, Answer) else next(measured) for each in asked]
         rows += [
             {
                 "sample_id": sample["sample_id"],

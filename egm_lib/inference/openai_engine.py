@@ -14,7 +14,7 @@ import openai
 from PIL import Image
 
 from egm_lib.curation.replies import ChatReply, read_reply, read_stream
-from egm_lib.curation.services import AcceptedOptions
+from egm_lib.curation.services import AcceptedOptions, words_of
 from egm_lib.errors import InputError
 from egm_lib.inference.answer_form import (
     ANSWER_PATTERNS,
@@ -136,7 +136,7 @@ class OpenAIEngine:
         # Not every version of the client wraps its transport's errors within a stream. ValueError
         # and RecursionError: it was sent something that calls itself JSON and is not.
         except (openai.OpenAIError, httpx2.HTTPError, ValueError, RecursionError) as error:
-            return Answer.failed(error)
+            return Answer.failed(words_of(error))
         if reply.error is not None:
             return Answer.failed(reply.error)
         latency_ms = (time.perf_counter() - start) * 1000
@@ -203,7 +203,7 @@ class OpenAIEngine:
                     return read_reply(completion)
                 return read_stream(completion, self._teller(request, reasoning))
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if not self._learn(f"{error.param or ''} {error}", names):
+                if not self._learn(f"{error.param or ''} {words_of(error)}", names):
                     raise
         raise InputError(f"{self.base_url} refuses one option after another: {self.accepted.notes}")
 

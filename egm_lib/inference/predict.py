@@ -24,12 +24,12 @@ import torch
 import tqdm
 
 from egm_lib.cli import ends, run_of, run_parser
-from egm_lib.data import eval_splits, open_image, read_eval, resolve_image, split_id
+from egm_lib.data import eval_splits, read_eval, split_id
 from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
-from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request
+from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, request_of
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
@@ -183,7 +183,7 @@ def _answer_rows(
     prompt: str,
 ) -> Iterator[dict]:
     """A row of each sample, in order. Images are decoded while the engine answers earlier ones."""
-    request = partial(_request, engine=engine, root=root, prompt=prompt)
+    request = partial(request_of, family=engine.family, root=root, prompt=prompt)
     ahead = _window(engine) or engine.batch_size
     with contextlib.closing(
         _map_ahead(request, (sample for part in parts for sample in part), ahead)
@@ -200,15 +200,6 @@ def _answer_rows(
                 yield _row(sample, answer, engine, stamp, prompt)
             for sample, failure in waiting:
                 yield _row(sample, failure, engine, stamp, prompt)
-
-
-def _request(sample: Mapping, engine: Engine, root: Path, prompt: str) -> Request | Answer:
-    """What the engine is asked; a failed Answer where the image cannot be read."""
-    try:
-        image = open_image(resolve_image(sample, root))
-    except (OSError, ValueError) as error:
-        return Answer.failed(error)
-    return Request(image, engine.family.prompt(sample["expression"], sample["task"], name=prompt))
 
 
 def _valid_requests(

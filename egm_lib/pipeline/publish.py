@@ -56,8 +56,17 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
 
 
 def tasks_of(notebook: Path) -> Sequence[Task]:
-    """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all."""
-    return read_notebook(notebook).metadata.get("egm", {}).get("tasks", TASKS)
+    """The tasks that a notebook is for: those in its metadata, under egm.tasks, or else all.
+    Raises ReproduceError for metadata of another shape.
+    """
+    ours = read_notebook(notebook).metadata.get("egm", {})
+    tasks = ours.get("tasks", TASKS) if isinstance(ours, dict) else None
+    if not isinstance(tasks, list | tuple) or not all(task in TASKS for task in tasks):
+        raise ReproduceError(
+            f'{notebook}: its metadata "egm" is {json.dumps(ours)}, not an object whose "tasks" '
+            f"are a list of {', '.join(TASKS)}: put it back with `git checkout`"
+        )
+    return tasks
 
 
 def clean(path: Path) -> None:
@@ -98,7 +107,7 @@ def publish(run: Run) -> None:
         copy = published.with_name(f"{published.name}.tmp")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(made, copy)
-        if published.exists():
+        if published.exists():  # not where an earlier publication was killed at this place
             shutil.rmtree(published)
         copy.rename(published)
     card = {name: stated.get(name) for name in ("profile", "seeds", "git", "hardware")}

@@ -41,7 +41,7 @@ from egm_lib.pipeline.verdict import verdict
 from egm_lib.profile import load_profile
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import build_tables
-from egm_lib.reports.tables.cells import is_summary, read_summary
+from egm_lib.reports.tables.cells import read_summary
 from egm_lib.run import Run
 
 KERNEL = "python3"
@@ -229,7 +229,6 @@ def _show_results(run: Run) -> None:
     The tables are made again, since the manifest is complete only now.
     """
     committed = committed_json(f"figures/{run.profile.name}/summary.json")  # also after --publish
-    committed = committed if is_summary(committed) else None
     evaluation = run.profile.evaluation
     build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
     summary = read_summary(run.figures / "summary.json")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from egm_lib.reports.tables.cells import is_summary
+
 IDENTICAL, WITHIN, OUTSIDE, NOT_RUN = "identical", "within the interval", "outside", "not run"
 GROUPS = (("acc_at_50", "vanilla"), ("amodal_acc_at_50", "amodal"), ("differences", "difference"))
 
@@ -16,6 +18,8 @@ def verdict(yours: Mapping, committed: Mapping | None) -> str:
     """The comparison as Markdown. yours, committed: contents of summary.json (shares in 0..1)."""
     if committed is None:
         return "No results of this profile are committed, so there is nothing to compare with."
+    if not is_summary(committed):
+        return "The committed summary.json has another shape, so there is nothing to compare with."
     lines = ["| | yours | committed | same? |", "|---|---|---|---|"]
     counts = dict.fromkeys((IDENTICAL, WITHIN, OUTSIDE, NOT_RUN), 0)
     for name, mine, theirs in _pairs(yours, committed):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 from egm_lib.errors import InputError
 from egm_lib.evaluation.statistics import sample_fixed
@@ -47,8 +48,8 @@ def outcomes(root: Path, stage: str) -> Outcomes | None:
     """Outcomes of a stage, such as "trace" or "verify-train"; None if it was not run."""
     path = root / "curation" / f"{stage}.jsonl"
     if not path.is_file():
-        stored = _stored(root, "outcomes").get(stage)
-        return stored and _as(Outcomes, stored, root)
+        stored = _stored(root, "outcomes")
+        return _as(Outcomes, stored[stage], root) if stage in stored else None
     counts, dropped = Counter(), Counter()
     for row in iter_jsonl(path):
         status = str(row.get("status"))
@@ -62,8 +63,8 @@ def trace_counts(root: Path, task: str) -> TraceCounts | None:
     """Counts of the samples with traces of a task; None if there are none."""
     path = root / "traces" / f"{task}.jsonl"
     if not path.is_file():
-        stored = _stored(root, "traces").get(task)
-        return stored and _as(TraceCounts, stored, root)
+        stored = _stored(root, "traces")
+        return _as(TraceCounts, stored[task], root) if task in stored else None
     samples, words, images = 0, 0, set()
     for row in iter_jsonl(path):
         samples, words = samples + 1, words + len(str(row.get("reasoning") or "").split())
@@ -76,6 +77,8 @@ def example_traces(root: Path, task: str) -> list[dict]:
     path = root / "traces" / f"{task}.jsonl"
     if not path.is_file():
         rows = _stored(root, "examples").get(task, [])
+        if not isinstance(rows, list):
+            raise InputError(f"{root / SUMMARY}: {rows!r} are no examples; {RESTORE}")
         return [row for row in rows if _is_example(row)]
     return sample_fixed([row for row in iter_jsonl(path) if _is_example(row)], EXAMPLES)
 
@@ -105,13 +108,21 @@ def _stored(root: Path, part: str) -> dict:
     return {} if stored is None else stored[part]
 
 
-def _as(kind: type, stored: dict, root: Path) -> Outcomes | TraceCounts:
-    try:
-        return kind(**stored)
-    except TypeError as error:
+def _as(kind: type, stored: object, root: Path) -> Outcomes | TraceCounts:
+    """Raises InputError where the values do not fit the fields."""
+    hints = get_type_hints(kind)
+    if (
+        not isinstance(stored, dict)
+        or stored.keys() != hints.keys()
+        or not all(
+            isinstance(stored[name], get_origin(hint) or hint) for name, hint in hints.items()
+        )
+        or not all(isinstance(count, int) for count in stored.get("dropped", {}).values())
+    ):
         raise InputError(
-            f"{root / SUMMARY}: {stored} does not describe {kind.__name__}; {RESTORE}"
-        ) from error
+            f"{root / SUMMARY}: {stored!r} does not describe {kind.__name__}; {RESTORE}"
+        )
+    return kind(**stored)
 
 
 def _is_example(row: object) -> bool:

@@ -99,8 +99,8 @@ def read_groups(path: Path) -> list[dict]:
 
 
 def _is_group(row: Mapping) -> bool:
-    """Whether a row has completions, and a reward and an advantage for each."""
-    kinds = {"completions": str, "rewards": int | float, "advantages": int | float}
+    """Whether a row has completions (null: without text), each with a reward and an advantage."""
+    kinds = {"completions": str | None, "rewards": int | float, "advantages": int | float}
     lists = [row.get(name) for name in kinds]
     return (
         isinstance(row.get("step"), int)

@@ -72,6 +72,14 @@ def test_the_parser_bank_comes_out_as_expected():
             "<|begin_of_thought|>[5, 6, 7, 8]<|end_of_thought|>[1, 2, 3, 4]",  # Virgo
             (1, 2, 3, 4),
         ),
+        (
+            "<|START_THINKING|>[5, 6, 7, 8]<|END_THINKING|>[1, 2, 3, 4]",  # Cohere
+            (1, 2, 3, 4),
+        ),
+        ("<longcat_think>[5, 6, 7, 8]</longcat_think>[1, 2, 3, 4]", (1, 2, 3, 4)),  # LongCat
+        ("<|think|>[5, 6, 7, 8]<|/think|>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("<thinking_process>[5, 6, 7, 8]</thinking_process>[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ("[1, 2, 3, 4] <end_think_tank> <|process|>", (1, 2, 3, 4)),  # no tags of reasoning
         ('<think step="1">[5, 6, 7, 8]</think>[1, 2, 3, 4]', (1, 2, 3, 4)),
         ("<think>[5, 6, 7, 8]<\\/think>[1, 2, 3, 4]", (1, 2, 3, 4)),  # as JSON writes a slash
         ("[Think] of a box: [1, 2, 3, 4]", (1, 2, 3, 4)),  # a word in brackets is no tag
@@ -160,6 +168,8 @@ def test_answers(answer, box):
         ("<think step='1'>at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("\u25c1think\u25b7at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("[THINK]at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<|START_THINKING|>at [1, 2, 3, 4]", "unclosed_reasoning"),
+        ("<longcat_think>at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("<seed:think>at [1, 2, 3, 4]", "unclosed_reasoning"),
         ("<think>at [1, 2, 3, 4] <answer>[5, 6, 7, 8]</answer>", "unclosed_reasoning"),
         ("a</think>[1, 2, 3, 4]<think>or", "unclosed_reasoning"),  # thinking again: no final answer

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,13 @@ def test_released_differs_only_where_the_scripts_do():
             },
             ["odd.evaluation.prompt", "internvl-3", "authors-eval"],
         ),
+        ({"generation": {"extra_body": ["a"]}}, ["odd.generation.extra_body", "expected fields"]),
+        ({"generation": {"extra_body": {"a": float("nan")}}}, ["generation.extra_body", "JSON"]),
+        ({"generation": {"extra_body": {"a": date(2026, 1, 1)}}}, ["extra_body", "JSON"]),
+        ({"generation": {"extra_body": {1: 2}}}, ["odd.generation.extra_body: 1 is no field"]),
+        # Another model's answers would be filed under this one's name
+        ({"generation": {"extra_body": {"model": "b"}}}, ["odd.generation.extra_body: 'model'"]),
+        ({"curation": {"teacher": {"extra_body": {"n": 4}}}}, ["teacher.extra_body: 'n'"]),
         ({"models": {"small": {"family": "qwen"}}}, ["odd.models.small.family", "'qwen3-vl'"]),
     ],
 )

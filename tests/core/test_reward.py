@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -114,7 +115,7 @@ def test_a_null_solution_earns_nothing():
 NAN = float("nan")  # what pandas makes of an empty cell
 
 
-@pytest.mark.parametrize("empty", [None, NAN])
+@pytest.mark.parametrize("empty", [None, NAN, np.float32("nan"), pd.NA, pd.array([None, 1])[0]])
 def test_empty_cells_of_a_table_mean_not_given(empty):
     answer = "[100, 200, 300, 350]"  # IoU 0.75
     assert egm_reward([answer], [GT], [WH], frame=empty, weight=empty) == pytest.approx([0.875])

@@ -8,6 +8,7 @@ import pytest
 from curation_world import completion, make_root, service
 
 from egm_lib.curation import batch
+from egm_lib.curation.services import CurationError
 
 
 class BatchService:
@@ -280,3 +281,74 @@ def test_a_batch_refused_for_an_option_is_sent_without_it(tmp_path, run, monkeyp
     report = run("trace", make_root(tmp_path, 5), service(theirs, monkeypatch), batch=True)
     assert report.kept == 5 and report.failed == 0 and len(theirs.batches) == 2
     assert sent[1] == {"model", "messages", "temperature", "max_completion_tokens"}
+
+
+class OddService(LimitedService):
+    """Says odd things of its batches once they have ended."""
+
+    def __init__(self, change, times=10**9):
+        super().__init__(100, "")
+        self.change, self.times = change, times
+
+    def __call__(self, request):
+        response = super().__call__(request)
+        ended = (
+            request.url.path.startswith("/v1/batches/") and b"in_progress" not in response.read()
+        )
+        if not ended or self.times == 0:
+            return response
+        self.times -= 1
+        if isinstance(self.change, bytes):
+            headers = {"Content-Type": "application/json"}
+            return httpx2.Response(200, content=self.change, headers=headers)
+        return httpx2.Response(200, json=response.json() | self.change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"errors": odd} for odd in ("lost", [], [{"message": "x"}], {"data": [None]}, 7)),
+        *({"errors": {"data": odd}} for odd in ("x", [{"code": 7, "message": None}])),
+        {"error_file_id": 7},
+        {"metadata": None},
+    ],
+)
+def test_odd_fields_of_a_batch_do_not_lose_its_answers(tmp_path, run, monkeypatch, change):
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    asked = service(OddService(change), monkeypatch)
+    assert run("trace", make_root(tmp_path, 4), asked, batch=True).kept == 4
+
+
+@pytest.mark.parametrize("change", [b"null", b"[]", b'"x"', b"<html>", b"", {"status": None}])
+def test_what_is_no_batch_is_asked_for_again(tmp_path, run, monkeypatch, change):
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    asked = service(OddService(change, times=2), monkeypatch)
+    assert run("trace", make_root(tmp_path, 4), asked, batch=True).kept == 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"errors": {"data": [None]}}, {"errors": "no room"}, {"output_file_id": 7}]
+)
+def test_a_failed_batch_without_a_reason_fails_its_own_samples(tmp_path, run, monkeypatch, change):
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    failed = OddService({"status": "failed", "output_file_id": None, **change})
+    report = run("trace", make_root(tmp_path, 4), service(failed, monkeypatch), batch=True)
+    assert report.failed == 4 and report.kept == 0
+    well = service(LimitedService(100, ""), monkeypatch)
+    assert run("trace", make_root(tmp_path, 4), well, batch=True).kept == 4  # asked again
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+def test_a_submission_without_an_id_is_one_sentence(tmp_path, run, monkeypatch, path):
+    theirs = LimitedService(100, "")
+
+    def odd(request):
+        response = theirs(request)
+        here = request.url.path == path and request.method == "POST"
+        return httpx2.Response(200, json={"id": None}) if here else response
+
+    with pytest.raises(CurationError, match="without an id; run again"):
+        run("trace", make_root(tmp_path, 4), service(odd, monkeypatch), batch=True)
+    monkeypatch.setattr(batch, "POLL_S", 0.01)
+    report = run("trace", make_root(tmp_path, 4), service(theirs, monkeypatch), batch=True)
+    assert report.kept == 4 and len(theirs.batches) == 1  # nothing is submitted twice

@@ -80,6 +80,13 @@ def test_reading_an_answer(task, text, answer):
         ("trace", "<think>Look.</think>The left\none.", "The left one."),
         ("amodal-expression", "<think>a cup</think>\nThe Left Cup.", "the left cup"),
         ("trace", "<think>cut off within", None),
+        # Tags and end tokens would become a part of the SFT data
+        ("trace", "<think>Look.</think>\n<answer>The left one.</answer>", "The left one."),
+        ("amodal-expression", "<answer>a cup</answer>", "a cup"),
+        ("verify", "<think>a</think><Answer>NO</Answer>", "NO"),
+        ("verify", "YES<|im_end|>\n", "YES"),
+        ("trace", "The left one.</s><|endoftext|>", "The left one."),
+        ("trace", "<answer></answer>", None),
     ],
 )
 def test_what_follows_the_reasoning_is_the_answer(task, text, answer):

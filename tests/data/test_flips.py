@@ -97,6 +97,11 @@ DOUBTFUL = [
     "dog ← of the cat",
     "dog 👉",
     "east side",
+    "westmost cow",
+    "westerly window",
+    "door on the port side",  # of a boat
+    "portside cabin",
+    "hand at 3:00",
     "bltznrk dog",
 ]
 

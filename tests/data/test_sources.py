@@ -237,6 +237,29 @@ def test_what_stands_before_a_json_list_or_lines_does_not_matter(tmp_path, befor
     assert samples["expression"][:] == ["left\u2028man"] * 2
 
 
+@pytest.mark.parametrize("form", ["jsonl", "list"])
+def test_rows_without_area_or_words_are_left_out_and_counted(tmp_path, form):
+    """As in RefCOCO's own files. A row keeps the number that it has in the file."""
+    changes = [{}, {"bbox": [5, 2, 5, 40]}, {"sent": " "}, {"bbox": [1, 7, 3, 7]}, {"sent": "dog"}]
+    rows = [LINE | change for change in changes]
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(rows) if form == "list" else "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    counts = Counter()
+    samples = load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val", counts=counts)
+    assert samples["sample_id"][:] == ["refcoco-val-000001", "refcoco-val-000005"]
+    assert counts == {"no area": 2, "blank sentence": 1}
+
+
+@pytest.mark.parametrize("bbox", [[30, 2, 10, 40], [NAN, 2, 10, 40], None, [1, 2, None, 4]])
+def test_a_box_that_is_none_is_named_in_jsonl(tmp_path, bbox):
+    """Boxes as x, y, width and height look like swapped corners here and there."""
+    rows = [LINE, LINE | {"bbox": bbox}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SampleError, match="row 2"):
+        load_jsonl(tmp_path / "a.jsonl", dataset="refcoco", split="val")
+
+
 def test_a_file_without_rows_has_no_samples(tmp_path):
     for content in (b"", b"\n", b"\xef\xbb\xbf", b"[]"):
         (tmp_path / "a.jsonl").write_bytes(content)

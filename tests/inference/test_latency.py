@@ -32,6 +32,20 @@ def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
 
 
+def test_an_image_that_cannot_be_read_marks_its_row_and_the_others_are_measured(images):
+    (images / "1.png").write_bytes(b"not an image")  # of every third sample
+    options = {"out": images / "l.jsonl", "model": "m", "root": images, "sampling": GREEDY}
+    samples = [sample(number) for number in range(40)]
+    rows = measure_latency(samples, FakeEngine(), concurrencies=(1, 4), **options)
+    images_of = {each["sample_id"]: each["image"] for each in samples}
+    for row in rows:
+        odd = images_of[row["sample_id"]] == "1.png"
+        assert (row["latency_ms"] is None) == odd == (row["finish_reason"] == "error")
+        assert ("1.png" in (row["error"] or "")) == odd
+    assert {row["concurrency"] for row in rows} == {1, 4}
+    assert 0 < sum(row["error"] is None for row in rows) < len(rows)
+
+
 class Asked(FakeEngine):
     """Keeps what it is asked."""
 

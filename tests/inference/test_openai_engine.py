@@ -213,6 +213,26 @@ def test_what_a_service_refuses_is_learned_once(capsys):
     assert capsys.readouterr().out.count("the service refuses") == 3
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        # What FastAPI, older vLLM and small servers send
+        {"detail": [{"type": "extra_forbidden", "loc": ["body", "top_k"], "msg": "not permitted"}]},
+        {"object": "error", "message": "unsupported: top_k", "code": 400},
+        {"error": "unknown field top_k"},
+        ["unexpected top_k"],
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_refusal_is_understood_wherever_the_service_words_it(body, status):
+    def respond(sent):
+        return httpx2.Response(status, json=body) if "top_k" in sent else completion()
+
+    assert ask(endpoint(respond)).error is None
+    stubborn = ask(endpoint(lambda sent: httpx2.Response(status, json=body)))
+    assert stubborn.finish_reason == "error" and "top_k" in stubborn.error  # says what and why
+
+
 def test_a_refusal_of_the_sample_itself_marks_its_row():
     respond = refusing({"messages": "The image is too large"}, bodies := [])
     answer = ask(endpoint(respond))

@@ -8,7 +8,7 @@ import pytest
 from engine_world import FakeEngine, run, sample
 
 from egm_lib.data.records import Prediction
-from egm_lib.evaluation.scoring import SCORING_COLUMNS
+from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
 from egm_lib.inference import predict as predict_module
 from egm_lib.inference.predict import EngineFailure
 from egm_lib.prompts import FAMILIES
@@ -60,6 +60,24 @@ def test_a_killed_run_continues_and_leaves_the_same_file(images):
         assert out.read_text() == whole.read_text()
         # What is finished is not asked again, but for one window
         assert engine.asked < 50 - kept + 16
+
+
+def test_a_run_killed_before_its_first_rows_leaves_an_empty_file_that_is_none(images):
+    """Tables and the viewer find no row in it; the next run fills it."""
+    samples = [sample(number) for number in range(3)]
+    run(FakeEngine(), samples, images, images / "whole.jsonl")
+    folder = images / "predictions"
+    out = folder / "small-base" / "refcoco_val.jsonl"
+
+    def killed(prompt):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeEngine(killed), samples, images, out)
+    assert out.read_bytes() == b""
+    assert load_predictions(folder).empty and score(load_predictions(folder)).empty
+    run(FakeEngine(), samples, images, out)
+    assert out.read_text() == (images / "whole.jsonl").read_text()
 
 
 def test_a_damaged_row_is_asked_again(images):

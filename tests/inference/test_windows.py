@@ -9,8 +9,8 @@ import pytest
 from engine_world import GREEDY, FakeEngine, sample
 from PIL import Image
 
-from egm_lib.inference import predict as predict_module
-from egm_lib.inference.engine import Answer
+from egm_lib.inference import engine as engine_module
+from egm_lib.inference.engine import Answer, Request
 from egm_lib.inference.openai_engine import AHEAD_BATCHES, OpenAIEngine
 from egm_lib.inference.predict import EngineFailure, _map_ahead, predict
 
@@ -68,7 +68,7 @@ def test_an_endpoint_is_not_asked_without_end_for_one_slow_answer():
     def requests():
         for number in range(200):
             taken.append(number)
-            yield predict_module.Request(Image.new("RGB", (8, 8)), f"number {number} of all")
+            yield Request(Image.new("RGB", (8, 8)), f"number {number} of all")
 
     answers = Endpoint(respond).answer(requests(), GREEDY)
     threading.Timer(0.5, slow.set).start()
@@ -108,7 +108,7 @@ def test_an_endpoint_that_fails_everywhere_is_not_asked_to_the_end(images):
 def test_images_are_decoded_while_the_engine_answers(images, monkeypatch):
     """The engine gives no answer before an image of its next window is open."""
     opened, next_window = [], threading.Event()
-    plain = predict_module.open_image
+    plain = engine_module.open_image
 
     def open_image(path):
         opened.append(path)
@@ -122,7 +122,7 @@ def test_images_are_decoded_while_the_engine_answers(images, monkeypatch):
                 assert next_window.wait(PATIENCE_S)
             yield from super().answer(requests, sampling, reasoning=reasoning)
 
-    monkeypatch.setattr(predict_module, "open_image", open_image)
+    monkeypatch.setattr(engine_module, "open_image", open_image)
     samples = [sample(number) for number in range(20)]
     predict(samples, Waiting(), out=images / "o.jsonl", root=images, **STAMP)
     assert len(opened) == 20

@@ -12,6 +12,7 @@ from trace_world import write_rows
 
 from egm_lib import cli
 from egm_lib.data.fetch import FetchError
+from egm_lib.errors import InputError
 from egm_lib.files import read_jsonl
 from egm_lib.pipeline import archive
 from egm_lib.profile import load_profile
@@ -88,6 +89,35 @@ def test_new_curated_data_counts_before_the_archived_summary(run):
     write_rows(run.traces("amodal"), [{"reasoning": "two words", "image_id": "1"}])
     assert curated.trace_counts(run.root, "amodal") == curated.TraceCounts(1, 1, 2)
     assert curated.trace_counts(run.root, "vanilla").samples > 1  # not curated again
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [],
+        {},
+        {"outcomes": [], "traces": {}, "examples": {}},
+        {"outcomes": {"trace": None}},
+        {"outcomes": {"trace": [1, 2]}},
+        {"outcomes": {"trace": {"kept": 1}}},
+        {"outcomes": {"trace": {"kept": 1, "failed": 0, "dropped": ["echo"]}}},
+        {"outcomes": {"trace": {"kept": 1, "failed": 0, "dropped": {"echo": None}}}},
+        {"traces": {"amodal": {"samples": "many", "images": 1, "words": 1}}},
+        {"examples": {"amodal": 3}},
+    ],
+)
+def test_an_archived_summary_of_another_shape_is_one_sentence(tmp_path, odd):
+    good = {
+        "outcomes": {"trace": {"kept": 1, "failed": 0, "dropped": {"echo": 2}}},
+        "traces": {"amodal": {"samples": 1, "images": 1, "words": 5}},
+        "examples": {"amodal": [{"reasoning": "without an image"}, None]},
+    }
+    file = tmp_path / curated.SUMMARY
+    file.write_text(json.dumps(good))
+    assert curated.summary(tmp_path) == {**good, "examples": {"amodal": []}}
+    file.write_text(json.dumps({**good, **odd} if odd and len(odd) == 1 else odd))
+    with pytest.raises(InputError, match=f"{curated.SUMMARY}.*; {curated.RESTORE}"):
+        curated.summary(tmp_path)
 
 
 def test_nothing_is_written_over_and_a_broken_archive_leaves_nothing(run):

@@ -5,6 +5,7 @@ clear sentence.
 import fcntl
 import hashlib
 import json
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -12,6 +13,9 @@ from dataclasses import replace
 import nbformat
 import papermill
 import pytest
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.parameterize import parameterize_path
 from roots import use_root
 
 from egm_lib.errors import InputError
@@ -168,6 +172,47 @@ def test_a_failing_notebook_is_named_with_its_reason(project):
     assert again(run, ran) == ["01_b", "02_c"]
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (DeadKernelError("Kernel died"), "01_b: its kernel died, most often because memory"),
+        (NoSuchKernel("python3"), "no Jupyter kernel 'python3'; `make setup` installs"),
+        (RuntimeError("Kernel didn't respond in 60 seconds"), "01_b: its kernel cannot start: .*"),
+    ],
+)
+def test_a_kernel_that_dies_or_cannot_start_is_one_sentence(project, error, sentence):
+    run, ran, does, _ = project
+
+    def fail():
+        raise error
+
+    does["01_b"] = fail
+    with pytest.raises(ReproduceError, match=sentence):
+        reproduce(run)
+    does.clear()
+    assert again(run, ran) == ["01_b", "02_c"]  # what was finished is kept
+
+
+def test_papermill_gets_the_paths_of_an_odd_folder_unchanged(tmp_path, monkeypatch):
+    """It fills {name} in a path with a parameter, and stops at a name that is none."""
+    root = tmp_path / "a {seed}; 'b' {} {{c}} \"d\""
+    (root / "notebooks").mkdir(parents=True)
+    write_notebook(root / "notebooks" / "00_a.ipynb", "print()")
+    use_root(monkeypatch, root)
+    monkeypatch.setattr(manifest, "_hardware", dict)
+    run = Run(load_profile("smoke"), 0)
+
+    def execute(source, target, parameters, **options):
+        source, target = (parameterize_path(path, parameters) for path in (source, target))
+        assert source == str(root / "notebooks" / "00_a.ipynb")
+        assert target == str(run.notebook("00_a.ipynb"))
+        nbformat.write(nbformat.read(source, as_version=4), target)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    reproduce(run)
+    assert json.loads(run.manifest.read_text())["stages"]["00_a"]["finished"]
+
+
 def test_two_processes_on_one_run_are_refused(project):
     run, ran, _, _ = project
     run.root.mkdir(parents=True)
@@ -298,6 +343,34 @@ def test_only_publishing_replaces_published_figures(project):
     assert (run.published / "table4.md").read_text() == "new"
 
 
+def test_a_publication_that_was_killed_is_done_again(project, monkeypatch):
+    """Killed while the old results are removed: some are left, without the card, or none."""
+    run, *_ = project
+    write_text(run.figures / "summary.json", json.dumps({"git": "first"}))
+    publish(run)
+    write_text(run.figures / "summary.json", json.dumps({"git": "second"}))
+    remove, published = shutil.rmtree, run.published
+
+    def killed(folder, **options):
+        if folder != published:
+            return remove(folder, **options)
+        (folder / "published.json").unlink(missing_ok=True)
+        if whole:
+            remove(folder)
+        raise KeyboardInterrupt
+
+    for whole in (False, True):
+        monkeypatch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(run)
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        assert published.exists() != whole
+        publish(run)
+        assert json.loads((published / "published.json").read_text())["git"] == "second"
+        assert json.loads((published / "summary.json").read_text())["git"] == "second"
+        assert not published.with_name(f"{published.name}.tmp").exists()
+
+
 def test_command_line_says_one_sentence(capsys):
     assert module.main(["--profile", "minni"]) == 2
     assert "Did you mean 'mini'" in capsys.readouterr().err
@@ -343,6 +416,18 @@ def test_a_notebook_for_another_task_is_skipped(project, capsys):
     reproduce(Run(vanilla, 0))
     assert ran == ["00_a", "02_c"]
     assert "01_b: not needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [3, None, "amodal", ["amodal"], {"tasks": "amodal"}, {"tasks": 1}])
+def test_a_notebook_for_unknown_tasks_is_one_sentence(project, odd):
+    run, ran, _, root = project
+    path = root / "notebooks" / "00_a.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.metadata["egm"] = odd
+    nbformat.write(book, path)
+    with pytest.raises(ReproduceError, match='00_a.ipynb: its metadata "egm" is .*: put it back'):
+        reproduce(run)
+    assert ran == []
 
 
 def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch):

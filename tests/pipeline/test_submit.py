@@ -37,14 +37,14 @@ def test_an_unknown_placeholder_is_named(tmp_path, monkeypatch):
 def checked(script: str) -> str:
     """The script, if a shell can read it."""
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "{{" not in script
+    assert "{{" not in script.replace("{{hours}}", "")  # which the folder's own name holds
     return script
 
 
 @pytest.fixture
 def odd_root(tmp_path, monkeypatch):
     """A project in a folder whose name a shell could misread."""
-    root = tmp_path / "a 'project' of $HOME"
+    root = tmp_path / "a 'project' of $HOME; \"x\" {y} {{hours}} `w` & \\"
     root.mkdir()
     use_root(monkeypatch, root)
     return root

@@ -5,6 +5,7 @@ import pytest
 from egm_lib.pipeline.verdict import IDENTICAL, NOT_RUN, OUTSIDE, WITHIN, verdict
 
 COMMITTED = {
+    "profile": "toy",
     "seeds": [0],
     "git": "a",
     "hardware": {"cpu": "x"},
@@ -49,3 +50,18 @@ def test_the_reason_is_named_if_it_is_known():
 
 def test_without_committed_results_there_is_nothing_to_compare():
     assert "nothing to compare" in verdict(COMMITTED, None)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"acc_at_50": 3, "amodal_acc_at_50": None},
+        {**COMMITTED, "acc_at_50": {"small-base": 0.5}},
+        {**COMMITTED, "acc_at_50": {"small-base": {"mean": 0.5}}},
+        {**COMMITTED, "differences": {"a": {"mean": 0.1, "ci95": [None, 1], "n": 3}}},
+    ],
+)
+def test_committed_results_of_another_shape_are_not_compared(odd):
+    """Such as those of an older release: the run is finished and must not end with them."""
+    assert "another shape, so there is nothing to compare" in verdict(COMMITTED, odd)

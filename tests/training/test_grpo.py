@@ -700,8 +700,9 @@ def test_rows_that_are_no_groups_are_left_out(tmp_path):
     group = {"step": 1, "completions": ["x"], "rewards": [1.0], "advantages": [0.0]}
     odd = [{}, *({**group, name: None} for name in group), {**group, "rewards": [None]}]
     odd += [{**group, "rewards": [1.0, 0.0]}, {**group, "completions": "x"}]
-    write_jsonl(tmp_path / "groups.jsonl", [*odd, group])
-    assert read_groups(tmp_path / "groups.jsonl") == [group]
+    empty = {**group, "completions": [None]}  # one completion without text is no reason
+    write_jsonl(tmp_path / "groups.jsonl", [*odd, group, empty])
+    assert read_groups(tmp_path / "groups.jsonl") == [group, empty]
 
 
 def test_profile_values_become_trl_s_options(tmp_path):
