@@ -51,14 +51,7 @@ def fig5(material: Material) -> tuple[Figure, str]:
     )
     right.margins(0.18)
     right.grid(True)
-    right.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=3,
-        fontsize=7.5,
-        markerscale=0.6,
-        columnspacing=1,
-    )
+    _legend_below(right, ncols=3, markerscale=0.6)
     note = (
         "area proportional to the number of parameters"
         if largest
@@ -116,12 +109,16 @@ def _published_latency(ax: Axes) -> None:
     )
     ax.margins(0.09)
     ax.grid(True)
+    _legend_below(ax, ncols=2, markerscale=0.7)
+
+
+def _legend_below(ax: Axes, *, ncols: int, markerscale: float) -> None:
     ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.17),
-        ncols=2,
+        ncols=ncols,
         fontsize=7.5,
-        markerscale=0.7,
+        markerscale=markerscale,
         columnspacing=1,
     )
 
