@@ -133,12 +133,12 @@ RESOLVE := .venv-lock/bin/uv pip compile --quiet pyproject.toml --python-version
 
 lock: ## the newest sets that pyproject.toml allows -> requirements.txt and requirements-gpu.txt
 	@$(PYTHON) -m venv --clear .venv-lock
-	@.venv-lock/bin/python -m pip install --quiet $(TORCH_FROM) .[dev]
+	@.venv-lock/bin/python -m pip install --quiet $(TORCH_FROM) -e .[dev]
 	@{ head -1 requirements.txt; .venv-lock/bin/python -m pip freeze --all --exclude egm_lib | grep -v '^pip==' | sed -E 's/\+cpu$$//'; } > requirements.tmp
 	@mv requirements.tmp requirements.txt
 	@.venv-lock/bin/python -m pip install --quiet uv
 	@{ head -1 requirements-gpu.txt; $(RESOLVE) --extra gpu --extra dev; } > requirements.tmp
 	@mv requirements.tmp requirements-gpu.txt && rm -rf .venv-lock
 
-clean: ## remove .venv and the runs of the smoke profile; other runs stay
-	@rm -rf .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke* .pytest_cache .ruff_cache
+clean: ## remove .venv, build/ and the runs of the smoke profile; other runs stay
+	@rm -rf build .venv .venv-lock .venv-vllm data/runs/smoke-* data/raw/smoke figures/smoke* .pytest_cache .ruff_cache

@@ -255,7 +255,7 @@ def make_grpo_trainer(
     processor.tokenizer.padding_side = "left"
     dataset = Dataset.from_list(list(rows))
     if not len(dataset):
-        raise TrainingError("there is no RL sample: the selection (notebook 05) kept none.")
+        raise TrainingError("there are no RL samples: the selection (notebook 05) kept none.")
     config = config or grpo_config(options, work, seed)
     # Without it vLLM sets memory aside for all that the model could read, 262,144 tokens of
     # Qwen3-VL-Thinking
@@ -348,7 +348,7 @@ def run_grpo(run: Run, task: str, *, output: str | None = None, prompts: str | N
             raise
         gpus = generation_of(run.profile, run.profile.models.small).tensor_parallel
         raise TrainingError(
-            f"{error} Start one, on GPUs of its own: `{server_command(start, options, gpus)}`"
+            f"{error} Start one on separate GPUs: `{server_command(start, options, gpus)}`"
         ) from error
     # The start's processor as it was: limits of a profile are not stored in a checkpoint.
     return train_to(trainer, load_processor(start, profile.models.small.family), out)

@@ -368,7 +368,7 @@ def api_key(base_url: str, variable: str) -> str:
     """The key of a service, from the environment only; local and in-process services need none."""
     if not variable.isidentifier():  # not shown: it may be a key, put in the wrong place
         raise ProfileError(
-            "api_key_env is the name of an environment variable, and what was given is no such name"
+            "api_key_env must be the name of an environment variable; the given value is not one"
         )
     key = os.environ.get(variable, "")
     if not key and not is_local(base_url):
@@ -463,11 +463,11 @@ def _check_machines(profile: Profile) -> None:
             continue
         generation = generation_of(profile, model)
         if generation.tensor_parallel < 1:
-            raise ProfileError(f"{name}.models.{role}: tensor_parallel is at least 1.")
+            raise ProfileError(f"{name}.models.{role}: tensor_parallel must be at least 1.")
         if not 0 < generation.gpu_memory_utilization <= 1:
             raise ProfileError(
-                f"{name}.models.{role}: gpu_memory_utilization is a share of a GPU, above 0 and "
-                f"at most 1, and not {generation.gpu_memory_utilization}."
+                f"{name}.models.{role}: gpu_memory_utilization must be a share of a GPU, above "
+                f"0 and at most 1, got {generation.gpu_memory_utilization}."
             )
 
 
@@ -536,7 +536,7 @@ def _read_yaml(path: Path) -> dict:
         raise ProfileError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"{type(values).__name__}"
-        raise ProfileError(f"{path} is no profile: expected keys and values, found {found}.")
+        raise ProfileError(f"{path} is not a profile: expected keys and values, found {found}.")
     return values
 
 

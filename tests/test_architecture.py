@@ -8,7 +8,7 @@ import egm_lib
 ROOT = Path(egm_lib.__file__).parent
 # From the bottom up; a module imports its own layer and those below it (docs/architecture.md).
 LAYERS = (
-    ("boxes", "loss", "learnability", "model_shapes", "files", "errors"),
+    ("boxes", "loss", "learnability", "model_shapes", "devices", "files", "errors"),
     ("prompts", "scoring_rules", "profile"),
     ("parsing", "run", "data", "cli"),
     ("reward", "curation"),
@@ -29,6 +29,7 @@ WITHOUT_TORCH = (
     "reward",
     "learnability",
     "model_shapes",
+    "devices",
 )
 
 

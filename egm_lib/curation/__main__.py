@@ -113,13 +113,13 @@ def _fields(text: str) -> dict:
     except ValueError:
         fields = None
     if not isinstance(fields, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
     return fields
 
 
 def positive(text: str) -> int:
     if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{value} is below 1: give at least 1")
     return value
 
 

@@ -84,7 +84,9 @@ class BatchLog:
                 else:
                     batches.pop(name, None)
             except (KeyError, TypeError, ValueError, AttributeError):
-                log.warning("%s: entry %d is no event of a batch, left out", self.path, number)
+                log.warning(
+                    "%s: entry %d is not an event of a batch and is left out", self.path, number
+                )
         return list(batches.values())
 
     def append(self, event: str, name: str, **more: object) -> None:
@@ -113,7 +115,7 @@ async def run_batches(
     except openai.OpenAIError as error:
         message = receipts.redact(refuses_everything(error) or f"{type(error).__name__}: {error}")
         raise (Refused if refuses_everything(error) else CurationError)(
-            f"{message}; run again to go on"
+            f"{message}; run again to continue"
         ) from None
 
 

@@ -66,10 +66,12 @@ def run_task(
         )
     if budget_usd is not None and teacher.price_per_mtok is None:
         raise CurationError(
-            f"a budget needs the price of {teacher.model}: set price_per_mtok in the profile"
+            f"a budget needs the price of {teacher.model}: set its price_per_mtok in the profile"
         )
     if batch and teacher.base_url == MINI:
-        raise CurationError("the miniature world's teacher has no batches; leave --batch out")
+        raise CurationError(
+            "the miniature world's teacher does not support batches; leave --batch out"
+        )
     if Path(out).is_dir():
         raise CurationError(f"cannot write the output to {out}: it is a folder")
     if Path(out).resolve() == Path(ledger).resolve():

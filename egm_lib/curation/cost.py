@@ -115,5 +115,5 @@ class SpendingCap:
     def used_up(self) -> str:
         return (
             f"stopped at {self.ledger.cost_usd:.4f} USD: the next request might exceed the budget "
-            f"of {self.limit_usd:g} USD; run again with a larger one to go on"
+            f"of {self.limit_usd:g} USD; run again with a larger one to continue"
         )

@@ -147,7 +147,7 @@ class Ledger:
         return (record for _, record in self._scan())
 
     def _refuse_other_files(self) -> None:
-        """Raise LedgerError for a file that is no ledger, before anything in it is changed."""
+        """Raise LedgerError for a file that is not a ledger, before anything in it is changed."""
         if not self.path.exists():
             return
         try:
@@ -163,7 +163,8 @@ class Ledger:
             is_ledger = torn and first[: len(BEGIN)] == BEGIN[: len(first)]
         if not is_ledger:
             raise LedgerError(
-                f"{self.path} is no ledger: its first line is no record of one; name another file"
+                f"{self.path} is not a ledger: its first line is not a ledger record; name another "
+                "file"
             )
 
     def _repair(self) -> int:

@@ -74,16 +74,18 @@ def _fault(task: CurationTask, sample: Mapping, name: str) -> str | None:
     if name == "box" and name in sample:  # a prediction, which may hold no box or an empty one
         if value is None or _is_quad(value):
             return None
-        return f": box = {value!r} is no box of a prediction (null, or four finite pixels)"
+        return f": box = {value!r} is not a box of a prediction (null, or four finite pixels)"
     if value is None:
         hint = "; give prediction rows, whose `box` is the prediction" if name == "box" else ""
         return f" has no {name!r}, which {task.name} needs{hint}"
     if name.endswith("box"):
         if _is_quad(value) and value[0] < value[2] and value[1] < value[3]:
             return None
-        return f": {name} = {value!r} is no box (x1 < x2, y1 < y2, finite, in pixels)"
+        return f": {name} = {value!r} is not a box (x1 < x2, y1 < y2, finite, in pixels)"
     kind = int if name in ("width", "height") else str
-    return None if isinstance(value, kind) else f": {name} = {value!r} is no {kind.__name__}"
+    return (
+        None if isinstance(value, kind) else f": {name} = {value!r} is not of type {kind.__name__}"
+    )
 
 
 def _is_quad(value: object) -> bool:

@@ -227,7 +227,7 @@ def _parsed(body: object) -> object:
     if body is None:
         raise EOFError
     if isinstance(body, str | int | float | list):
-        raise ValueError(f"is no chat completion: {_shown(body)}")
+        raise ValueError(f"is not a chat completion: {_shown(body)}")
     return body
 
 

@@ -37,7 +37,7 @@ def connect(
 ) -> openai.AsyncOpenAI:
     """The openai client of a service; "mini" is answered in process, from `root/teacher.jsonl`.
 
-    Raises CurationError for what is no base URL.
+    Raises CurationError for what is not a base URL.
     """
     if base_url == MINI:
         from egm_lib.mini.teacher import TeacherTransport
@@ -51,7 +51,7 @@ def connect(
     address = urlsplit(base_url)
     if address.scheme not in ("http", "https") or not address.hostname:
         raise CurationError(
-            f"{base_url!r} is no base URL: give one like https://api.openai.com/v1 or "
+            f"{base_url!r} is not a base URL: give one like https://api.openai.com/v1 or "
             "http://localhost:8000/v1"
         )
     if address.password or address.query:

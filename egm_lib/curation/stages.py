@@ -63,7 +63,7 @@ def _ask(
     budget_usd = budget_of(run)
     if budget_usd is None and is_paid(service):
         raise CurationError(
-            f"{service.model} at {service.base_url} is paid for, and this run has no budget: set "
+            f"{service.model} at {service.base_url} costs money, and this run has no budget: set "
             f"curation.budget_usd in the profile or the environment variable {BUDGET_VARIABLE}, in "
             "USD; for a service that costs nothing, set price_per_mtok to 0 and 0"
         )

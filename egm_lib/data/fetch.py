@@ -168,7 +168,7 @@ def fetch(source: Source, root: str | Path, wait_s: float = 2.0) -> Path | None:
         else:
             raise FetchError(
                 "\n".join(failures)
-                + f"\n{source.name}: if this goes on, get the file by hand, put it at "
+                + f"\n{source.name}: if this keeps failing, get the file by hand, put it at "
                 f"{target} and start again"
             )
     if source.unpack_to is None:
@@ -195,14 +195,14 @@ def _from_hub(source: Source, root: Path) -> Path:
         )
     except RepositoryNotFoundError as error:  # which the hub also says of one that you may not see
         raise FetchError(
-            f"{source.name}: the hub does not give you {source.hub}. If {_HUB}/{source.hub} asks "
-            "for it, accept the terms there; then log in with `hf auth login` and start again"
+            f"{source.name}: the hub refuses you access to {source.hub}. If {_HUB}/{source.hub} "
+            "asks for it, accept the terms there; then log in with `hf auth login` and start again"
         ) from error
     except (OSError, httpx2.HTTPError) as error:
         reason = " ".join(str(error).split())
         raise FetchError(
-            f"{source.name}: the hub did not give {source.hub} ({reason}). By hand: `hf download "
-            f"{source.hub} --repo-type dataset --local-dir {target}`"
+            f"{source.name}: {source.hub} could not be fetched from the hub ({reason}). By hand: "
+            f"`hf download {source.hub} --repo-type dataset --local-dir {target}`"
         ) from error
     for pattern in source.hub_patterns:
         if not any(target.glob(pattern)):
@@ -290,7 +290,7 @@ def _continue(url: str, part: Path, timeout_s: float) -> None:
         total = have + int(length) if length is not None else None
         if resumed and answer.headers["Content-Range"].rpartition("/")[2] not in ("*", str(total)):
             _forget(part)
-            raise _Incomplete("a rest whose length contradicts the whole")
+            raise _Incomplete("the length of the rest contradicts that of the whole file")
         _need_room(part.parent, (total or 0) - have, url)
         _version_file(part).write_text(
             answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
@@ -407,7 +407,7 @@ def _unpack_members(members: list[_Member], archive: Path, folder: Path) -> None
         path = PurePosixPath(member.name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in member.name:
             raise FetchError(
-                f"{archive}: member {member.name!r} would land outside {folder}; nothing was "
+                f"{archive}: member {member.name!r} would be written outside {folder}; nothing was "
                 "unpacked"
             )
         if not (member.is_folder or member.is_file):
@@ -417,7 +417,8 @@ def _unpack_members(members: list[_Member], archive: Path, folder: Path) -> None
     size = sum(member.bytes for member in members)
     if size > MAX_EXPANSION * archive.stat().st_size:
         raise FetchError(
-            f"{archive}: {size} bytes unpacked from {archive.stat().st_size}; that is no data set"
+            f"{archive}: {size} bytes unpacked from {archive.stat().st_size}; that is implausible "
+            "for a data set"
         )
     folder.mkdir(parents=True, exist_ok=True)
     _need_room(folder, size, archive)
@@ -438,4 +439,4 @@ def _copy(source: IO[bytes], file: IO[bytes], size: int, what: str) -> None:
             break
         file.write(chunk)
     if copied != size:
-        raise FetchError(f"{what} has not the {size} bytes that it states")
+        raise FetchError(f"{what} does not have the {size} bytes that it states")

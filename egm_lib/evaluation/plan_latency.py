@@ -88,7 +88,7 @@ def option(
 ) -> Option | None:
     """How fast a model is on the fewest devices that hold it; None where none of them do."""
     if model.answer_tokens is None:
-        raise InputError(f"How many tokens {model.name} answers with is not known.")
+        raise InputError(f"The answer length of {model.name} is not known.")
     request = Request(image_wh=image_wh, answer_tokens=model.answer_tokens)
     most = MOST_DEVICES if device.link_gbs else 1
     sizes = [2**power for power in range(most.bit_length())]
@@ -188,7 +188,7 @@ def image_size(text: str) -> tuple[int, int]:
     """The value of --images: 640x480."""
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size of an image: write it as 640x480")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size: write it as 640x480")
     return int(width), int(height)
 
 
@@ -199,7 +199,7 @@ def positive(text: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 

@@ -8,8 +8,7 @@ data sheet states; `Device.bound` is the same device at its peak and without ove
 writes one token after another in that precision can be faster. docs/efficiency.md holds the
 predictions against measurements.
 
-Units: GB and GB/s are powers of ten; tflops are 1e12 operations a second, a multiplication and an
-addition counted as two, dense (without structured sparsity).
+Units: GB and GB/s are powers of ten; operations as in `egm_lib.devices`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from egm_lib.devices import DATA_SHEETS, DataSheet
 from egm_lib.errors import EgmError
 from egm_lib.model_shapes import InternVision, ModelShape, TextShape
 
@@ -43,25 +43,13 @@ class RooflineError(EgmError, ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Device:
-    """A device as its data sheet states it, and the share of it that software reaches.
+class Device(DataSheet):
+    """A device, and the share of its data sheet that software reaches."""
 
-    tflops: peak of 16-bit matrix products; tflops_fp8, tflops_fp4: of shorter ones, None where the
-    device has none. link_gbs: to another device, one way.
-    """
-
-    name: str
-    memory_gb: float
-    bandwidth_gbs: float
-    tflops: float
-    tflops_fp8: float | None = None
-    tflops_fp4: float | None = None
-    link_gbs: float = 0.0
     bandwidth_share: float = BANDWIDTH_SHARE
     compute_share: float = COMPUTE_SHARE
     layer_us: float = LAYER_US
     reduce_us: float = REDUCE_US
-    source: str
 
     def bound(self) -> Device:
         """The device at its peak, without overheads, and with links that take no time."""
@@ -87,93 +75,7 @@ class Device:
         return 1e9 * self.bandwidth_gbs * self.bandwidth_share
 
 
-def _devices(*devices: Device) -> dict[str, Device]:
-    return {device.name: device for device in devices}
-
-
-DEVICES = _devices(
-    Device(
-        name="L4",
-        memory_gb=24,
-        bandwidth_gbs=300,
-        tflops=121,
-        tflops_fp8=242.5,
-        link_gbs=32,
-        source="NVIDIA L4 data sheet (halved where it counts sparsity); PCIe 4.0 x16",
-    ),
-    Device(
-        name="L20",
-        memory_gb=48,
-        bandwidth_gbs=864,
-        tflops=119.5,
-        tflops_fp8=239,
-        link_gbs=32,
-        source="NVIDIA L20 data sheet; PCIe 4.0 x16",
-    ),
-    Device(
-        name="RTX-4090",
-        memory_gb=24,
-        bandwidth_gbs=1008,
-        tflops=165.2,
-        tflops_fp8=330.3,
-        link_gbs=32,
-        source="NVIDIA Ada GPU architecture whitepaper, float32 accumulation; PCIe 4.0 x16",
-    ),
-    Device(
-        name="A100",
-        memory_gb=80,
-        bandwidth_gbs=2039,
-        tflops=312,
-        link_gbs=300,
-        source="NVIDIA A100 80GB SXM data sheet; NVLink 3",
-    ),
-    Device(
-        name="H100",
-        memory_gb=80,
-        bandwidth_gbs=3350,
-        tflops=989,
-        tflops_fp8=1979,
-        link_gbs=450,
-        source="NVIDIA H100 SXM data sheet (halved: it counts sparsity); NVLink 4",
-    ),
-    Device(
-        name="H200",
-        memory_gb=141,
-        bandwidth_gbs=4800,
-        tflops=989,
-        tflops_fp8=1979,
-        link_gbs=450,
-        source="NVIDIA H200 SXM data sheet (halved: it counts sparsity); NVLink 4",
-    ),
-    Device(
-        name="B200",
-        memory_gb=180,
-        bandwidth_gbs=7700,
-        tflops=2250,
-        tflops_fp8=4500,
-        tflops_fp4=9000,
-        link_gbs=900,
-        source="NVIDIA HGX B200 data sheet (halved: it counts sparsity); NVLink 5",
-    ),
-    Device(
-        name="Jetson-Thor",
-        memory_gb=128,
-        bandwidth_gbs=273,
-        tflops=258.5,
-        tflops_fp8=517,
-        tflops_fp4=1035,
-        source="NVIDIA Jetson T5000 data sheet: 2,070 sparse FP4 Tflop/s; an eighth of it for "
-        "dense 16 bits",
-    ),
-    Device(
-        name="Jetson-Orin",
-        memory_gb=64,
-        bandwidth_gbs=204.8,
-        tflops=42.5,
-        source="NVIDIA Jetson AGX Orin 64GB data sheet: 170 sparse INT8 TOPS of the GPU; a quarter "
-        "of it for dense 16 bits",
-    ),
-)
+DEVICES = {name: Device(**vars(sheet)) for name, sheet in DATA_SHEETS.items()}
 
 
 def device_of(name: str) -> Device:
@@ -198,7 +100,8 @@ class Request:
     def __post_init__(self):
         if min(*self.image_wh, self.prompt_tokens, self.answer_tokens) < 1:
             raise RooflineError(
-                f"A request has an image, a prompt and an answer of at least 1 px or token: {self}"
+                "A request needs an image, a prompt and an answer of at least 1 px or token: "
+                f"{self}"
             )
 
 

@@ -5,7 +5,8 @@ The features are the merged ones that the language model gets: one vector per ce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -72,11 +73,12 @@ def box_probe(
 
 @torch.no_grad()
 def cell_features(
-    model, processor, images: Sequence[Image.Image], boxes: Sequence[Box]
+    model, processor, images: Sequence[Image.Image], boxes: Sequence[Sequence[Box]]
 ) -> np.ndarray:
-    """For each image, the merged features of the cell that holds the centre of its box (px).
+    """The merged features of the cell that holds the centre of a box (px), for each box.
 
-    model, processor: of the Qwen3-VL family. Returns N x D, float64.
+    model, processor: of the Qwen3-VL family. boxes: those of each image, which is read once for all
+    of them. Returns N x D, float64, for N boxes, image by image.
     """
     visual, rows = model.model.visual, []
     for start in range(0, len(images), IMAGES):
@@ -89,14 +91,15 @@ def cell_features(
             (int(h) // visual.spatial_merge_size, int(w) // visual.spatial_merge_size)
             for _, h, w in grids
         ]
-        for image, box, (height, width), features_T_D in zip(
+        for image, its_boxes, (height, width), features_T_D in zip(
             part, part_boxes, cells, merged.split([h * w for h, w in cells]), strict=True
         ):
-            x1, y1, x2, y2 = convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
-            # An amodal box may have its centre outside the image: the nearest cell
-            row = min(max(int((y1 + y2) / 2 * height), 0), height - 1)
-            column = min(max(int((x1 + x2) / 2 * width), 0), width - 1)
-            rows.append(features_T_D[row * width + column].double().cpu().numpy())
+            for box in its_boxes:
+                x1, y1, x2, y2 = convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
+                # An amodal box may have its centre outside the image: the nearest cell
+                row = min(max(int((y1 + y2) / 2 * height), 0), height - 1)
+                column = min(max(int((x1 + x2) / 2 * width), 0), width - 1)
+                rows.append(features_T_D[row * width + column].double().cpu().numpy())
     return np.stack(rows)
 
 
@@ -108,15 +111,20 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
     family than Qwen3-VL cuts its images into tiles, and has no such cells: its numbers are missing.
     """
     root, task = run.profile.data.path, run.profile.tasks[0]
-    samples = list(read_train(root, task, limit=limit))
-    images = [open_image(resolve_image(sample, root)) for sample in samples]
+    of_image: dict[Path, list[Mapping]] = {}
+    for sample in read_train(root, task, limit=limit):
+        of_image.setdefault(resolve_image(sample, root), []).append(sample)
+    images = [open_image(place) for place in of_image]
+    boxes = [[sample["gt_box"] for sample in samples] for samples in of_image.values()]
     boxes_N_4 = np.array(
         [
-            convert(sample["gt_box"], BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
-            for sample, image in zip(samples, images, strict=True)
+            convert(box, BoxFrame.PIXEL, BoxFrame.NORM_1, image.size)
+            for image, its_boxes in zip(images, boxes, strict=True)
+            for box in its_boxes
         ]
     )
-    held_out_N = pd.factorize(np.array([sample["image_id"] for sample in samples]))[0] % 2 == 1
+    image_id_N = [sample["image_id"] for samples in of_image.values() for sample in samples]
+    held_out_N = pd.factorize(np.array(image_id_N))[0] % 2 == 1
     rows, first_N_D = [], None
     for name in models:
         checkpoint = model_of(run, name, task)
@@ -125,16 +133,14 @@ def compare_models(run: Run, models: Sequence[str], limit: int = 600) -> pd.Data
             continue
         model = load_model(checkpoint.location, checkpoint.dtype, family=checkpoint.family)
         processor = load_processor(checkpoint.location, checkpoint.family)
-        features_N_D = cell_features(
-            model, processor, images, [sample["gt_box"] for sample in samples]
-        )
+        features_N_D = cell_features(model, processor, images, boxes)
         first_N_D = features_N_D if first_N_D is None else first_N_D
         probed = box_probe(features_N_D, boxes_N_4, held_out_N)
         rows.append(
             {
                 "model": name,
                 f"CKA with {models[0]}": linear_cka(first_N_D, features_N_D),
-                "cells": len(samples),
+                "cells": len(boxes_N_4),
                 "probe, mean IoU": probed.mean(),
                 "held out": len(probed),
             }

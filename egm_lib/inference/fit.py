@@ -32,7 +32,7 @@ def check_fit(model: Model, generation: Generation) -> None:
     share = generation.gpu_memory_utilization if generation.engine == "vllm" else 1.0
     if parallel > torch.cuda.device_count():
         raise FitError(
-            f"{model.path} wants tensor_parallel = {parallel} GPUs, and "
+            f"{model.path} needs tensor_parallel = {parallel} GPUs, but only "
             f"{torch.cuda.device_count()} are visible here."
         )
     check_heads(model.path, config, parallel)
@@ -81,7 +81,7 @@ def check_weights(
     usable_gib = memory_gib * share * parallel
     if weights_gib > usable_gib:
         raise FitError(
-            f"{name} has {weights_gib:.0f} GiB of weights in {dtype}, and tensor_parallel = "
+            f"{name} has {weights_gib:.0f} GiB of weights in {dtype}, but tensor_parallel = "
             f"{parallel} gives it {usable_gib:.0f} GiB ({parallel} x {memory_gib:.0f} GiB x "
             f"{share:g}). Raise its tensor_parallel, take another dtype, or give it the base_url "
             "of a server."

@@ -45,7 +45,7 @@ def make_engine(
     if generation.engine == "openai":
         if generation.base_url is None:
             raise ProfileError(
-                f"{profile.name}: {model.path} is asked through the engine openai, so it or "
+                f"{profile.name}: {model.path} uses the engine openai, so it or "
                 "`generation` needs a base_url"
             )
         return OpenAIEngine(

@@ -133,7 +133,7 @@ def load_model(
     if drawn:
         raise InputError(
             f"{found.place} lacks {len(drawn)} of the weights that its config.json describes, or "
-            f"holds them in another size, such as {drawn[0]}: weights and config.json are of "
+            f"holds them in another size, such as {drawn[0]}: weights and config.json belong to "
             "different models; copy both again"
         )
     return (model if found.adapter is None else _merged(model, found.adapter)).eval()

@@ -153,7 +153,7 @@ def _named(names: Iterable[str]) -> str:
 
 
 def _refuse_other_files(folder: Path) -> None:
-    """Raises InputError for a path that is no folder, and for files that stand for others."""
+    """Raises InputError for a path that is not a folder, and for files that stand for others."""
     if str(folder).startswith("~"):
         raise InputError(f"{folder}: write the path in full, without ~")
     if folder.suffix == ".gguf":
@@ -166,8 +166,7 @@ def _refuse_other_files(folder: Path) -> None:
     files = list(folder.iterdir()) if folder.is_dir() else []
     if broken := [file.name for file in files if file.is_symlink() and not file.exists()]:
         raise InputError(
-            f"{folder} holds links to files that are gone ({_named(broken)}): download the model "
-            "again"
+            f"{folder} holds links to missing files ({_named(broken)}): download the model again"
         )
     if pointers := [file.name for file in files if _starts_with(file, LFS_POINTER)]:
         raise InputError(
@@ -209,7 +208,7 @@ def _base_of(adapter: Path, family: str | None) -> Checkpoint:
     if (adapter / CONFIG).is_file():
         raise InputError(
             f"{adapter} holds both a whole model ({CONFIG}) and a LoRA adapter ({ADAPTER}): "
-            "move one of them to a folder of its own"
+            "move one of them to another folder"
         )
     stated = _json(adapter / ADAPTER)
     kind, base = stated.get("peft_type"), stated.get("base_model_name_or_path")
@@ -251,21 +250,21 @@ def _check_kind(found: Checkpoint, family: str | None) -> None:
     if kind == "internvl_chat":
         name = "OpenGVLab/InternVL3-8B-hf" if found.folder else f"{place}-hf"
         raise InputError(
-            f"{place} is InternVL in the form that needs code of its own (auto_map), which is "
+            f"{place} is InternVL in the form that needs custom code (auto_map), which is "
             f"never run here: take the repository whose name ends in -hf, such as {name}"
         )
     if "auto_map" in found.config:
         raise InputError(
-            f"{place} needs code of its own (auto_map in its {CONFIG}), which is never run here: "
+            f"{place} needs custom code (auto_map in its {CONFIG}), which is never run here: "
             f"take a checkpoint of {_families()}"
         )
     if "vision_config" not in found.config:
         raise InputError(
-            f"{place} is a model of text alone (model_type {kind!r}, no vision_config): "
-            f"grounding needs one that sees; take a checkpoint of {_families()}"
+            f"{place} is a text-only model (model_type {kind!r}, no vision_config): "
+            f"grounding needs a vision-language model; take a checkpoint of {_families()}"
         )
     raise InputError(
-        f"{place} is of a kind that has no prompt format here (model_type {kind!r}): take a "
+        f"{place} has no prompt format here (model_type {kind!r}): take a "
         f"checkpoint of {_families()}"
     )
 
@@ -311,5 +310,5 @@ def _check_safetensors(files: Iterable[Path]) -> None:
                 pass
         except SafetensorError as error:
             raise InputError(
-                f"{file} is not whole, or no safetensors file ({error}): {COPY_AGAIN}"
+                f"{file} is incomplete, or not a safetensors file ({error}): {COPY_AGAIN}"
             ) from error

@@ -123,7 +123,7 @@ class OpenAIEngine:
     def _ask(self, request: Request, sampling: Sampling, reasoning: bool) -> Answer:
         if request.begun:
             raise InputError(
-                "a chat endpoint cannot go on from a begun answer; use the engine transformers or "
+                "a chat endpoint cannot continue a given answer; use the engine transformers or "
                 "vllm"
             )
         start = time.perf_counter()

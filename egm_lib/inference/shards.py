@@ -1,7 +1,8 @@
-"""The samples of one prediction file, dealt out to several processes.
+"""The samples of one prediction file, divided among several processes.
 
-Each process answers a shard into a file of its own, which it can go on with after a stop:
-`refcoco_val.unfinished/1-of-2.part` beside `refcoco_val.jsonl`. Whoever finishes last merges them.
+Each process writes the answers of its shard to a separate file and can continue it after a stop:
+`refcoco_val.unfinished/1-of-2.part` beside `refcoco_val.jsonl`. The last process to finish merges
+the files.
 """
 
 import shutil
@@ -25,7 +26,7 @@ class Shard:
         """The shard that `--shard I/N` names. Raises ArgumentTypeError, for argparse."""
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ArgumentTypeError(f"{text!r} is no shard: of two, they are 1/2 and 2/2")
+            raise ArgumentTypeError(f"{text!r} is not a shard: write I/N, such as 1/2")
         return cls(int(number), int(count))
 
     def __str__(self) -> str:
@@ -57,7 +58,7 @@ def merge(out: Path, samples: Sequence[Mapping], own: Shard) -> list[str]:
     """Writes `out` in the order of the samples, whole or not at all, once no shard lacks a row.
 
     own: the shard of this process, which is finished. Several processes may merge at a time.
-    Returns the unfinished shards, and what they lack.
+    Returns the unfinished shards, and how far each one is.
     """
     rows, unfinished = {}, []
     for shard in (Shard(number, own.count) for number in range(1, own.count + 1)):

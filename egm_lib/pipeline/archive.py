@@ -84,7 +84,7 @@ def restore(run: Run) -> Path:
     """
     if run.root.exists():
         raise FileExistsError(
-            f"{run.root} is there already; move it away before the archived run takes its place"
+            f"{run.root} already exists; move it away before the archived run takes its place"
         )
     run.root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{run.root.name}.", dir=run.root.parent) as scratch:

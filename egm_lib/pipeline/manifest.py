@@ -47,15 +47,15 @@ def open_manifest(run: Run) -> dict:
         manifest = read_json(run.manifest, advice, shape=dict, fields=parts)
         for name, stage in manifest["stages"].items():
             if not _is_stage(stage):
-                raise ReproduceError(f"{run.manifest}: stage {name!r} is no record; {advice}")
+                raise ReproduceError(f"{run.manifest}: stage {name!r} is not a record; {advice}")
         changed = [
             text for key in ("values", "models") for text in _changes(manifest[key], now[key], key)
         ]
         if changed:
             raise ReproduceError(
-                f"{run.root} was begun with another profile or other base models: "
+                f"{run.root} was started with another profile or other base models: "
                 f"{'; '.join(changed)}. Delete that "
-                "folder to begin anew, or put them back."
+                "folder to start over, or undo these changes."
             )
     else:
         manifest |= environment()

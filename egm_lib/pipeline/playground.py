@@ -96,7 +96,7 @@ def _first_samples(run: Run, task: str) -> list[dict]:
 _HOW_TO = """# Playground
 
 Run the cell below (Shift+Enter). Type what is to be found, and ask. Drag an object, and ask again.
-Edit the reasoning of a model, and let it go on from there."""
+Edit the reasoning of a model, and let it continue from there."""
 
 
 def write_notebook(run: Run) -> Path:

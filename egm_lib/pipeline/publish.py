@@ -49,8 +49,8 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     except (ValueError, KeyError, AttributeError, TypeError, ValidationError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ReproduceError(
-            f"{path} is no notebook ({reason}): put it back with `git checkout`, or delete it if a "
-            "run made it"
+            f"{path} is not a notebook ({reason}): restore it with `git checkout`, or delete it if "
+            "a run made it"
         ) from error
     return book
 

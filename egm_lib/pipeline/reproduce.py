@@ -218,7 +218,7 @@ def agree_on_costs(run: Run) -> None:
         raise ReproduceError(f"This run asks paid services; {advice}")
     answer = input("How many USD may be spent (empty: stop)? ").strip()
     if not answer:
-        raise ReproduceError(f"Nothing was asked. To go on, {advice}")
+        raise ReproduceError(f"Nothing was asked. To continue, {advice}")
     os.environ[BUDGET_VARIABLE] = answer
     budget_of(run)  # raises where the answer is no amount
 

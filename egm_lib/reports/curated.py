@@ -1,8 +1,8 @@
 """What reports show of a run's curated data: how much was kept, and a few traces.
 
 A live run has the data itself, `curation/*.jsonl` and `traces/*.jsonl`. It is too large for an
-archive, which holds `summary` in its place: `curated.json`. All functions here answer alike for
-both; where a file is there, it counts.
+archive, which holds `curated.json` (`summary`) instead. All functions here give the same answers
+for both. If a file of the live run exists, it is used.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def _as(kind: type, stored: object, root: Path) -> Outcomes | TraceCounts:
         )
         or not all(isinstance(count, int) for count in stored.get("dropped", {}).values())
     ):
-        raise InputError(f"{root / SUMMARY}: {stored!r} are no {kind.__name__}; {RESTORE}")
+        raise InputError(
+            f"{root / SUMMARY}: {stored!r} does not describe {kind.__name__}; {RESTORE}"
+        )
     return kind(**stored)
 
 

@@ -23,7 +23,7 @@ QUESTIONS = (
     (EGM, LARGE, "The small model that reasons is better than the large base"),
     (EGM, "small-egm-no-reasoning", "The written reasoning is what helps"),
     (EGM, SFT, "GRPO adds to SFT"),
-    (EGM, "small-sft-control", "GRPO adds more than SFT continued"),
+    (EGM, "small-sft-control", "GRPO adds more than continued SFT does"),
 )
 MIN_GROUP = 30  # ours: a kind of prompt with fewer samples is not named
 
@@ -52,7 +52,7 @@ def _interval(value: Estimate | Difference) -> str:
 def _verdict(value: Difference, claim: str) -> str:
     """A claim with the word for what the interval says about it."""
     if value.ci95 is None:
-        word = "one sample each, so nothing can be said"
+        word = "too few samples to tell"
     elif value.ci95[0] > 0:
         word = "yes"
     elif value.ci95[1] < 0:
@@ -82,7 +82,7 @@ def _kinds(results: Results) -> Iterator[str]:
             f"worst on the kind {hard} ({100 * kinds['mean'].iloc[0]:.0f} %)."
         )
     elif len(rows):
-        yield "The data does not tell kinds of prompts, or has too few samples of each."
+        yield "The data does not state the kind of a prompt, or has too few samples of each kind."
 
 
 def _causes(results: Results) -> Iterator[str]:
@@ -93,8 +93,8 @@ def _causes(results: Results) -> Iterator[str]:
         shares = cause_shares(causes, results.draws)
         first = max(shares, key=lambda cause: shares[cause].mean)
         yield (
-            f"Of {len(causes):,} judged failures of `{model}`, most are {first}: "
-            f"{_percent(shares[first])}."
+            f"The most frequent cause of the {len(causes):,} judged failures of `{model}` is "
+            f"{first}: {_percent(shares[first])}."
         )
 
 
@@ -131,7 +131,10 @@ def _logged(results: Results, stage: str, column: str) -> Iterator[tuple[str, fl
 
 def _sft(results: Results) -> Iterator[str]:
     for task, first, last, steps in _logged(results, "sft", "loss"):
-        yield f"In {steps:,} steps the {task} loss goes from {first:.2f} to {last:.2f} (tenths)."
+        yield (
+            f"Over {steps:,} steps the {task} loss goes from {first:.2f} to {last:.2f} "
+            "(means of the first and the last tenth)."
+        )
 
 
 def _selection(results: Results) -> Iterator[str]:
@@ -156,9 +159,15 @@ def _selection(results: Results) -> Iterator[str]:
 
 def _grpo(results: Results) -> Iterator[str]:
     for task, first, last, steps in _logged(results, "grpo", "reward"):
-        yield f"In {steps:,} steps the mean {task} reward goes from {first:.3f} to {last:.3f}."
+        yield (
+            f"Over {steps:,} steps the mean {task} reward goes from {first:.3f} to {last:.3f} "
+            "(means of the first and the last tenth)."
+        )
     for task, _, last, _ in _logged(results, "grpo", "frac_reward_zero_std"):
-        yield f"At the end {100 * last:.0f} % of the {task} groups earn the same and teach nothing."
+        yield (
+            f"In the last tenth, {100 * last:.0f} % of the {task} groups have equal rewards and "
+            "teach nothing."
+        )
 
 
 def _latency(results: Results) -> Iterator[str]:

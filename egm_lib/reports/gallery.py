@@ -33,10 +33,10 @@ from egm_lib.viewer.comparison import OUTCOMES, models_in
 from egm_lib.viewer.page import page_script, view_of
 from egm_lib.viewer.palette import style_of
 
-DASH = "–"  # stands for NOT_REPORTED, which would make columns wide
+DASH = "–"  # shown for NOT_REPORTED, which would make columns wide
 DRAWN = {"name", "title", "caption", "not_run"}  # what figures.json says of each
 REDRAW = "draw the figures again: python -m egm_lib.reports.figures"
-TRACES_A_KIND = 6  # of up to eight kinds: a few dozen traces keep the page at about 5 MB
+TRACES_A_KIND = 6  # there are up to eight kinds; so the page stays at about 5 MB
 TABLES = (
     "table4",
     "table4_differences",
@@ -69,7 +69,7 @@ def build_gallery(
     here = Path(egm_lib.viewer.__file__).parent
     drawn = read_json(figures_dir / "figures.json", REDRAW, shape=list) or []
     if not all(isinstance(figure, dict) and figure.keys() >= DRAWN for figure in drawn):
-        raise InputError(f"{figures_dir / 'figures.json'} is no list of figures; {REDRAW}")
+        raise InputError(f"{figures_dir / 'figures.json'} is not a list of figures; {REDRAW}")
     page = _PAGE.format(
         title=html.escape(title),
         style=(here / "viewer.css").read_text(encoding="utf-8") + _STYLE,
@@ -273,13 +273,13 @@ _PAGE = """<!DOCTYPE html>
 <body>
 <main>
 <h1>{title}</h1>
-<p>A small vision-language model that reasons in writing before it points: what that changed, where it still fails.</p>
+<p>A small vision-language model that reasons in writing before it points: what that changes, and where it still fails.</p>
 <nav><a href="#traces-title">Traces</a><a href="#figures">Figures</a><a href="#tables">Tables</a></nav>
 {headline}
 <h2 id="traces-title">Traces</h2>
-<p class="small">Drawn at random from all samples of a kind (their number in brackets). Arrow keys page, the keys
-<kbd>,</kbd> and <kbd>.</kbd> reveal the reasoning step by step; point at a model, a numbered place or a word to light
-it up. Tinted: <mark style="background:#CFE5F5">places</mark> and
+<p class="small">Drawn at random from all samples of a kind (their number in brackets). Use the arrow keys to page, and the
+keys <kbd>,</kbd> and <kbd>.</kbd> to reveal the reasoning step by step. Point at a model, a numbered place or a word to
+highlight it. Tinted: <mark style="background:#CFE5F5">places</mark> and
 <mark style="background:#FBE3A6">counts and look-alikes</mark>.</p>
 <div class="kinds" id="kinds"></div>
 <div id="viewer"></div>

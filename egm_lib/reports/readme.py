@@ -69,7 +69,7 @@ def rewritten(text: str, block: str, content: str) -> str:
     )
     for marker in (begin, end):
         if text.count(marker) != 1:
-            raise InputError(f"README.md must have the marker {marker} once")
+            raise InputError(f"README.md must have the marker {marker} exactly once")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 

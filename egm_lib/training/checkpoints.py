@@ -88,7 +88,7 @@ def make_room(work: Path, model) -> bool:
     if needed > free + held:
         print(
             f"No checkpoint is saved: it takes {needed / 1e9:.1f} GB, and {work} has "
-            f"{(free + held) / 1e9:.1f} GB. Training goes on; free some space."
+            f"{(free + held) / 1e9:.1f} GB. Training continues; free some space."
         )
         return False
     print(f"{work} has no room for two checkpoints: the older one goes before the next is saved.")

@@ -94,7 +94,7 @@ def read_groups(path: Path) -> list[dict]:
     rows = read_jsonl(path) if path.is_file() else []
     groups = [row for row in rows if _is_group(row)]
     if len(groups) < len(rows):
-        log.warning("%s: %d rows are no groups and are left out", path, len(rows) - len(groups))
+        log.warning("%s: %d rows are not groups and are left out", path, len(rows) - len(groups))
     return groups
 
 

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from egm_lib.devices import DATA_SHEETS, DataSheet
 from egm_lib.errors import EgmError
 
 GIB = 2**30
@@ -34,36 +35,22 @@ class Device:
         return self.name != "CPU"
 
 
-# NVIDIA's data sheets of the SXM cards; float32 without tensor cores, as PyTorch computes it
+def _gpu(sheet: DataSheet, name: str) -> Device:
+    """A card of which the data sheet states float32 too."""
+    return Device(
+        name=name,
+        memory_gib=sheet.memory_gb,  # printed as GB, and nearly as many GiB
+        bf16_tflops=sheet.tflops,
+        float32_tflops=sheet.tflops_float32,
+        bandwidth_tb_s=sheet.bandwidth_gbs / 1000,
+    )
+
+
 DEVICES = {
-    "a100-40": Device(
-        name="A100 40 GB",
-        memory_gib=40,
-        bf16_tflops=312,
-        float32_tflops=19.5,
-        bandwidth_tb_s=1.555,
-    ),
-    "a100": Device(
-        name="A100 80 GB",
-        memory_gib=80,
-        bf16_tflops=312,
-        float32_tflops=19.5,
-        bandwidth_tb_s=2.039,
-    ),
-    "h100": Device(
-        name="H100 80 GB",
-        memory_gib=80,
-        bf16_tflops=989,
-        float32_tflops=67,
-        bandwidth_tb_s=3.35,
-    ),
-    "h200": Device(
-        name="H200 141 GB",
-        memory_gib=141,
-        bf16_tflops=989,
-        float32_tflops=67,
-        bandwidth_tb_s=4.8,
-    ),
+    "a100-40": _gpu(DATA_SHEETS["A100-40"], "A100 40 GB"),
+    "a100": _gpu(DATA_SHEETS["A100"], "A100 80 GB"),
+    "h100": _gpu(DATA_SHEETS["H100"], "H100 80 GB"),
+    "h200": _gpu(DATA_SHEETS["H200"], "H200 141 GB"),
     # Ours: two cores with AVX-512
     "cpu": Device(
         name="CPU", memory_gib=0, bf16_tflops=0.1, float32_tflops=0.1, bandwidth_tb_s=0.02
@@ -81,7 +68,7 @@ class Hardware:
 
     def __post_init__(self):
         if self.count < 1:
-            raise PlanError(f"A plan needs at least one device, and --gpus is {self.count}.")
+            raise PlanError(f"A plan needs at least one device, but --gpus is {self.count}.")
 
     def __str__(self) -> str:
         return f"{self.count} x {self.device.name}"
@@ -95,7 +82,7 @@ def hardware(name: DeviceName, count: int = 1, memory_gib: float | None = None) 
     """
     device = DEVICES[name]
     if not device.is_gpu and count > 1:
-        raise PlanError(f"On a CPU a training is one process: --gpus is {count}, and 1 is right.")
+        raise PlanError(f"On a CPU, a training is one process: set --gpus to 1, not to {count}.")
     if memory_gib is None and not device.is_gpu:
         memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     return Hardware(device if memory_gib is None else replace(device, memory_gib=memory_gib), count)

@@ -84,8 +84,8 @@ def lora_config(lora: Lora | None):
     zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     if zero_3 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise TrainingError(
-            "LoRA does not go with ZeRO-3 or FSDP here: the adapter is merged into whole weights. "
-            "Set launch.accelerate_config to null, or train without lora."
+            "LoRA cannot be combined with ZeRO-3 or FSDP here: the adapter is merged into whole "
+            "weights. Set launch.accelerate_config to null, or train without lora."
         )
     from peft import LoraConfig
 

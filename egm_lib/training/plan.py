@@ -151,9 +151,7 @@ def sharding_of(accelerate_config: str | None) -> Sharding:
         return Sharding(kind="fsdp")
     stated = config.get("deepspeed_config", {})
     if kind != "DEEPSPEED" or stated.get("zero_stage") != 3:
-        raise PlanError(
-            f"{path.name}: a plan is made for ZeRO-3 and for FSDP, and this is neither."
-        )
+        raise PlanError(f"{path.name}: a plan can be made for ZeRO-3 or FSDP, and this is neither.")
     return Sharding(
         kind="zero-3",
         offload_optimizer=stated.get("offload_optimizer_device", "none") != "none",
@@ -200,17 +198,17 @@ def make_setting(
     sharding = sharding_of(launch.accelerate_config)
     if on.count > 1 and sharding.kind == "none":
         raise PlanError(
-            f"{profile.name} starts one process (launch.accelerate_config is null), and the plan "
+            f"{profile.name} starts one process (launch.accelerate_config is null), but the plan "
             f"is for {on.count} GPUs: leave --gpus out, or set launch.accelerate_config."
         )
     if options.lora and sharding.kind != "none":
         raise PlanError(
-            f"{profile.name}.{stage}.lora does not go with {sharding.kind} here: set "
+            f"{profile.name}.{stage}.lora cannot be combined with {sharding.kind} here: set "
             "launch.accelerate_config to null, or train without lora."
         )
     compute = getattr(options, "compute_dtype", None) or options.dtype
     if not on.device.is_gpu and compute != "float32":
-        raise PlanError(f"{profile.name}.{stage} computes in {compute}, which takes a GPU.")
+        raise PlanError(f"{profile.name}.{stage} computes in {compute}, which needs a GPU.")
     shape = shape or model_shape(profile.models.small)
     if shared_prefix is None:
         family = FAMILIES[profile.models.small.family]

@@ -54,13 +54,13 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     try:
         setting = _setting(profile, stage, place)
     except (OSError, PlanError):
-        return  # load_start says what is wrong with the model; the launcher divides in its own way
+        return  # load_start says what is wrong with the model; the launcher divides it differently
     memory_gib, gpus = setting.hardware.device.memory_gib, setting.hardware.count
     needed_gib = sum(part.bytes for part in states(setting)) / GIB
     if needed_gib > memory_gib:
         raise TrainingError(
-            f"{stage} of {place} holds {needed_gib:.0f} GiB of weights, gradients and optimizer on "
-            f"each of {gpus} GPUs, and one has {memory_gib:.0f}: take more GPUs "
+            f"{stage} of {place} needs {needed_gib:.0f} GiB for weights, gradients and optimizer "
+            f"on each of {gpus} GPUs, but a GPU has {memory_gib:.0f}: take more GPUs "
             "(launch.num_processes) or train with lora. "
             f"`python -m egm_lib.training.plan --profile {profile.name}` shows what would fit."
         )
@@ -69,8 +69,8 @@ def check_memory(profile: Profile, stage: str, place: str) -> None:
     need_gib, share_gib = (size / GIB for size in vllm_need(setting))
     if need_gib > share_gib:
         raise TrainingError(
-            f"vLLM holds {need_gib:.0f} GiB on each GPU, for the weights of {place} and one whole "
-            f"context, and its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
+            f"vLLM needs {need_gib:.0f} GiB on each GPU, for the weights of {place} and one whole "
+            f"context, but its share is {share_gib:.0f} of {memory_gib:.0f}: raise "
             "grpo.vllm_gpu_memory_utilization, lower grpo.max_model_len, or set grpo.rollout to "
             "vllm-server or transformers."
         )

@@ -51,8 +51,9 @@ def answer_pool(run: Run, role: str, shard: Shard = WHOLE) -> Path:
         learner = _scored(run, "learner")
         if learner["sample_id"].tolist() != list(pool["sample_id"]):
             raise InputError(
-                "the learner has not answered the whole pool, and the reference answers its "
-                "misses: run `python -m egm_lib.training.selection --role learner` first"
+                "the reference answers the samples that the learner misses, and the learner has "
+                "not answered the whole pool: run `python -m egm_lib.training.selection --role "
+                "learner` first"
             )
         pool = pool.select(np.flatnonzero(_missed(learner)))
     engine = make_engine(run.profile, model_of(run, name, "vanilla"), run.seed)

@@ -61,7 +61,7 @@ def answer_ids(row: Mapping, tokenizer, asked: int, max_length: int | None) -> l
         return ids
     if asked >= max_length:
         raise TrainingError(
-            f"{row['image']}: image and question take {asked} tokens, and sft.max_length is "
+            f"{row['image']}: image and question take {asked} tokens, but sft.max_length is "
             f"{max_length}: raise it, or lower sft.max_pixels."
         )
     return ids[: max_length - asked]

@@ -140,7 +140,8 @@ def _token_budget(grpo: GRPO) -> dict[str, object]:
 def _whole_epochs(grpo: GRPO) -> int:
     if grpo.num_train_epochs != int(grpo.num_train_epochs):
         raise TrainingError(
-            f"VeRL counts whole epochs: grpo.num_train_epochs is {grpo.num_train_epochs}"
+            f"VeRL trains whole epochs: grpo.num_train_epochs is {grpo.num_train_epochs}; set it "
+            "to a whole number"
         )
     return int(grpo.num_train_epochs)
 

@@ -59,7 +59,7 @@ class _Question(NamedTuple):
     name: str
     model: str
     reasoning: bool = True
-    begun: str = ""  # reasoning that the model goes on from
+    begun: str = ""  # reasoning that the model continues
 
 
 class _Stopped(Exception):
@@ -135,7 +135,9 @@ class Playground(anywidget.AnyWidget):
     def show_sample(self, number: int) -> None:
         """Shows a sample by its place in the list, with its expression."""
         if not 0 <= number < len(self._samples):
-            raise InputError(f"there are {len(self._samples)} samples, from 0 on; got {number}")
+            raise InputError(
+                f"there are {len(self._samples)} samples, numbered from 0; got {number}"
+            )
         sample = dict(self._samples[number])
         sample["image"] = image_of(sample, self._root)
         self._arrangement = self._arrangement_of(sample)
@@ -233,7 +235,7 @@ class Playground(anywidget.AnyWidget):
         if not self._sample:
             raise InputError("there is no image yet: open a file first")
         if not expression.strip():
-            raise InputError("type what is to be found first, such as “the red cup on the left”")
+            raise InputError("first type what to find, such as “the red cup on the left”")
         if not models:
             raise InputError("choose a model first")
         if len(models) > MAX_MODELS:
@@ -252,7 +254,7 @@ class Playground(anywidget.AnyWidget):
         if self._asked is None:
             raise InputError("ask a question first")
         if not reasoning.strip():
-            raise InputError("there is no reasoning to go on from: write some first")
+            raise InputError("there is no reasoning to continue from: write some first")
         return _Question(model + EDITED, model, begun=reasoning.strip())
 
     def _known(self, model: str) -> str:

@@ -310,7 +310,7 @@ def test_names_of_a_run_mean_the_checkpoints_of_the_profile():
         ({"launch": {"prediction_workers": 0}}, "prediction_workers: expected at least 1"),
         ({"models": {"small": {"tensor_parallel": 0}}}, "models.small: tensor_parallel"),
         ({"models": {"large": {"gpu_memory_utilization": 1.5}}}, "models.large: gpu_memory"),
-        ({"generation": {"gpu_memory_utilization": 0.0}}, "gpu_memory_utilization is a share"),
+        ({"generation": {"gpu_memory_utilization": 0.0}}, "gpu_memory_utilization must be a share"),
         ({"models": {"small": {"engine": "tgi"}}}, "'tgi' is not one of"),
     ],
 )

@@ -315,7 +315,7 @@ def test_the_key_comes_from_the_environment_only(tmp_path, run, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ProfileError, match="set the environment variable OPENAI_API_KEY"):
         run("trace", make_root(tmp_path, 1), teacher("https://api.example.com/v1"))
-    with pytest.raises(ProfileError, match="no such name") as misplaced:
+    with pytest.raises(ProfileError, match="the given value is not one") as misplaced:
         run(
             "trace",
             make_root(tmp_path, 1),

@@ -133,7 +133,7 @@ def test_a_byte_order_mark_and_odd_separators_are_no_damage(tmp_path, capsys):
 def test_a_file_of_another_kind_is_not_touched(tmp_path, content):
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(LedgerError, match="is no ledger"), Ledger(path):
+    with pytest.raises(LedgerError, match="is not a ledger"), Ledger(path):
         pass
     assert path.read_bytes() == content
 

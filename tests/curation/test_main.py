@@ -68,7 +68,7 @@ def test_command_line(tmp_path):
         (["--output", "out.jsonl", "--ledger", "samples.jsonl"], "is the input"),
         (["--output", "out.jsonl", "--ledger", "out.jsonl"], "it is the ledger"),
         (["--output", "images"], "it is a folder"),
-        (["--output", "out.jsonl", "--ledger", "teacher.jsonl"], "teacher.jsonl is no ledger"),
+        (["--output", "out.jsonl", "--ledger", "teacher.jsonl"], "teacher.jsonl is not a ledger"),
         (["--output", "out.jsonl", "--ledger", "images"], "images"),
         (["--output", "samples.jsonl/out.jsonl"], "cannot write samples.jsonl/out"),
     ],

@@ -48,10 +48,10 @@ def test_an_image_of_another_size_fails_alone(tmp_path, run):
     "change, words",
     [
         ({"gt_box": None}, "no 'gt_box'"),
-        ({"gt_box": [5, 5, 1, 9]}, "is no box"),
+        ({"gt_box": [5, 5, 1, 9]}, "is not a box"),
         ({"modal_box": None}, "no 'modal_box', which amodal-trace needs"),
-        ({"sample_id": 7}, "sample_id = 7 is no str"),
-        ({"width": "128"}, "width = '128' is no int"),
+        ({"sample_id": 7}, "sample_id = 7 is not of type str"),
+        ({"width": "128"}, "width = '128' is not of type int"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_paid(tmp_path, run, change, words):
@@ -84,7 +84,7 @@ def test_predictions_with_an_empty_box_are_judged(tmp_path, run):
 def test_what_is_no_prediction_at_all_is_named(tmp_path, run, box):
     samples = make_root(tmp_path, 2)
     samples[1]["box"] = box
-    with pytest.raises(CurationError, match="sample 2 .* is no box of a prediction"):
+    with pytest.raises(CurationError, match="sample 2 .* is not a box of a prediction"):
         run("failure", samples)
 
 

@@ -66,9 +66,9 @@ def test_a_body_may_come_in_any_form(form):
         ('{"choices": [{"message": {"content": "half', "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("7" * 10_000, "not JSON"),  # more digits than Python reads
-        ([], "no chat completion"),
-        ("true", "no chat completion"),
-        ([10**5000], "no chat completion"),
+        ([], "not a chat completion"),
+        ("true", "not a chat completion"),
+        ([10**5000], "not a chat completion"),
         (ValueError("odd"), "no choices"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_stream_with_empty_chunks_is_joined():
     [
         ({"error": {"message": "the engine died"}}, "the engine died"),
         ("{half a chu", "a chunk is not JSON"),
-        (7, "a chunk is no chat completion"),
+        (7, "a chunk is not a chat completion"),
     ],
 )
 def test_a_stream_with_a_broken_chunk_is_an_error_with_its_text(last, sentence):

@@ -219,7 +219,7 @@ def test_links_and_devices_are_refused(tmp_path, kind):
 
 
 def test_a_bomb_is_refused(tmp_path):
-    with pytest.raises(FetchError, match="no data set"):
+    with pytest.raises(FetchError, match="implausible for a data set"):
         unpack(make_zip(tmp_path / "a", {"zeros": bytes(20_000_000)}), tmp_path / "out")
     assert left(tmp_path) == ["a"]
 
@@ -322,8 +322,8 @@ def test_fetch_continues_after_a_source_that_is_not_available(
     monkeypatch.setattr(fetching.time, "sleep", lambda _: None)
     assert data_command.main(["fetch", "--root", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
-    assert "tao: the hub did not give someone/tao (no route to the hub)" in errors
-    assert "can do without" in errors and "nobody: if this goes on" in errors
+    assert "tao: someone/tao could not be fetched from the hub (no route to the hub)" in errors
+    assert "can do without" in errors and "nobody: if this keeps failing" in errors
     assert (tmp_path / "vanilla.zip").read_bytes() == CONTENT
     del sources["nobody"]  # what is optional is no failure
     assert data_command.main(["fetch", "--root", str(tmp_path)]) == 0

@@ -68,9 +68,11 @@ def test_a_cell_s_features_are_found_where_the_box_is():
     visual.forward = number_cells
     # Cells of 16 px: 4 x 2 and 2 x 4
     images = [Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))]
-    got = cell_features(model, processor, images, [(50, 20, 60, 30), (2, 34, 10, 44)])
-    assert got.shape == (2, 64) and got[:, 0].tolist() == [7, 4]
-    outside = cell_features(model, processor, images[:1], [(-30, 20, 10, 40)])
+    got = cell_features(
+        model, processor, images, [[(50, 20, 60, 30), (2, 2, 4, 4)], [(2, 34, 10, 44)]]
+    )
+    assert got.shape == (3, 64) and got[:, 0].tolist() == [7, 0, 4]
+    outside = cell_features(model, processor, images[:1], [[(-30, 20, 10, 40)]])
     assert outside[0, 0] == 4  # an amodal box, whose centre has left the image
 
 
@@ -80,9 +82,12 @@ def test_a_run_of_the_amodal_task_alone_is_compared_on_its_own_samples(tmp_path,
         pixels = RNG.integers(0, 255, size=(32, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     common = {"dataset": "coco_amodal", "split": "train", "task": "amodal", "flipped": False}
-    common |= {"width": 64, "height": 32, "expression": "cup", "gt_box": [40.0, 10.0, 70.0, 30.0]}
+    common |= {"width": 64, "height": 32, "gt_box": [40.0, 10.0, 70.0, 30.0]}
     rows = [
-        common | {"sample_id": f"{number}", "image_id": f"{number}", "image": f"{number}.png"}
+        common
+        | {"sample_id": f"{number}-{words}", "expression": words}
+        | {"image_id": f"{number}", "image": f"{number}.png"}
+        for words in ("cup", "mug")
         for number in range(4)
     ]
     write_samples(tmp_path / "train_amodal.jsonl", rows)
@@ -92,10 +97,15 @@ def test_a_run_of_the_amodal_task_alone_is_compared_on_its_own_samples(tmp_path,
         for name, family in families.items()
     }
     model, processor = tiny_qwen()
+    read = []
+    model.model.visual.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(len(kwargs["grid_thw"])), with_kwargs=True
+    )
     monkeypatch.setattr(vision_features, "model_of", lambda run, name, task: checkpoints[name])
     monkeypatch.setattr(vision_features, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(vision_features, "load_processor", lambda *_: processor)
     profile = SimpleNamespace(tasks=("amodal",), data=SimpleNamespace(path=tmp_path))
     table = compare_models(SimpleNamespace(profile=profile), list(families))
     assert table.loc["small-base", "CKA with small-base"] == pytest.approx(1)
-    assert table.loc["small-base", "cells"] == 4 and table.loc["large-base"].isna().all()
+    assert table.loc["small-base", "cells"] == 8 and table.loc["large-base"].isna().all()
+    assert sum(read) == 4  # each image once, for both of its expressions

@@ -90,13 +90,16 @@ WITHOUT = remove("model.safetensors")
 ODD = {
     "InternVL as OpenGVLab first published it": (
         config(model_type="internvl_chat", auto_map={"AutoConfig": "evil.Config"}),
-        "code of its own .* never run here.* ends in -hf",
+        "custom code .* never run here.* ends in -hf",
     ),
-    "another model with code of its own": (
+    "another model with custom code": (
         config(model_type="mystery", auto_map={"AutoModel": "evil.Model"}),
-        "code of its own .* never run here.* take a checkpoint of qwen3-vl",
+        "custom code .* never run here.* take a checkpoint of qwen3-vl",
     ),
-    "a text model": (config(model_type="qwen3", vision_config=None), "text alone .*sees"),
+    "a text model": (
+        config(model_type="qwen3", vision_config=None),
+        "text-only model .*vision-language",
+    ),
     "another vision model: Qwen2.5-VL answers in other coordinates": (
         config(model_type="qwen2_5_vl"),
         "no prompt format here .*qwen2_5_vl",
@@ -152,8 +155,8 @@ ODD = {
     ),
     "pickles": (then(WITHOUT, write("pytorch_model.bin", "")), "pickles .*not read.*safetensors"),
     "no weights": (WITHOUT, "no weights .*download"),
-    "a download that stopped": (cut("model.safetensors", 0.7), "model.safetensors is not whole"),
-    "a download that never began": (cut("model.safetensors", 0), "model.safetensors is not whole"),
+    "a download that stopped": (cut("model.safetensors", 0.7), "model.safetensors is incomplete"),
+    "a download that never began": (cut("model.safetensors", 0), "model.safetensors is incomplete"),
     "one of two shards": (shards(FIRST), f"lacks 1 of the 2 files .*{SECOND}.*download"),
     "shards without their index": (
         then(shards(FIRST, SECOND), remove(INDEX)),
@@ -197,7 +200,7 @@ ODD = {
     ),
     "a cache whose files were cleared": (
         then(WITHOUT, lambda folder: (folder / "model.safetensors").symlink_to("../blobs/gone")),
-        r"links to files that are gone \(model.safetensors\)",
+        r"links to missing files \(model.safetensors\)",
     ),
     "a training's divided state": (
         lambda folder: [
@@ -339,7 +342,7 @@ def test_an_odd_adapter_gets_the_sentence_that_fits(adapter, name):
 
 def test_an_adapter_s_weights_are_checked_too(adapter):
     (adapter.folder / "adapter_model.safetensors").write_bytes(b"torn")
-    with pytest.raises(InputError, match="adapter_model.safetensors is not whole"):
+    with pytest.raises(InputError, match="adapter_model.safetensors is incomplete"):
         load_model(adapter.folder)
     (adapter.folder / "adapter_model.safetensors").rename(adapter.folder / "adapter_model.bin")
     with pytest.raises(InputError, match="holds no adapter_model.safetensors"):
@@ -370,7 +373,7 @@ def test_vllm_may_have_quantised_weights_but_not_torn_ones(folder):
     with pytest.raises(InputError, match="quantised by awq"):
         check_plain(found)
     cut("model.safetensors", 0.5)(folder)
-    with pytest.raises(InputError, match="not whole"):
+    with pytest.raises(InputError, match="is incomplete"):
         VLLMEngine(str(folder), "qwen3-vl")
 
 

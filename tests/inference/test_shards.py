@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -140,7 +141,7 @@ def test_an_engine_that_fails_everywhere_stops_its_shard(images):
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2", ""])
 def test_what_is_no_shard_is_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="1/2 and 2/2"):
+    with pytest.raises(argparse.ArgumentTypeError, match="write I/N, such as 1/2"):
         Shard.parse(text)
 
 
@@ -184,7 +185,8 @@ def test_processes_that_are_killed_and_started_again_write_one_whole_file(images
 
     def start(shard, seconds):
         command = [sys.executable, "-c", SLOW_SHARD, str(images), str(seconds), shard]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
     whole, out = images / "whole.jsonl", images / "out.jsonl"
     run(FakeEngine(), images, whole)
@@ -192,6 +194,7 @@ def test_processes_that_are_killed_and_started_again_write_one_whole_file(images
     deadline, files = time.monotonic() + PATIENCE_S, [Shard(n, 2).file(out) for n in (1, 2)]
     while not all(file.is_file() and file.read_text().count("\n") == 8 for file in files):
         assert time.monotonic() < deadline
+        assert [process.poll() for process in running] == [None, None]
         time.sleep(0.1)
     for process in running:
         process.send_signal(signal.SIGKILL)

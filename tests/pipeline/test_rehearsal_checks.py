@@ -65,14 +65,14 @@ def test_says_what_was_shown(run):
             lambda run: write_weights(run.checkpoint("vanilla", "small-egm"), 1.0),
             "changed no weight",
         ),
-        (lambda run: write_rows(run.groups("vanilla"), group(0.2, 0.2)), "earned the same"),
+        (lambda run: write_rows(run.groups("vanilla"), group(0.2, 0.2)), "had equal rewards"),
         (lambda run: write_rows(run.groups("vanilla")), "in each of 0 groups"),
         (lambda run: write_rows(run.log("grpo-vanilla.jsonl")), "has no step"),
         (
             lambda run: write_rows(
                 run.log("sft-vanilla.jsonl"), {"loss": float("nan"), "grad_norm": 1.0}
             ),
-            "no number",
+            "not a number",
         ),
         (
             lambda run: write_rows(run.log("grpo-vanilla.jsonl"), {"loss": 0.0, "grad_norm": 0.0}),

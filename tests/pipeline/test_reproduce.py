@@ -449,11 +449,11 @@ def test_the_committed_summary_is_that_of_the_last_commit(tmp_path, monkeypatch)
         ('{"values": {}, "models": [], "stages": {}, "wall_seconds": {}}', "'models' in .* a list"),
         (
             '{"values": {}, "models": {}, "stages": {"00_a": null}, "wall_seconds": {}}',
-            "stage '00_a' is no record",
+            "stage '00_a' is not a record",
         ),
         (
             '{"values": {}, "models": {}, "stages": {"00_a": {"key": 1}}, "wall_seconds": {}}',
-            "stage '00_a' is no record",
+            "stage '00_a' is not a record",
         ),
     ],
 )
@@ -470,5 +470,5 @@ def test_a_manifest_of_another_shape_is_one_sentence(project, content, reason):
 def test_a_file_that_is_no_notebook_is_one_sentence(project, content):
     run, ran, _, root = project
     (root / "notebooks/01_b.ipynb").write_text(content)
-    with pytest.raises(ReproduceError, match="01_b.ipynb is no notebook .*: put it back"):
+    with pytest.raises(ReproduceError, match="01_b.ipynb is not a notebook .*: restore it"):
         reproduce(run)

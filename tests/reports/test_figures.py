@@ -88,7 +88,7 @@ def test_examples_are_drawn_at_random_but_always_the_same():
 
 def test_unknown_names_are_refused_in_a_sentence(toy, tmp_path, capsys):
     run, folder = toy
-    with pytest.raises(ValueError, match="no figure fig99"):
+    with pytest.raises(ValueError, match="unknown figure fig99"):
         build_figures([run], tmp_path, root=folder, only=["fig99"])
     assert main(["--profile", "no-such-profile"]) == 2
     assert "no-such-profile" in capsys.readouterr().err

@@ -215,7 +215,7 @@ def test_failures_of_two_seeds_are_marked_as_a_sum(run_root, tmp_path):
     shutil.copytree(run_root, second := tmp_path / "toy-1")
     for roots, counted in (
         ([run_root], "4 failures;"),
-        ([run_root, second], "8 failures, 2 seeds together;"),
+        ([run_root, second], "8 failures summed over 2 seeds;"),
     ):
         table = build_tables(roots, tmp_path / "out", draws=99, only=["table1"])["table1"]
         assert f"small-base: {counted}" in table.notes[0]
@@ -469,5 +469,7 @@ def test_a_summary_of_another_shape_is_one_sentence(tmp_path, odd):
     file.write_text(json.dumps(good))
     assert read_summary(file) == good
     file.write_text(json.dumps({**good, **odd} if odd and "seeds" not in odd else odd))
-    with pytest.raises(InputError, match=r"summary.json is no summary of results; make it again"):
+    with pytest.raises(
+        InputError, match=r"summary.json is not a summary of results; make it again"
+    ):
         read_summary(file)

@@ -885,5 +885,5 @@ def test_checkpoints_come_as_often_as_the_profile_says(world, tmp_path):
 
 
 def test_a_file_without_samples_is_reported_in_one_sentence(world, tmp_path):
-    with pytest.raises(TrainingError, match="no RL sample"):
+    with pytest.raises(TrainingError, match="no RL samples"):
         trainer_of((world[0], [], world[2]), tmp_path)

@@ -211,7 +211,11 @@ def test_the_fullest_phase_decides():
     ("profile", "device", "message"),
     [
         (replace(QWEN, launch=ALONE), hardware("a100", 8), "starts one process"),
-        (changed(QWEN, "sft", lora=Lora(r=4, alpha=8)), EIGHT, "lora does not go with zero-3"),
+        (
+            changed(QWEN, "sft", lora=Lora(r=4, alpha=8)),
+            EIGHT,
+            "lora cannot be combined with zero-3",
+        ),
         (replace(QWEN, launch=ALONE), hardware("cpu"), "computes in bfloat16"),
     ],
 )

@@ -126,7 +126,7 @@ def test_an_answer_beyond_max_length_is_cut(world, tmp_path, shared):
     cut, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked + 5)
     assert answer(cut) == ids[:5] != ids
     none_left, _ = trainer_of(world, tmp_path, shared=shared, max_length=asked)
-    with pytest.raises(TrainingError, match=f"take {asked} tokens, and sft.max_length is {asked}"):
+    with pytest.raises(TrainingError, match=f"take {asked} tokens, but sft.max_length is {asked}"):
         answer(none_left)
 
 
@@ -538,7 +538,7 @@ def test_lora_on_divided_weights_is_refused(monkeypatch, name, value):
     """What is merged there would be a piece of each weight."""
     lora_config(Lora(r=2, alpha=4))
     monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingError, match="LoRA does not go with ZeRO-3 or FSDP"):
+    with pytest.raises(TrainingError, match="LoRA cannot be combined with ZeRO-3 or FSDP"):
         lora_config(Lora(r=2, alpha=4))
 
 

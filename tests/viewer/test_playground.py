@@ -137,7 +137,7 @@ def test_it_goes_on_from_the_edited_reasoning_and_keeps_the_first_answer():
     ]
     playground.go_on("small-egm, edited", "second at 740 580.")  # an edited one can be edited
     assert engine.requests[-1].begun == "second at 740 580."
-    with pytest.raises(InputError, match="no reasoning to go on from"):
+    with pytest.raises(InputError, match="no reasoning to continue from"):
         playground.go_on("small-egm", " ")
 
 
@@ -213,7 +213,7 @@ def test_a_file_of_ones_own_is_answered(tmp_path):
 @pytest.mark.parametrize(
     "message, problem",
     [
-        ({"expression": " ", "models": ["small-egm"]}, "type what is to be found"),
+        ({"expression": " ", "models": ["small-egm"]}, "type what to find"),
         ({"expression": "it", "models": []}, "choose a model"),
         ({"expression": "it", "models": ["gpt"]}, "no model 'gpt'"),
     ],

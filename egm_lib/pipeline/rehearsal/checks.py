@@ -36,7 +36,9 @@ def _check_training(run: Run, task: str, stage: str, start: Path) -> str:
     log, out = run.log(f"{stage}-{task}.jsonl"), {"sft": "small-sft", "grpo": "small-egm"}[stage]
     steps = [row for row in read_jsonl(log) if "loss" in row]
     if not steps or not all(math.isfinite(row["loss"]) for row in steps):
-        raise RehearsalError(f"{stage} of {task}: {log} has no step, or a loss that is no number.")
+        raise RehearsalError(
+            f"{stage} of {task}: {log} has no step, or a loss that is not a number."
+        )
     if not any(row["grad_norm"] > 0 for row in steps):
         raise RehearsalError(
             f"{stage} of {task} had no gradient in any of {len(steps)} steps: {log}"
@@ -73,8 +75,8 @@ def _check_groups(run: Run, task: str) -> str:
     spread = [group for group in groups if max(group["rewards"]) > min(group["rewards"])]
     if not spread:
         raise RehearsalError(
-            f"grpo of {task}: all completions of a group earned the same in each of {len(groups)} "
-            f"groups, so that nothing was learnt from rewards: {run.groups(task)}"
+            f"grpo of {task}: all completions of a group had equal rewards in each of "
+            f"{len(groups)} groups, so that nothing was learnt from rewards: {run.groups(task)}"
         )
     return f"grpo of {task}: rewards differ within {len(spread)} of {len(groups)} groups"
 

@@ -1,4 +1,4 @@
-"""Efficiency at true scale: the roofline held against measurements, Fig. 5 under several protocols,
+"""Efficiency at true scale: the roofline against measurements, Fig. 5 under several protocols,
 and which EGM model to take. No run and no model is needed.
 
     python -m egm_lib.reports.efficiency [--gpu L20] [--only planner]
@@ -42,12 +42,12 @@ def build_efficiency(
 ) -> dict[str, list[Path]]:
     """Writes all tables and figures, or those named; returns the files of each name.
 
-    gpu: of the planner. Raises InputError for an unknown name.
+    gpu: the planner's device. Raises InputError for an unknown name.
     """
     names = list(dict.fromkeys([*TABLES, *FIGURES]))
     if unknown := set(only) - set(names):
         raise InputError(
-            f"nothing is called {', '.join(sorted(unknown))}; there are {', '.join(names)}"
+            f"unknown name {', '.join(sorted(unknown))}: use one of {', '.join(names)}"
         )
     device, written = device_of(gpu), {}
     for name in only or names:

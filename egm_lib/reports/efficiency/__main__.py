@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m egm_lib.reports.efficiency",
         description="Fig. 5 under several protocols, the roofline, and the planner.",
     )
-    parser.add_argument("--gpu", default="L20", help="of the planner; default: L20")
+    parser.add_argument("--gpu", default="L20", help="the planner's device; default: L20")
     names = list(dict.fromkeys([*TABLES, *FIGURES]))
     parser.add_argument("--only", action="append", default=[], choices=names, metavar="NAME")
     args = parser.parse_args(argv)

@@ -41,7 +41,7 @@ MARKS = (
 ABOVE = {"xytext": (0, 7), "ha": "center", "va": "bottom"}
 BELOW = {"xytext": (0, -7), "ha": "center", "va": "top"}
 LEFT = {"xytext": (-6, 0), "ha": "right", "va": "center"}
-# Beginning of a name, label, colour, marker, and where the sizes stand, and the largest one
+# Beginning of the name, label, colour, marker; where sizes are written, and the largest size
 FAMILIES = (
     ("EGM-Qwen3-VL", "EGM-Qwen3-VL", "#0072B2", "D", ABOVE, ABOVE),
     ("EGM-InternVL-3", "EGM-InternVL-3", "#56B4E9", "v", LEFT, LEFT),
@@ -63,13 +63,13 @@ def protocols(device: Device) -> tuple[Figure, str]:
     best = min((found for found in fits if not found.below_bound), key=lambda found: found.spread)
     return (
         figure,
-        "Left: the latencies of Fig. 5 (black) and the roofline's under several protocols. Grey: "
-        "less than the bound of one request in 16 bits on the fewest GPUs that hold the model. "
-        "Right: published over predicted; a protocol that explains the figure has its models "
-        "close together, at 1 or above. Filled: Qwen3-VL. Hollow: InternVL-3 with one tile an "
-        f'image. Of the protocols that no bound rules out, "{best.protocol.name}" comes nearest: '
-        f"all latencies are {best.scale:.1f} times the predicted ones, within a factor of "
-        f"{best.spread:.1f}.",
+        "Left: the published latencies of Fig. 5 (black) and predictions of the roofline under "
+        "several protocols. Grey: times below the bound of one request in 16 bits on the fewest "
+        "GPUs that hold the model. Right: published divided by predicted latency. If a protocol "
+        "explains the figure, its models lie close together, at 1 or above. Filled: Qwen3-VL. "
+        "Hollow: InternVL-3 with one tile per image. Of the protocols that no bound rules out, "
+        f'"{best.protocol.name}" comes closest: all published latencies are {best.scale:.1f} times '
+        f"the predicted ones, within a factor of {best.spread:.1f}.",
     )
 
 
@@ -188,9 +188,9 @@ def planner(device: Device) -> tuple[Figure, str]:
     left.set(
         xlabel="ms of one request, alone",
         ylabel="accuracy at IoU > 0.5, % (paper)",
-        title=f"How long one waits, on {device.name}",
+        title=f"How long a user waits, on {device.name}",
     )
-    right.set(xlabel="ms of devices an image, many at a time", title="What an image costs")
+    right.set(xlabel="device time per image, ms, many requests", title="What an image costs")
     for ax in (left, right):
         ax.set_xscale("log")
         ax.margins(0.12)
@@ -199,8 +199,8 @@ def planner(device: Device) -> tuple[Figure, str]:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     caption = (
         "Accuracy against predicted time: 16 bits, images of 640 x 480 px, on the fewest devices "
-        'that hold the model ("on 2": two). Left: one request alone. Right: devices times seconds '
-        "an image, at nine tenths of the highest rate. Answers of 101 tokens for EGM, 42 for "
+        'that hold the model ("on 2": two). Left: one request alone. Right: devices times the '
+        "time per image, at nine tenths of the highest rate. Answers of 101 tokens for EGM, 42 for "
         "Instruct, 30 for InternVL-3. Thinking models are left out: the length of their answers is "
         "not reported."
     )
@@ -249,6 +249,6 @@ def roofline(device: Device) -> tuple[Figure, str]:
     )
     return (
         figure,
-        "Each point is one pass: a token, a prompt or an image. Dotted: twice too slow, twice too "
-        "fast. Decoding is predicted well, prefill only roughly.",
+        "Each point is one pass: a token, a prompt or an image. Dotted: predictions of twice and "
+        "half the measured time. Decoding is predicted well, prefill only roughly.",
     )

@@ -41,13 +41,13 @@ def protocols(device: Device) -> Table:
         "fig5_protocols",
         f"Fig. 5 under several protocols, on {GPU}",
         [
-            "Qwen3-VL: off by",
+            "Qwen3-VL: median factor",
             "published / predicted",
-            "left after it",
+            "remaining factor",
             "below the bound",
-            "all: left, 13 tiles",
+            "all, 13 tiles: remaining factor",
             "below the bound",
-            "all: left, one tile",
+            "all, one tile: remaining factor",
             "below the bound",
             "235B / EGM-8B",
         ],
@@ -61,17 +61,18 @@ def protocols(device: Device) -> Table:
             cells += [_times(found.spread), f"{len(found.below_bound)} of {found.models}"]
         table.rows.append(Row(protocol.name, "predicted", [*cells, Number(alone.ratio)]))
     table.notes += [
-        "Off by: how many times a prediction is above or below the published latency, in the "
-        "median. Published / predicted: the one factor that brings all predictions nearest, as a "
-        "server does that is slower than the roofline; below 1 it would have to be faster. Left "
-        "after it: the largest factor that remains.",
-        "The bound is the data sheet's peak without any overhead: a published latency below it "
+        "Median factor: how many times a prediction is above or below the published latency, in "
+        "the median. Published / predicted: the one factor that brings all predictions closest to "
+        "the published latencies. It is above 1 for a server slower than the roofline; below 1, "
+        "the server would have to be faster. Remaining factor: the largest one that is left once "
+        "all predictions are multiplied by this factor.",
+        "The bound is the data sheet's peak without any overhead. A published latency below it "
         "cannot have been measured under that protocol, in that precision, with that many tokens.",
-        "Tiles: InternVL cuts an image of 640 x 480 px into 12 tiles and adds a small copy; the "
+        "Tiles: InternVL cuts an image of 640 x 480 px into 12 tiles and adds a thumbnail. The "
         "paper does not say whether this was switched on.",
         "GPU time: the time multiplied by the GPUs that work on it and divided by the requests "
-        "that share them. Weights in 16 bits where nothing else is said; a model that the GPUs "
-        "cannot hold gets more of them.",
+        "that share them. Weights have 16 bits unless the row says otherwise. A model that does "
+        "not fit the GPUs of a protocol gets more of them.",
     ]
     return table
 
@@ -96,11 +97,11 @@ def latencies(device: Device) -> Table:
         table.rows.append(Row(model.name, "predicted", row))
     table.notes += [
         f"Published: {paper('fig5')['source']}. Stated tokens: {paper('teaser')['source']}; "
-        "assumed: the same form of answer.",
-        "Thinking models: the length of their answers is not reported, so the table says what "
-        "length would take as long as published.",
-        "InternVL-3-32B is taken for InternVL3-38B. InternVL's images are 12 tiles and a small "
-        "copy here: 3,328 tokens.",
+        "assumed tokens: those of the same form of answer.",
+        "Thinking models: the length of their answers is not reported, so the table gives the "
+        "length whose predicted time is the published one.",
+        "InternVL-3-32B is assumed to be InternVL3-38B. InternVL's images are 12 tiles and a "
+        "thumbnail here: 3,328 tokens.",
     ]
     return table
 
@@ -110,7 +111,13 @@ def tokens(device: Device) -> Table:
     table = Table(
         "fig5_tokens",
         "What one more token costs, from the difference of two published latencies",
-        ["EGM - Instruct, ms", "tokens", "ms a token", "least on one L20, ms", "below it by"],
+        [
+            "EGM - Instruct, ms",
+            "tokens",
+            "ms a token",
+            "least time on one L20, ms",
+            "least / published",
+        ],
     )
     published = published_ms()
     for found in token_times():
@@ -129,7 +136,7 @@ def tokens(device: Device) -> Table:
             )
         )
     table.notes.append(
-        "Image, prompt and shape are the same, so that everything but the tokens cancels. Least: "
+        "Image, prompt and shape are the same, so everything but the tokens cancels. Least time: "
         "reading the weights of the language model once, in 16 bits at 864 GB/s, and the KV cache. "
         "101 and 42 tokens are stated for EGM-8B and 235B-Instruct and assumed for the other sizes."
     )
@@ -146,7 +153,7 @@ def planner(device: Device) -> Table:
             "devices",
             "ms, one request",
             "images a second",
-            "as accurate, direct",
+            "direct model, as accurate",
             "accuracy",
             "devices",
             "ms, one request",
@@ -161,7 +168,7 @@ def planner(device: Device) -> Table:
         )
     table.notes += [
         "Images of 640 x 480 px, 16 bits, on the fewest devices that hold the model. Images a "
-        "second: of those devices together, at nine tenths of the highest rate. EGM's answers: 101 "
+        "second: those devices together, at nine tenths of the highest rate. EGM's answers: 101 "
         "tokens; direct ones: 42, InternVL's 30. Accuracy: the paper's, mean of Table 4's splits.",
         "python -m egm_lib.evaluation.plan_latency answers for another device, image size, "
         "precision or budget.",
@@ -184,16 +191,17 @@ def roofline(device: Device) -> Table:
     table = Table(
         "roofline",
         "The roofline against measurements",
-        ["n", "error, median", "error, worst", "of"],
+        ["n", "error, median", "error, worst", "worst measurement"],
     )
     for name, source, points in groups():
         found = errors(points)
         table.rows.append(Row(name, source, _errors(found)))
     table.notes += [
-        "Error: predicted over measured, less 1. Fitted: three constants of all GPUs (share of the "
-        "bandwidth, overhead of a layer, of an all-reduce). Left out: each source predicted with "
-        "constants fitted to the others. A measurement that is faster than the data sheet's peak "
-        "(a cached prompt, for one) is not counted; roofline_points lists it.",
+        "Error: predicted divided by measured time, minus 1. Fitted: three constants for all GPUs "
+        "(share of the bandwidth, overhead of a layer, overhead of an all-reduce). Left out: each "
+        "source is predicted with constants fitted to the other sources. A measurement that is "
+        "faster than the data sheet's peak (a cached prompt, for example) is not counted; "
+        "roofline_points lists it.",
         "Sources: data/latency/public.json; results/latency-scale/.",
     ]
     return table
@@ -262,7 +270,7 @@ def points(device: Device) -> Table:
 
 def measured(device: Device) -> Table:
     """What `make latency-scale` measured, and what it did not run."""
-    columns = ["at a time", "first token, ms", "of it vision, ms", "ms a token", "ms, whole answer"]
+    columns = ["at a time", "first token, ms", "vision alone, ms", "ms a token", "ms, whole answer"]
     table = Table("measured", "Random weights in real shapes", [*columns, "measured on"])
     for record in records():
         machine = record["machine"]
@@ -296,8 +304,8 @@ def measured(device: Device) -> Table:
         load = f"{min(record['load']):g} to {max(record['load']):g}"
         table.notes.append(
             f"{machine['name']}: {machine['time']}, torch {machine['torch']}, transformers "
-            f"{machine['transformers']}, load of the machine {load}. A row with fewer layers is "
-            "that smaller model, measured whole; the vision tower is shortened likewise."
+            f"{machine['transformers']}, load of the machine {load}. A row with fewer layers is a "
+            "smaller model, measured as a whole; its vision tower is shortened in the same way."
         )
     return table
 

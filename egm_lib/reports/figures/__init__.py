@@ -31,14 +31,14 @@ FIGURES: dict[str, tuple[str, Callable[[Material], tuple[Figure, str]]]] = {
     "hypotheses": ("The registered hypotheses", hypotheses),
     "splits": ("Accuracy by split", splits),
     "fig2": ("Fig. 2: failures by cause", fig2),
-    "fig2_examples": ("Fig. 2: a failure of each cause", fig2_examples),
+    "fig2_examples": ("Fig. 2: one failure of each cause", fig2_examples),
     "fig3": ("Fig. 3: curated reasoning", fig3),
     "fig4": ("Fig. 4: what EGM solves", fig4),
     "fig6": ("Fig. 6: amodal", fig6),
     "fig12": ("Fig. 12: where it still fails", fig12),
     "training": ("Training: six questions", training),
     "iou": ("IoU before and after", iou_histogram),
-    "solved": ("Table 11 drawn: solved share", solved_share),
+    "solved": ("Table 11: share of failures solved", solved_share),
     "lookalikes": ("Accuracy by look-alikes and kind of prompt", lookalikes),
     "viewer": ("The trace viewer", viewer),
 }
@@ -61,7 +61,9 @@ def build_figures(
     """
     results, out_dir = Results(run_roots, rule), Path(out_dir)
     if unknown := set(only or ()) - set(FIGURES):
-        raise InputError(f"no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+        raise InputError(
+            f"unknown figure {', '.join(sorted(unknown))}: use one of {', '.join(FIGURES)}"
+        )
     material = Material(results, root or data_root(results), parameters or parameters_of(results))
     drawn = []
     for name, (title, build) in FIGURES.items():

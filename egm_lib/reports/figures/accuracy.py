@@ -51,23 +51,18 @@ def fig5(material: Material) -> tuple[Figure, str]:
     )
     right.margins(0.18)
     right.grid(True)
-    right.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=3,
-        fontsize=7.5,
-        markerscale=0.6,
-        columnspacing=1,
-    )
+    _legend_below(right, ncols=3, markerscale=0.6)
     note = (
-        "area in proportion to the parameters"
+        "area proportional to the number of parameters"
         if largest
         else "parameters not recorded: equal areas"
     )
-    caption = f"Accuracy against latency, the paper's models and ours ({note}; bars: 95 %). "
+    caption = (
+        f"Accuracy against latency, the paper's models and ours ({note}; bars: 95 % intervals). "
+    )
     return (
         figure,
-        caption + "The panels were measured on different machines: compare within a panel.",
+        caption + "The panels were measured on different machines: compare only within a panel.",
     )
 
 
@@ -114,12 +109,16 @@ def _published_latency(ax: Axes) -> None:
     )
     ax.margins(0.09)
     ax.grid(True)
+    _legend_below(ax, ncols=2, markerscale=0.7)
+
+
+def _legend_below(ax: Axes, *, ncols: int, markerscale: float) -> None:
     ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, -0.17),
-        ncols=2,
+        ncols=ncols,
         fontsize=7.5,
-        markerscale=0.7,
+        markerscale=markerscale,
         columnspacing=1,
     )
 
@@ -166,7 +165,7 @@ def solved_share(material: Material) -> tuple[Figure, str]:
     both = _paired(material)
     failed = both[~both["a"].astype(bool)]
     if failed.empty:
-        raise NotRun("the base failed nowhere")
+        raise NotRun("the small base has no failures")
     edges = [-1e-9, 0, 0.1, 0.2, 0.3, 0.4, 0.5]
     labels = ["0", "to 0.1", "0.1-0.2", "0.2-0.3", "0.3-0.4", "0.4-0.5"]
     bins = pd.cut(failed["base_iou"], edges, labels=labels)
@@ -200,7 +199,7 @@ def solved_share(material: Material) -> tuple[Figure, str]:
         ylim=(0, 100),
         xlim=(-0.6, len(labels) - 0.4),
         xlabel="IoU of the small base",
-        title="Of the base's failures, how many are solved",
+        title="How many of the base's failures are solved",
     )
     figure.legend(loc="outside lower center", ncols=2)
     ax.grid(True, axis="y")
@@ -278,6 +277,6 @@ def lookalikes(material: Material) -> tuple[Figure, str]:
     )
     return (
         figure,
-        "Accuracy on the vanilla splits by what makes a prompt hard; bars: 95 %, clustered on "
-        "images.",
+        "Accuracy on the vanilla splits by what makes a prompt hard. Bars: 95 % intervals, "
+        "clustered on images.",
     )

@@ -35,7 +35,7 @@ def forest(material: Material) -> tuple[Figure, str]:
             xerr=down_up([test]),
             fmt="o" if task == "vanilla" else "s",
             color=TASKS[task][0],
-            # Hollow: the interval holds zero.
+            # Hollow: the interval includes zero.
             markerfacecolor=TASKS[task][0] if decided else "white",
             markersize=5,
             elinewidth=1.2,
@@ -61,7 +61,7 @@ def forest(material: Material) -> tuple[Figure, str]:
     return (
         figure,
         "Differences paired on samples, mean over the splits, with 95 % intervals; p after Holm's "
-        "correction over all of them. Hollow: the interval holds zero.",
+        "correction over all of them. Hollow: the interval includes zero.",
     )
 
 
@@ -96,7 +96,7 @@ def hypotheses(material: Material) -> tuple[Figure, str]:
     return (
         figure,
         "The hypotheses of the protocol with their 95 % intervals over images and seeds. Shaded: "
-        "the margin, within which a difference is treated as none.",
+        "the margin, within which a difference counts as none.",
     )
 
 
@@ -133,4 +133,5 @@ def splits(material: Material) -> tuple[Figure, str]:
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.grid(True, axis="y")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(models))
-    return figure, "Accuracy by split (Tables 4 and 5 drawn); bars: 95 %, clustered on images."
+    caption = "Accuracy by split (Tables 4 and 5). Bars: 95 % intervals, clustered on images."
+    return figure, caption

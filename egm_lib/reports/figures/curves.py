@@ -26,7 +26,7 @@ Logs = dict[str, list[pd.DataFrame]]  # task -> one GRPO log a seed
 
 
 def training(material: Material) -> tuple[Figure, str]:
-    """What GRPO did: reward, accuracy, ways of reasoning, KL, length, groups without difference."""
+    """What GRPO did: reward, accuracy, ways of reasoning, KL, length, groups with equal rewards."""
     logs: Logs = {task: [] for task in TASKS}
     for root in material.results.roots:
         for task in TASKS:
@@ -51,23 +51,23 @@ def training(material: Material) -> tuple[Figure, str]:
     }.get(seeds, f"mean of {seeds} seeds with a 95 % interval (t)")
     return (
         figure,
-        "GRPO. Curves against update steps: faint as logged; line: running mean over a tenth of "
-        f"the steps, {band}. Accuracy and ways of reasoning come from the test predictions; bars: "
-        "95 %.",
+        "GRPO, by update step. Faint: as logged. Line: running mean over a tenth of the steps, "
+        f"{band}. Accuracy and ways of reasoning come from the test predictions. Bars: 95 % "
+        "intervals.",
     )
 
 
 def training_log(path: Path) -> pd.DataFrame:
-    """A training log with numeric columns, one row a step; empty where there is no log.
+    """A training log with numeric columns, one row per step; empty if there is no log.
 
-    Values that are no number become nan, and lines without a step are left out.
+    Values that are not numbers become nan, and lines without a step are left out.
     """
     rows = read_jsonl(path) if path.is_file() else []
     frame = pd.DataFrame([writable_row(row) for row in rows])
     if "step" not in frame:
         return frame.iloc[:0]
     frame = frame.apply(numeric).dropna(subset="step")
-    # Held-out prompts have a line of their own beside their step's
+    # Held-out prompts have a separate line for the same step
     return frame.groupby("step", as_index=False).last()
 
 
@@ -87,7 +87,7 @@ def _reward(ax: Axes, logs: Logs) -> None:
 def _logged(
     ax: Axes, logs: Logs, column: str, question: str, unit: str, factor: float = 1.0
 ) -> None:
-    """A logged column of all seeds, a colour a task."""
+    """A logged column of all seeds, in one colour per task."""
     ax.set_title(question, fontsize=9)
     ax.set_xlabel("step", fontsize=8)
     ax.set_ylabel(unit, fontsize=8)

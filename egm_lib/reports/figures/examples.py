@@ -75,8 +75,8 @@ def fig3(material: Material) -> tuple[Figure, str]:
         )
     return (
         figure,
-        "Curated reasoning: the target's box (hatched where hidden), and the trace that the "
-        "teacher wrote, with the places that it names numbered in order.",
+        "Curated reasoning: the target's box (hatched where hidden) and the teacher's trace. The "
+        "places that the trace names are numbered in order.",
     )
 
 
@@ -93,7 +93,7 @@ def _side_by_side(
         heading = f"{outcome_title(outcome)} ({len(samples)} of {len(answered)})"
         examples += [(heading, sample) for sample in sample_fixed(samples, count)]
     if not examples:
-        raise NotRun(f"no {task} sample with an outcome to show")
+        raise NotRun(f"no {task} sample has an outcome that this figure shows")
     figure = new_figure(9.0, 2.35 * len(examples))
     axes = figure.subplots(len(examples), 3, width_ratios=(1, 1, 1.7), squeeze=False)
     for (first, second, text), (heading, sample) in zip(axes, examples, strict=True):
@@ -118,8 +118,8 @@ def _side_by_side(
     kinds = "; ".join(dict.fromkeys(heading for heading, _ in examples))
     return (
         figure,
-        "Small base beside small + EGM and its reasoning, the places that it names numbered in "
-        f"order. Samples drawn at random among: {kinds}.",
+        "The small base beside small + EGM with its reasoning. The places that the reasoning names "
+        f"are numbered in order. Samples were drawn at random from: {kinds}.",
     )
 
 
@@ -242,7 +242,7 @@ def viewer(material: Material) -> tuple[Figure, str]:
     if not group:
         return figure, f"{caption}."
     draw_group(below[0], view, group, material.root)
-    return figure, f"{caption}; beneath it, a GRPO group: rewards r, advantages A."
+    return figure, f"{caption}. Below it: a GRPO group with rewards r and advantages A."
 
 
 def _mixed_group(material: Material) -> Mapping | None:

@@ -78,12 +78,13 @@ def fig2(material: Material) -> tuple[Figure, str]:
     judges = ", ".join(results.judges)
     return (
         figure,
-        f"Causes of failure by the majority of the judges ({judges}); bars: 95 %. Grey: the paper.",
+        f"Causes of failure by the majority of the judges ({judges}). Bars: 95 % intervals. Grey: "
+        "the paper.",
     )
 
 
 def fig2_examples(material: Material) -> tuple[Figure, str]:
-    """A failure of the small base for each cause."""
+    """One failure of the small base for each cause."""
     causes = material.results.majority_causes(SMALL)
     seed = material.results.seeds[0]
     cause_of = {row.sample_id: row.cause for row in causes.itertuples() if row.seed == seed}
@@ -111,4 +112,4 @@ def fig2_examples(material: Material) -> tuple[Figure, str]:
             transform=ax.transAxes,
         )
     draw_legend(figure, [SMALL])
-    return figure, "A failure of the small base for each cause, drawn at random."
+    return figure, "One failure of the small base for each cause, drawn at random."

@@ -75,10 +75,9 @@ def table_differences(results: Results) -> Table:
         table.rows.append(Row(f"{a} - {b}, {task}", "ours", cells))
     table.notes.append(
         "Mean over the splits; 95 % intervals from a bootstrap over images (and seeds). only first "
-        "/ only second: "
-        "samples that just one of the two solves. small-direct-control: the base trained on, on "
-        "direct answers, with "
-        "the compute of SFT + GRPO; small-sft-control: SFT continued for GRPO's minutes."
+        "/ only second: samples that only one of the two solves. small-direct-control: the base, "
+        "trained further on direct answers, as much as SFT and GRPO together. small-sft-control: "
+        "SFT continued, as much as GRPO. docs/deviations.md, 12, says how this is measured."
     )
     return table
 
@@ -104,7 +103,8 @@ def table_kinds(results: Results) -> Table:
             ]
             table.rows.append(Row(name, "ours", [count(group["sample_id"].nunique()), *cells]))
     table.notes.append(
-        "All vanilla splits together; n: samples; kinds and look-alikes where the data states them."
+        "All vanilla splits are pooled. n: number of samples. Kinds of prompts and look-alikes are "
+        "shown where the data states them."
     )
     return table
 
@@ -121,7 +121,7 @@ def table_rules(results: Results) -> Table:
             cells.append(percent(estimate(rows, over_splits=True, draws=results.draws)))
         table.rows.append(Row(rule, "ours", cells))
     table.notes.append(
-        "Vanilla splits, plain mean over the splits that were run; rules: docs/scoring-rules.md."
+        "Plain mean over the vanilla splits that were run. Rules: docs/scoring-rules.md."
     )
     return table
 
@@ -155,7 +155,8 @@ def table_answers(results: Results) -> Table:
                 cells += [None if math.isnan(row[name]) else Number(row[name]) for name in tokens]
                 table.rows.append(Row(f"{model}, {task}", "ours", [*cells, count(int(row["n"]))]))
     table.notes.append(
-        "Shares, mean IoU and accuracy over IoU 0.50:0.95 in percent; tokens: mean of an answer."
+        "In percent; tokens: mean per answer. acc 50 95: accuracy averaged over the thresholds of "
+        "IoU from 0.50 to 0.95."
     )
     return table
 
@@ -179,10 +180,9 @@ def table_decoding(results: Results) -> Table:
                 Row(name, "ours", [accuracy, difference, Number(tokens.mean()), count(len(rows))])
             )
     table.notes.append(
-        "Mean over the vanilla splits that were run. budget-N: reasoning is closed after N tokens; "
-        "majority-N: of N "
-        "sampled answers the box that most others overlap, tokens of all N. Without @: greedy, as "
-        "in Table 8."
+        "Mean over the vanilla splits that were run. budget-N: the reasoning is closed after N "
+        "tokens. majority-N: of N sampled answers, the box that most of the others overlap; the "
+        "tokens are those of all N answers. A name without @: greedy decoding, as in Table 8."
     )
     return table
 
@@ -240,10 +240,9 @@ def table_ablations(results: Results) -> Table:
                 )
             )
     table.notes.append(
-        "Short GRPO runs of one length, whatever the run itself did; difference: paired, to "
-        "sft-and-grpo, which has "
-        "the profile's reward weight and KL. grpo: without SFT. reward-weight-1: success alone; 0: "
-        "IoU alone."
+        "Short GRPO runs of equal length, which need not be that of the run itself. difference: "
+        "paired, to sft-and-grpo, which has the profile's reward weight and KL. grpo: GRPO without "
+        "SFT. reward-weight-1: the reward is success alone; reward-weight-0: IoU alone."
     )
     return table
 
@@ -301,9 +300,9 @@ def table_latency(results: Results) -> Table:
                 )
             )
     table.notes.append(
-        "Ours: after a warm-up, from handing the request over (image in memory) to the last token; "
-        "several at a time "
-        "are a batch, whose answers come together, or requests on the way to an endpoint. "
+        "Ours: after a warm-up, the time from sending a request (image in memory) to its last "
+        "token. Several at a time are one batch, whose answers come together, or concurrent "
+        "requests to an endpoint. "
         f"Paper: {paper('fig5')['source']}; its released script measures at concurrency 64."
     )
     return table

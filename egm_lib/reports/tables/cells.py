@@ -19,9 +19,9 @@ NOT_REPORTED = "not reported"  # the paper's: it does not give this number
 
 
 def decimal_text(value: float, decimals: int = 1, signed: bool = False) -> str:
-    """A number rounded as people do, halves away from zero: 49.05 is 49.1.
+    """A number rounded half away from zero, as people do by hand: 49.05 becomes 49.1.
 
-    (The double that stands for 49.05 is a little smaller, and would become 49.0.)
+    (The double nearest to 49.05 is a little smaller, and would become 49.0.)
     """
     exact = Decimal(str(round(float(value), 9)))
     rounded = exact.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP) + 0  # + 0: no "-0.0"
@@ -96,7 +96,7 @@ def read_summary(path: Path) -> dict | None:
     advice = "make it again: python -m egm_lib.reports.tables"
     stated = read_json(path, advice)
     if stated is not None and not is_summary(stated):
-        raise InputError(f"{path} is no summary of results; {advice}")
+        raise InputError(f"{path} is not a summary of results; {advice}")
     return stated
 
 

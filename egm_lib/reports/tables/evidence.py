@@ -46,7 +46,7 @@ def by_teacher(results: Results) -> dict[str, Results]:
 
 
 def answered(results: Results) -> list[Finding]:
-    """Every hypothesis with its answer; none if the profile is not part of the experiment."""
+    """Every hypothesis with its answer; empty if the profile is not part of the experiment."""
     runs = by_teacher(results)
     return findings(runs, draws=results.draws) if runs else []
 
@@ -88,9 +88,9 @@ def table_samples(results: Results) -> Table:
                 )
     table.notes.append(
         "Samples: temperature 1 without top-k and top-p. sampled: mean over the N samples. pass@N: "
-        "at least one of the N is right. Ways of reasoning: of answers to prompts that need steps; "
-        "worked: the steps are written out; concluding: only where the object is; restating: no "
-        "place at all."
+        "at least one of the N is right. Ways of reasoning are shares of the answers to prompts "
+        "that need several steps. worked: the steps are written out; concluding: only the place of "
+        "the object is named; restating: no place is named."
     )
     return table
 

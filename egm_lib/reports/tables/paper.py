@@ -44,7 +44,7 @@ def counted_failures(number: int, seeds: int) -> str:
 
     (A base fails on the same samples in every seed.)
     """
-    return f"{number:,} failures" + (f", {seeds} seeds together" if seeds > 1 else "")
+    return f"{number:,} failures" + (f" summed over {seeds} seeds" if seeds > 1 else "")
 
 
 def table1(results: Results) -> Table:
@@ -72,9 +72,8 @@ def table1(results: Results) -> Table:
         if not judged.empty:
             open_share = (judged["cause"] == "no majority").mean()
             table.notes.append(
-                f"{model}: {counted_failures(len(judged), judged['seed'].nunique())}; without a "
-                "majority of judges: "
-                f"{decimal_text(100 * open_share)} %."
+                f"{model}: {counted_failures(len(judged), judged['seed'].nunique())}; for "
+                f"{decimal_text(100 * open_share)} % no cause has a majority of the judges."
             )
     table.notes.append(
         f"Paper: {source['source']}. Ours: the cause that most judges "
@@ -104,8 +103,8 @@ def table2(results: Results) -> Table:
             value = None if rows.empty else estimate(rows, draws=results.draws)
             table.rows.append(Row(model, "ours", [percent(value), value and count(value.n)]))
     table.notes.append(
-        "Chosen because the small base fails on them: a model that resembles it starts lower than "
-        "an unrelated one."
+        "These samples were chosen because the small base fails on them. So a model that resembles "
+        "the small base starts lower than an unrelated model."
     )
     return table
 
@@ -333,7 +332,7 @@ def miniature(results: Results) -> str:
     """The warning below a table whose models are not the paper's."""
     if results.same_models:
         return ""
-    return " A miniature stands beside the paper's models: compare directions, not numbers."
+    return " Our models are miniatures: compare the direction of differences, not the numbers."
 
 
 def _published_row(row: dict) -> Row:
@@ -481,8 +480,7 @@ def table11(results: Results) -> Table:
             )
         )
     table.notes.append(
-        "Any model that differs from the base solves some of its failures; what it loses stands in "
-        "the last column "
-        "(the paper does not print it)."
+        "Any model that differs from the base solves some of the base's failures. The last column "
+        "shows the share of the base's successes that it loses; the paper does not report it."
     )
     return table
