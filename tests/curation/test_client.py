@@ -208,7 +208,8 @@ def test_a_wrong_key_stops_at_once_and_an_odd_sample_does_not(tmp_path, run, mon
             },
             "ok",
         ),
-        ({"choices": [{"message": {"content": "half \ud83d of a pair"}}]}, "ok"),
+        # No words to train on, and no damage to the file
+        ({"choices": [{"message": {"content": "half \ud83d of a pair"}}]}, "filtered"),
         (completion("left of it.", "length"), "filtered"),  # cut
         (completion("left of", "content_filter"), "filtered"),  # the same when asked again
         (completion("left of", "SAFETY"), "filtered"),

@@ -865,7 +865,7 @@ def test_a_server_that_does_not_answer_is_reported_with_the_command_for_it(
     monkeypatch.setattr(grpo_module, "read_samples", lambda path: world[1])
     monkeypatch.setattr(grpo_module, "make_grpo_trainer", wait)
     with pytest.raises(
-        TrainingError, match="240.0 seconds. Start one, .* `trl vllm-serve --model "
+        TrainingError, match="240.0 seconds. Start one .* `trl vllm-serve --model "
     ) as stopped:
         grpo_module.run_grpo(Run(served, 0), "vanilla")
     words = shlex.split(str(stopped.value).split("`")[1])
