@@ -33,7 +33,14 @@ from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, req
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
-from egm_lib.inference.shards import WHOLE, Shard, files_with_rows, merge, whole_rows
+from egm_lib.inference.shards import (
+    WHOLE,
+    Shard,
+    add_shard_option,
+    files_with_rows,
+    merge,
+    whole_rows,
+)
 from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import NO_REASONING, Sampling
@@ -282,13 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--latency", action="store_true", help="measure latency (vanilla) instead of predicting"
     )
-    parser.add_argument(
-        "--shard",
-        type=Shard.parse,
-        default=WHOLE,
-        metavar="I/N",
-        help="answer every N-th sample, from the I-th; the last of N processes merges the files",
-    )
+    add_shard_option(parser)
     parser.add_argument("--latency-samples", type=int, default=64)
     parser.add_argument(
         "--concurrency", type=int, action="append", help="of --latency; default: 1 and 64"

@@ -6,7 +6,7 @@ the files.
 """
 
 import shutil
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,17 @@ class Shard:
 
 WHOLE = Shard()
 MARKS = ("sample_id", "status")
+
+
+def add_shard_option(parser: ArgumentParser) -> None:
+    """`--shard I/N`, as every command that predicts has it."""
+    parser.add_argument(
+        "--shard",
+        type=Shard.parse,
+        default=WHOLE,
+        metavar="I/N",
+        help="answer every N-th sample, from the I-th; the last of N processes merges the files",
+    )
 
 
 def _folder(out: Path) -> Path:

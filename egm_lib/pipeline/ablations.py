@@ -23,7 +23,7 @@ from egm_lib.data import read_eval, read_samples
 from egm_lib.grpo import run_grpo
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.inference.predict import predict
-from egm_lib.inference.shards import WHOLE, Shard
+from egm_lib.inference.shards import WHOLE, Shard, add_shard_option
 from egm_lib.pipeline.jobs import prediction_jobs, run_jobs, shard_jobs, training_job
 from egm_lib.profile import Model, Profile
 from egm_lib.reports.tables import build_tables
@@ -152,9 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         "--train", choices=VARIANTS, metavar="VARIANT", help="train this variant only"
     )
     part.add_argument("--answer", action="store_true", help="only let the trained variants answer")
-    parser.add_argument(
-        "--shard", type=Shard.parse, default=WHOLE, metavar="I/N", help="of --answer"
-    )
+    add_shard_option(parser)
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     return ends(lambda: _work(args))

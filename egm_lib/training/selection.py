@@ -25,7 +25,7 @@ from egm_lib.evaluation.scoring import load_predictions, score
 from egm_lib.files import write_text
 from egm_lib.inference.from_profile import make_engine, model_of
 from egm_lib.inference.predict import predict
-from egm_lib.inference.shards import WHOLE, Shard
+from egm_lib.inference.shards import WHOLE, Shard, add_shard_option
 from egm_lib.learnability import select_learnable
 from egm_lib.run import Run
 
@@ -163,13 +163,7 @@ def _select_vanilla(run: Run) -> dict[str, int | None]:
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser("training.selection", "Answer the selection pool.")
     parser.add_argument("--role", choices=ROLES, required=True)
-    parser.add_argument(
-        "--shard",
-        type=Shard.parse,
-        default=WHOLE,
-        metavar="I/N",
-        help="a part of the samples, as in inference.predict",
-    )
+    add_shard_option(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return ends(lambda: print(answer_pool(run_of(args), args.role, args.shard)))

@@ -6,15 +6,14 @@ from tiny_internvl import tiny_internvl
 from tiny_qwen import tiny_qwen
 from transformers import (
     AutoModelForImageTextToText,
-    InternVLConfig,
     PretrainedConfig,
     Qwen3VLConfig,
-    Qwen3VLMoeConfig,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from egm_lib.model_shapes import SHAPES, ShapeError, shape_from_config, shape_of
+from egm_lib.inference.random_models import config_of
+from egm_lib.model_shapes import SHAPES, QwenVision, ShapeError, shape_from_config, shape_of
 
 # Billions of parameters that the model cards or the papers state
 PUBLISHED = {
@@ -33,54 +32,6 @@ PUBLISHED = {
 }
 
 
-def config_of(name):
-    """transformers' configuration with the numbers of the table."""
-    shape = SHAPES[name]
-    text, vision = shape.text, shape.vision
-    sizes = {
-        "vocab_size": text.vocabulary,
-        "hidden_size": text.hidden,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "num_key_value_heads": text.kv_heads,
-        "intermediate_size": text.intermediate,
-        "max_position_embeddings": text.context,
-    }
-    experts = {
-        "num_experts": text.experts,
-        "num_experts_per_tok": text.active_experts,
-        "moe_intermediate_size": text.intermediate,
-    }
-    if text.qk_norm:
-        sizes["head_dim"] = text.head_dim
-    if text.experts:
-        sizes |= experts
-    if name.startswith("Qwen"):
-        tower = {
-            "depth": vision.depth,
-            "hidden_size": vision.hidden,
-            "intermediate_size": vision.intermediate,
-            "out_hidden_size": vision.out_hidden,
-        }
-        kind = Qwen3VLMoeConfig if text.experts else Qwen3VLConfig
-        return kind(text_config=sizes, vision_config=tower, tie_word_embeddings=text.tied)
-    tower = {
-        "num_hidden_layers": vision.depth,
-        "hidden_size": vision.hidden,
-        "intermediate_size": vision.intermediate,
-        "num_attention_heads": vision.heads,
-        "attention_bias": vision.attention_bias,
-        "use_qk_norm": vision.qk_norm,
-        "norm_type": "rms_norm" if vision.rms_norm else "layer_norm",
-    }
-    kind = "qwen3_moe" if text.experts else "qwen2"
-    return InternVLConfig(
-        text_config=sizes | {"model_type": kind},
-        vision_config=tower,
-        tie_word_embeddings=text.tied,
-    )
-
-
 def counted(config: PretrainedConfig) -> dict[str, int]:
     """Parameters of transformers' model, by part."""
     with torch.device("meta"):
@@ -97,13 +48,22 @@ def counted(config: PretrainedConfig) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_transformers_model(name):
-    shape, config = SHAPES[name], config_of(name)
+    shape = SHAPES[name]
+    config = config_of(shape)
     found = counted(config)
     assert shape.parameters == found["parameters"]
     assert shape.vision.merger == found["merger"]
     assert shape.vision.tower == found["tower"]
     read = shape_from_config(config)
     assert (read.text, read.vision) == (shape.text, shape.vision)
+
+
+def test_all_qwen_towers_have_transformers_heads_and_deepstack():
+    """The published configurations keep these defaults, whatever the size."""
+    default = Qwen3VLConfig().vision_config
+    towers = [shape.vision for shape in SHAPES.values() if isinstance(shape.vision, QwenVision)]
+    assert {tower.heads for tower in towers} == {default.num_heads}
+    assert {tower.deepstack for tower in towers} == {len(default.deepstack_visual_indexes)}
 
 
 @pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
