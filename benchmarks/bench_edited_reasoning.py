@@ -1,8 +1,8 @@
 """How often the box follows when the last place of a reasoning is moved to another object.
 
 The miniature's reference model answers validation samples greedily. In each trace the last place is
-replaced by the centre of another object, chosen at random, and the model goes on from there. A box
-follows if its IoU with that object is above 0.5. The same is asked with the reasoning unedited,
+replaced by the centre of another object, chosen at random, and the model continues from there. A
+box follows if its IoU with that object is above 0.5. The same is asked with the reasoning unedited,
 which has to give the same answer.
 
     python benchmarks/bench_edited_reasoning.py

@@ -14,7 +14,7 @@ on an idle machine it is the time that one waits. On a GPU it is the wall's time
 What the device reaches (reading weights, matrix products) is measured before and after. Results go
 to results/latency-scale/<device>.json, from which `python -m egm_lib.reports.efficiency` compares
 them with the roofline. A case that does not fit is written there too, as not run. What the file
-holds of the same machine is kept, so a run that was cut off goes on; --again measures it anew.
+holds of the same machine is kept, so a run that was cut off continues; --again measures it anew.
 """
 
 from __future__ import annotations

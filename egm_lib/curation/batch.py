@@ -124,7 +124,7 @@ def _id(theirs: object) -> str:
     found = getattr(theirs, "id", None)
     if not (found and isinstance(found, str)):
         raise CurationError(
-            "the service has answered a file or a batch without an id; run again to go on"
+            "the service has answered a file or a batch without an id; run again to continue"
         )
     return found
 

@@ -36,7 +36,7 @@ class ChatReply:
     text: the content alone. reasoning: what the service set apart as reasoning, None if it set
     nothing apart. With reasoning, an empty text and finish "length", the answer was never begun.
     finish: "stop" for finish reason "stop", "length" for "length", "error" for everything else;
-    error is then one sentence, and None otherwise. None while a stream goes on.
+    error is then one sentence, and None otherwise. None while a stream continues.
     reasoning_tokens: None if the service does not tell; answer_tokens then counts all completion
     tokens. All counts are None if the service reports none.
     finish_reason: the service's own word. refusal: its own words for declining.

@@ -25,7 +25,7 @@ _FLAGGED = re.compile(r"flagged|moderation|safety|content policy", re.IGNORECASE
 
 
 class CurationError(EgmError, RuntimeError):
-    """The run cannot start or go on; the message says why and what to do."""
+    """The run cannot start or continue; the message says why and what to do."""
 
 
 class Refused(CurationError):

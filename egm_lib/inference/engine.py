@@ -99,7 +99,7 @@ class Engine(Protocol):
 
 
 def begun_reasoning(family: Family, reasoning: str) -> str:
-    """`Request.begun` for an answer that goes on from this reasoning, which is not closed."""
+    """`Request.begun` for an answer that continues this reasoning, which is not closed."""
     return ("" if family.reasoning_opener else "<think>") + reasoning
 
 

@@ -3,7 +3,7 @@
     python -m egm_lib.inference.predict --profile mini --model small-base
     python -m egm_lib.inference.predict --profile mini --model small-base --latency
 
-A file is written in the order of its samples; a run that was stopped goes on where it stopped and
+A file is written in the order of its samples; a run that was stopped continues there and
 leaves the same file. With `--shard 1/4` to `--shard 4/4` four processes share the samples
 (egm_lib.inference.shards).
 """
@@ -75,12 +75,12 @@ def predict(
     asked again.
 
     root: the data root that images are relative to. An image that cannot be read, or an engine
-    error, marks its row ("error") and the run goes on; retry_errors asks those rows again. Rows are
-    appended a window of samples at a time. Window boundaries are the same when a run is resumed, so
-    that it batches as an uninterrupted one does. prompt: the name of one of the family's prompts.
-    shard: the samples that this process answers; `out` is written once all shards are finished.
-    Raises ValueError where `out` holds another model's rows or samples, EngineFailure where a whole
-    window failed.
+    error, marks its row ("error") and the run continues; retry_errors asks those rows again. Rows
+    are appended a window of samples at a time. Window boundaries are the same when a run is
+    resumed, so that it batches as an uninterrupted one does. prompt: the name of one of the
+    family's prompts. shard: the samples that this process answers; `out` is written once all shards
+    are finished. Raises ValueError where `out` holds another model's rows or samples, EngineFailure
+    where a whole window failed.
     """
     out, samples = Path(out), list(samples)
     stamp = {"model": model, "revision": engine.revision, "profile": profile, "seed": seed}

@@ -28,7 +28,7 @@ NOTEBOOKS_OF = "mini"  # the profile whose outputs the stored notebooks show
 
 
 class ReproduceError(EgmError, RuntimeError):
-    """A run that cannot start or go on; the message is one clear sentence."""
+    """A run that cannot start or continue; the message is one clear sentence."""
 
 
 def stages() -> list[Path]:

@@ -218,7 +218,7 @@ class Playground(anywidget.AnyWidget):
         return {question.name: self.scored[question.name] for question in questions}
 
     def go_on(self, model: str, reasoning: str) -> ScoredAnswer:
-        """Has a model go on from a reasoning that was changed or written by hand."""
+        """Has a model continue a reasoning that was changed or written by hand."""
         question = self._continuation(model, reasoning)
         self._work(partial(self._answer_all, [question]))
         return self.scored[question.name]
