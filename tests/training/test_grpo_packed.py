@@ -234,6 +234,46 @@ def test_gradient_checkpointing_and_clipping_change_nothing(world, tmp_path, fam
         )
 
 
+def in_float64(model) -> None:
+    """Float64 weights and rotations: TRL counts InternVL-3's positions from the padding, and in
+    float32 the rotations of other positions round otherwise."""
+    rotary = model.double().model.language_model.rotary_emb
+    pairs = rotary.inv_freq.numel()
+    theta = rotary.config.rope_parameters["rope_theta"]
+    speeds_R = theta ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+
+    def rotations(states, position_ids):
+        angles_B_L_D = (position_ids[..., None] * speeds_R).repeat(1, 1, 2)
+        return angles_B_L_D.cos(), angles_B_L_D.sin()
+
+    rotary.forward = rotations
+
+
+def test_in_float64_internvl_s_gradients_are_trl_s(world, tmp_path):
+    """With KL, clipping and a trained tower; norms and head still compute in float32."""
+    found = []
+    for mode in ("off", "auto"):
+        trainer = trainer_of(
+            world, tmp_path, "internvl-3", shared_prefix=mode, beta=0.05, **TRAINED_VISION
+        )
+        in_float64(trainer.model), in_float64(trainer.ref_model)
+        batch = rollout(trainer)
+        batch["pixel_values"] = batch["pixel_values"].double()
+        with torch.no_grad():
+            old = logps(trainer, batch)
+        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+        batch["old_per_token_logps"] = old + 0.3 * noise
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        found.append((loss.item(), dict(trainer.model.named_parameters()), trainer.packs))
+    (expected, truth, _), (loss, packed, packs) = found
+    assert packs and loss == pytest.approx(expected, abs=1e-8)
+    for name, weight in truth.items():
+        if weight.grad is not None:
+            error = (packed[name].grad - weight.grad).abs().max()
+            assert error <= 2e-7 * weight.grad.abs().max(), name
+
+
 class StandInVLLM:
     """Answers as TRL's VLLMGeneration does, with log-probs of the trainer's model.
 
