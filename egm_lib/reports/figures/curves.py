@@ -72,14 +72,15 @@ def training_log(path: Path) -> pd.DataFrame:
 
 
 def _reward(ax: Axes, logs: Logs) -> None:
-    _logged(ax, logs, "reward", "Does the reward rise?", "mean reward of a step")
+    held_out = False
     for task, frames in logs.items():
         for frame in frames:
             if "eval_reward" in frame:
-                rows = frame.dropna(subset="eval_reward")
-                colour = TASKS[task][0]
-                ax.plot(rows["step"], rows["eval_reward"], "o", color=colour, markersize=3)
-    held_out = any("eval_reward" in frame for frames in logs.values() for frame in frames)
+                rows, held_out = frame.dropna(subset="eval_reward"), True
+                look = {"color": TASKS[task][0], "markersize": 3, "zorder": 3}
+                ax.plot(rows["step"], rows["eval_reward"], "o", **look)
+    # After the points, so that its legend keeps clear of them
+    _logged(ax, logs, "reward", "Does the reward rise?", "mean reward of a step")
     note = "points: held-out prompts" if held_out else "held-out prompts: not logged"
     ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", fontsize=7, color=FAINT)
 
