@@ -16,7 +16,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help plan rehearse setup reproduce evaluate ablations experiment submit lab playground tables restore figures gallery test \
+.PHONY: help plan rehearse setup reproduce evaluate ablations prompts experiment submit lab playground tables restore figures gallery test \
         format bench latency-scale test-rehearsal test-vllm test-browser test-lock pretrain-mini lock clean
 
 help: ## this list
@@ -49,6 +49,10 @@ evaluate: $(ENV) ## a published model, e.g. PROFILE=eval-egm-8b [MODEL=small-bas
 
 ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or GRPO alone, ways to decode
 	@$(RUN) -m egm_lib.pipeline.ablations --profile $(PROFILE)
+
+prompts: MODEL := small-base
+prompts: $(ENV) ## [MODEL=small-base] of PROFILE asked by each named prompt of its family, compared
+	@$(RUN) -m egm_lib.pipeline.prompt_ablation --profile $(PROFILE) --model $(MODEL)
 
 experiment: $(ENV) ## the registered experiment of docs/protocol.md: mini-full, mini-uniform, three seeds; many hours
 	@$(RUN) -m egm_lib.pipeline.experiment

@@ -96,6 +96,8 @@ class Model:
 
 # A model name with this ending is its model, reasoning switched off (Table 10)
 NO_REASONING = "-no-reasoning"
+# A model name with @, this and a prompt's name is its model, asked by that prompt
+PROMPTED = "prompt-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ class Models:
     def named(self, name: str) -> Model | None:
         """The checkpoint that a model's name in a run means; None: the run trains it.
 
-        The way of decoding after an @ (egm_lib.inference.decoding) does not matter.
+        What follows an @ does not matter: another way to decode (egm_lib.inference.decoding), or
+        another prompt.
         """
         bases = {"small-base": self.small, "large-base": self.large, "reference": self.reference}
         if self.egm is not None:

@@ -48,6 +48,10 @@ class Run:
         """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
         return self.root / "predictions" / model / f"{split_id}.jsonl"
 
+    def prompts(self, model: str) -> Path:
+        """By which prompts a model was asked (`egm_lib.pipeline.prompt_ablation`)."""
+        return self.root / "ablations" / "prompts" / f"{model}.jsonl"
+
     @property
     def roots(self) -> list[Path]:
         """The folders of all seeds of the profile that have been run."""

@@ -40,6 +40,13 @@ LATENCY_COLUMNS = (
     *TOKEN_COLUMNS,
 )
 LATENCY_FIELDS = {"sample_id": str | int, "model": str, "concurrency": int, "device": str}
+PROMPT_FIELDS = {
+    "model": str,
+    "task": str,
+    "prompt": str,
+    "answers": str,
+    "not_asked": str | None,
+}
 JUDGEMENT_FIELDS = {"sample_id": str | int, "judge": str, "cause": str}
 PAPER_DIR = project_root() / "data" / "paper"
 
@@ -155,7 +162,9 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way, by way and number, such as small-egm@budget-16."""
+        """Models decoded in another way or asked by another prompt, by way and number, such as
+        small-egm@budget-16 and small-base@prompt-authors-eval.
+        """
         found = {model for model in set(self.predictions["model"]) if "@" in model}
 
         def key(model: str) -> tuple[str, int]:
@@ -185,6 +194,18 @@ class Results:
                 )
         none = self.predictions.iloc[:0].assign(steps=0)
         return score(pd.concat(parts, ignore_index=True) if parts else none, self.rule)
+
+    @cached_property
+    def prompts(self) -> list[dict]:
+        """By which named prompts models were asked, or why not (`pipeline.prompt_ablation`); those
+        of the first seed that states them.
+        """
+        stated = {}
+        for root in self.roots:
+            for file in sorted((root / "ablations" / "prompts").glob("*.jsonl")):
+                for row in _complete(file, PROMPT_FIELDS):
+                    stated.setdefault((row["model"], row["task"], row["prompt"]), row)
+        return list(stated.values())
 
     @cached_property
     def latency(self) -> pd.DataFrame:

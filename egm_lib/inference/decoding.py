@@ -11,7 +11,7 @@ from egm_lib.boxes import Box, pairwise_iou
 from egm_lib.errors import InputError
 from egm_lib.inference.engine import Answer, Engine, Request
 from egm_lib.parsing import parse_completion, split_reasoning
-from egm_lib.profile import Sampling
+from egm_lib.profile import PROMPTED, Sampling
 
 VOTE_TEMPERATURE = 0.7  # that of the paper's rollouts, Table 6
 # Distance between the seeds of two samples, so that those of different runs never coincide.
@@ -21,16 +21,17 @@ SEEDS_OF_SAMPLES = 1000
 def decoded_as(engine: Engine, model: str) -> Engine:
     """The engine, or the variant of it that the model's name asks for.
 
+    A name that asks for another prompt (`from_profile.prompt_of`) decodes as the engine does.
     Raises InputError for an unknown variant.
     """
     _, _, variant = model.partition("@")
-    if not variant:
+    if not variant or variant.startswith(PROMPTED):
         return engine
     kind, _, number = variant.partition("-")
     variants = {"budget": ReasoningBudget, "majority": Majority, "sample": Sample}
     if kind not in variants or not number.isdigit() or int(number) < 1:
-        known = "budget-N (tokens), majority-N (samples) or sample-N (the N-th sample)"
-        raise InputError(f"unknown way of decoding {variant!r} in {model!r}: use {known}")
+        known = "budget-N (tokens), majority-N (samples), sample-N (the N-th sample) or prompt-NAME"
+        raise InputError(f"unknown variant {variant!r} in {model!r}: use {known}")
     return variants[kind](engine, int(number))
 
 

@@ -1,7 +1,9 @@
-"""Names of a run's models -> checkpoints, and the engine that a profile asks for."""
+"""Names of a run's models -> checkpoints and prompts, and the engine that a profile asks for."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from egm_lib.errors import InputError
 from egm_lib.inference.engine import Engine
 from egm_lib.inference.fit import check_fit
 from egm_lib.inference.openai_engine import OpenAIEngine
@@ -9,12 +11,14 @@ from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.profile import (
     NO_REASONING,
+    PROMPTED,
     Model,
     Profile,
     ProfileError,
     api_key,
     generation_of,
 )
+from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
 
 
@@ -31,6 +35,27 @@ def model_of(run: Run, model: str, task: str) -> Model:
             f"no checkpoint {path}; train it first, or use one of small-base, large-base, reference"
         )
     return replace(models.small, path=str(path), revision=None)
+
+
+def prompt_of(profile: Profile, model: str, checkpoint: Model, tasks: Sequence[str]) -> str:
+    """The name of the prompt that a model is asked by: the one in its own name, as in
+    `small-base@prompt-authors-eval`, or the profile's.
+
+    checkpoint: the model's. Raises InputError where its family lacks the prompt, or has it for
+    other tasks only.
+    """
+    _, _, variant = model.partition("@")
+    if not variant.startswith(PROMPTED):
+        return profile.evaluation.prompt
+    name, family = variant.removeprefix(PROMPTED), FAMILIES[checkpoint.family]
+    for task in tasks:
+        if task not in family.prompts.get(name, ()):
+            known = [other for other, by_task in family.prompts.items() if task in by_task]
+            raise InputError(
+                f"{model}: {family.name} has no prompt {name!r} for the task {task}: use one of "
+                f"{', '.join(known)}"
+            )
+    return name
 
 
 def make_engine(

@@ -30,7 +30,7 @@ from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, request_of
-from egm_lib.inference.from_profile import make_engine, model_of
+from egm_lib.inference.from_profile import make_engine, model_of, prompt_of
 from egm_lib.inference.latency import measure_latency
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.shards import (
@@ -311,11 +311,13 @@ def _predict_all(args: argparse.Namespace) -> None:
         asked = [task for task in tasks if splits[task]]
         # One engine for the tasks of a base model; a trained one has a checkpoint for each
         for checkpoint, group in groupby(asked, partial(model_of, run, model)):
-            pairs = [pair for task in group for pair in splits[task]]
+            answered = list(group)
+            pairs = [pair for task in answered for pair in splits[task]]
+            prompt = prompt_of(run.profile, model, checkpoint, answered)
             plain = make_engine(run.profile, checkpoint, run.seed, for_latency=args.latency)
             # Closed before the next one is built
             with contextlib.closing(decoded_as(plain, model)) as engine:
-                _use_engine(engine, pairs, run, model, args)
+                _use_engine(engine, pairs, run, model, prompt, args)
 
 
 def _wanted(pair: tuple[str, str], args: argparse.Namespace) -> bool:
@@ -327,12 +329,13 @@ def _use_engine(
     splits: Sequence[tuple[str, str]],
     run: Run,
     model: str,
+    prompt: str,
     args: argparse.Namespace,
 ) -> None:
     profile, root = run.profile, run.profile.data.path
     limit = profile.data.eval_limit if args.limit is None else args.limit
     common = {"model": model, "root": root, "sampling": profile.generation.sampling}
-    common["prompt"] = profile.evaluation.prompt
+    common["prompt"] = prompt
     common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]

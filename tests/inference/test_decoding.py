@@ -80,5 +80,5 @@ def test_each_sample_is_drawn_at_temperature_1_with_another_seed():
 
 @pytest.mark.parametrize("name", ["small-egm@beam-4", "small-egm@budget", "small-egm@majority-0"])
 def test_an_unknown_way_of_decoding_is_refused(name):
-    with pytest.raises(ValueError, match="unknown way of decoding"):
+    with pytest.raises(ValueError, match="unknown variant"):
         decoded_as(Thinker(), name)

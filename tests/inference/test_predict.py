@@ -163,7 +163,8 @@ def test_an_engine_is_closed_before_the_next_is_built(monkeypatch):
             raise RuntimeError("out of memory")
 
     names = iter("abc")
-    monkeypatch.setattr(predict_module, "model_of", lambda *args: None)
+    for name in ("model_of", "prompt_of"):
+        monkeypatch.setattr(predict_module, name, lambda *args: None)
     monkeypatch.setattr(predict_module, "make_engine", lambda *args, **more: Engine(next(names)))
     monkeypatch.setattr(predict_module, "_use_engine", fail_for_b)
     run = SimpleNamespace(profile=SimpleNamespace(tasks=("vanilla",)), seed=0)

@@ -10,6 +10,7 @@ from egm_lib.evaluation.scoring import with_strata
 from egm_lib.evaluation.statistics import Difference, estimate, holm, paired_difference
 from egm_lib.inference.engine import CONCURRENCIES
 from egm_lib.parsing import RULES
+from egm_lib.profile import PROMPTED
 from egm_lib.reports.tables.cells import NOT_REPORTED, Number, Row, Table, count, p_text, percent
 from egm_lib.reports.tables.paper import accuracy_cells, gain
 from egm_lib.training.variants import STEPS, VARIANTS
@@ -165,7 +166,8 @@ def table_decoding(results: Results) -> Table:
     """Accuracy by way of decoding and number of tokens (`egm_lib.inference.decoding`)."""
     columns = ["accuracy", "difference to plain", "tokens an answer", "n"]
     table = Table("table4_decoding", "Other ways to decode", columns)
-    variants = [name for name in results.variants if "@sample-" not in name]  # table4_samples
+    others = ("sample-", PROMPTED)  # of the tables table4_samples and prompts
+    variants = [name for name in results.variants if not name.partition("@")[2].startswith(others)]
     plain = list(dict.fromkeys(name.partition("@")[0] for name in variants)) or ["small-egm"]
     for model in plain:
         for name in [model, *(name for name in variants if name.partition("@")[0] == model)]:
@@ -183,6 +185,29 @@ def table_decoding(results: Results) -> Table:
         "Mean over the vanilla splits that were run. budget-N: the reasoning is closed after N "
         "tokens. majority-N: of N sampled answers, the box that most of the others overlap; the "
         "tokens are those of all N answers. A name without @: greedy decoding, as in Table 8."
+    )
+    return table
+
+
+def table_prompts(results: Results) -> Table:
+    """One model under each named prompt (`make prompts`), compared with the profile's own."""
+    columns = ["accuracy", "difference to own", "n"]
+    table = Table("prompts", "The same model under each named prompt", columns)
+    for row in results.prompts:
+        model, task, answers = row["model"], row["task"], row["answers"]
+        own = answers == model
+        label = f"{model}, {task}: {row['prompt']}" + (" (the profile's own)" if own else "")
+        if row["not_asked"] is not None:
+            cells = [f"not asked: {row['not_asked']}", "", ""]
+        else:
+            rows = results.of(answers, task)
+            accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
+            difference = "" if own else percent(gain(results, answers, model, task))
+            cells = [accuracy, difference, count(len(rows) or None)]
+        table.rows.append(Row(label, "ours", cells))
+    table.notes.append(
+        "In percent, mean over the splits that were run. difference to own: points, paired on "
+        "samples. Prompts: egm_lib/prompts.py."
     )
     return table
 
