@@ -51,7 +51,7 @@ ablations: $(ENV) ## a finished PROFILE taken apart: reward weight, KL, SFT or G
 	@$(RUN) -m egm_lib.pipeline.ablations --profile $(PROFILE)
 
 prompts: MODEL := small-base
-prompts: $(ENV) ## [MODEL=small-base] of PROFILE asked by each named prompt of its family, compared
+prompts: $(ENV) ## does the wording matter? a model of PROFILE [MODEL=small-base] under each named prompt
 	@$(RUN) -m egm_lib.pipeline.prompt_ablation --profile $(PROFILE) --model $(MODEL)
 
 experiment: $(ENV) ## the registered experiment of docs/protocol.md: mini-full, mini-uniform, three seeds; many hours

@@ -96,7 +96,7 @@ class Model:
 
 # A model name with this ending is its model, reasoning switched off (Table 10)
 NO_REASONING = "-no-reasoning"
-# A model name with @, this and a prompt's name is its model, asked by that prompt
+# A model name with @, this and a prompt's name is its model, asked with that prompt
 PROMPTED = "prompt-"
 
 

@@ -49,7 +49,7 @@ class Run:
         return self.root / "predictions" / model / f"{split_id}.jsonl"
 
     def prompts(self, model: str) -> Path:
-        """By which prompts a model was asked (`egm_lib.pipeline.prompt_ablation`)."""
+        """With which prompts a model was asked (`egm_lib.pipeline.prompt_ablation`)."""
         return self.root / "ablations" / "prompts" / f"{model}.jsonl"
 
     @property

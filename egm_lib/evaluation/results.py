@@ -162,7 +162,7 @@ class Results:
 
     @cached_property
     def variants(self) -> list[str]:
-        """Models decoded in another way or asked by another prompt, by way and number, such as
+        """Models decoded in another way or asked with another prompt, by way and number, such as
         small-egm@budget-16 and small-base@prompt-authors-eval.
         """
         found = {model for model in set(self.predictions["model"]) if "@" in model}
@@ -197,8 +197,9 @@ class Results:
 
     @cached_property
     def prompts(self) -> list[dict]:
-        """By which named prompts models were asked, or why not (`pipeline.prompt_ablation`); those
-        of the first seed that states them.
+        """With which named prompts models were asked, or why not (`pipeline.prompt_ablation`).
+
+        Where seeds state the same prompt, the first one's row.
         """
         stated = {}
         for root in self.roots:

@@ -38,7 +38,7 @@ def model_of(run: Run, model: str, task: str) -> Model:
 
 
 def prompt_of(profile: Profile, model: str, checkpoint: Model, tasks: Sequence[str]) -> str:
-    """The name of the prompt that a model is asked by: the one in its own name, as in
+    """The name of the prompt that a model is asked with: the one in its own name, as in
     `small-base@prompt-authors-eval`, or the profile's.
 
     checkpoint: the model's. Raises InputError where its family lacks the prompt, or has it for

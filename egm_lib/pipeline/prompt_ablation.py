@@ -4,7 +4,7 @@
 
 The model answers the evaluation splits under the profile's own prompt, as it does in the run
 itself, and under each other prompt, as `small-base@prompt-authors-eval`. prompts.md compares them.
-A prompt that the model cannot be asked by, or that would repeat another one, is not asked, and the
+A prompt that the model cannot be asked with, or that repeats another one, is left out, and the
 table says why. Finished answers are not asked for again.
 """
 
@@ -35,7 +35,7 @@ def named_prompts(run: Run, model: str, task: str) -> list[dict]:
     """A row for each named prompt of the model's family, the profile's own first.
 
     answers: the name that the model's answers have under this prompt. not_asked: why it is not
-    asked by it, or None.
+    asked with it, or None.
     """
     checkpoint, own = model_of(run, model, task), run.profile.evaluation.prompt
     family, tokenizer = FAMILIES[checkpoint.family], _tokenizer(run, checkpoint)
@@ -68,9 +68,9 @@ def why_not_asked(
     expression: str,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str | None:
-    """Why a model is not asked by a named prompt; None if it is.
+    """Why a model is not asked with a named prompt; None if it is.
 
-    asked: the prompts that it is asked by already, text to name. expression: one of the samples'.
+    asked: the prompts that it is asked with already, text to name. expression: one of the samples'.
     tokenizer: None where a server has it.
     """
     text = family.prompts[name].get(task)
@@ -107,7 +107,7 @@ def _tokenizer(run: Run, model: Model) -> PreTrainedTokenizerBase | None:
 
 
 def run_all(run: Run, model: str) -> None:
-    """Has the model answer under every prompt that it can be asked by, and writes the table."""
+    """Has the model answer under every prompt that it can be asked with, and writes the table."""
     rows = [row for task in run.profile.tasks for row in named_prompts(run, model, task)]
     for task in run.profile.tasks:
         asked = [row["answers"] for row in rows if row["task"] == task and row["not_asked"] is None]

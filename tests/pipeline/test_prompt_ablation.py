@@ -1,4 +1,4 @@
-"""`make prompts` asks one model by each named prompt that it can read, and compares answers."""
+"""`make prompts` asks one model with each named prompt that it can read, and compares answers."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", QWEN.prompts)
-def test_the_model_is_asked_by_the_prompt_that_its_name_asks_for(run, monkeypatch, name):
+def test_the_model_is_asked_with_the_prompt_that_its_name_asks_for(run, monkeypatch, name):
     asked = []
 
     class Engine(FakeEngine):
