@@ -90,6 +90,20 @@ def reset_caches(llm) -> None:
                 break
 
 
+def reset_server_cache(client) -> None:
+    """Empties the image features of a vLLM server, which depend on the weights as above.
+
+    client: TRL's. Raises TrainingError where the server does not do it.
+    """
+    url = f"{client.base_url}/reset_encoder_cache"
+    status = client.session.post(url).status_code
+    if status != 200:
+        raise TrainingError(
+            f"{url} answered {status}, so the vLLM server would keep image features of old "
+            "weights. Use vLLM 0.30, and start it as `trl vllm-serve` does."
+        )
+
+
 class PlainGRPO(TimedGRPO):
     """TRL's rollouts and loss, with what vLLM needs. A test shows that its loss equals ours.
 
@@ -112,13 +126,13 @@ class PlainGRPO(TimedGRPO):
             super().__init__(*args, **kwargs)
         # TRL's own way, until both have been compared on the first batch of this session
         self.packs, self.packing_unchecked = False, pack_groups and self._can_pack()
-        if self.use_vllm and self.vllm_mode == "colocate":
+        if not self.use_vllm:
+            return
+        # Replaced on the instance, since TRL's `generate` calls it too after vLLM has slept
+        self.vllm_generation.sync_weights = partial(self._sync, self.vllm_generation.sync_weights)
+        if self.vllm_mode == "colocate":
             self.vllm_generation.generate = partial(
                 self._generate_in_process, self.vllm_generation.generate
-            )
-            # Replaced on the instance, since TRL's `generate` calls it too after vLLM has slept
-            self.vllm_generation.sync_weights = partial(
-                self._sync_in_process, self.vllm_generation.sync_weights
             )
 
     def _can_pack(self) -> bool:
@@ -140,9 +154,12 @@ class PlainGRPO(TimedGRPO):
         models = [self.model] if self.ref_model is None else [self.model, self.ref_model]
         return [self._bare(model) for model in models]
 
-    def _sync_in_process(self, sync_weights: Callable[[], None]) -> None:
+    def _sync(self, sync_weights: Callable[[], None]) -> None:
         sync_weights()
-        reset_caches(self.vllm_generation.llm)
+        if self.vllm_mode == "colocate":
+            reset_caches(self.vllm_generation.llm)
+        elif self.accelerator.is_main_process:
+            reset_server_cache(self.vllm_generation.vllm_client)
 
     def _generate(self, prompts):
         began = time.perf_counter()

@@ -18,6 +18,7 @@ from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.mini.world import write_split
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
+from egm_lib.training import grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
 from egm_lib.training.grpo_trl import PlainGRPO
 from egm_lib.training.model_setup import TrainingError
@@ -144,7 +145,7 @@ def test_grpo_stops_where_the_sampler_has_other_weights(trainer, monkeypatch):
 
 
 def test_grpo_stops_where_the_sampler_sees_another_prompt(trainer, monkeypatch):
-    monkeypatch.setattr(grpo, "collapse_image_tokens", lambda ids, *_: list(ids))
+    monkeypatch.setattr(grpo_trl, "collapse_image_tokens", lambda ids, *_: list(ids))
     with pytest.raises(TrainingError, match="read a prompt of"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -782,6 +782,27 @@ def test_new_weights_empty_the_caches_of_the_old_ones(colocated):
     grpo_trl.reset_caches(SimpleNamespace())  # a vLLM without these calls
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_new_weights_empty_the_image_features_of_a_server(colocated, status):
+    """TRL asks a server to empty the prompts' keys and values only."""
+    trainer = colocated()
+    trainer.vllm_mode, vllm = "server", trainer.vllm_generation
+
+    def post(url):
+        vllm.calls.append(url)
+        return SimpleNamespace(status_code=status)
+
+    vllm.vllm_client = SimpleNamespace(
+        base_url="http://127.0.0.1:8000", session=SimpleNamespace(post=post)
+    )
+    if status == 200:
+        vllm.sync_weights()
+    else:
+        with pytest.raises(TrainingError, match="answered 404, .* image features of old weights"):
+            vllm.sync_weights()
+    assert vllm.calls == ["sync", "http://127.0.0.1:8000/reset_encoder_cache"]
+
+
 def test_vllm_gets_a_context_of_prompt_and_completion_and_sleeps(world, tmp_path):
     """32,768 tokens would be set aside for prompts of a few hundred."""
     trainer, _ = trainer_of(world, tmp_path, shared=False, max_model_len=4096)

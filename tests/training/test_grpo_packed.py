@@ -4,6 +4,7 @@ The truth is TRL's own path, which gives each completion its own prompt, on the 
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +286,8 @@ class StandInVLLM:
         self.trainer, self.number = trainer, itertools.count(1)
         self.top_p, self.top_k, self.llm = 1.0, 0, None
         self.prompts: list[list[int]] = []
+        session = SimpleNamespace(post=lambda url: SimpleNamespace(status_code=200))
+        self.vllm_client = SimpleNamespace(base_url="", session=session)
 
     def sync_weights(self) -> None:
         pass
