@@ -6,7 +6,7 @@ and its parts (acc_at_50, mean_iou), group_std and frac_reward_zero_std (groups 
 completions/*, kl, entropy, clip_ratio/*, seconds of rollout, reward and update (time/*),
 tokens_per_second (sampled). With `grpo.held_out_prompts` also rewards and completions of prompts
 that are not trained on, as eval_reward and so on. Some of the last groups are kept to be read
-(egm_lib.training.groups).
+(egm_lib.training.group_keeper).
 
 Deviations from TRL, with rollouts by transformers on one process:
 1. A group's prompt is read once, in sampling and in the update.
@@ -55,7 +55,8 @@ from egm_lib.training.checkpoints import (
 )
 from egm_lib.training.clock import Clock
 from egm_lib.training.command import stage_command
-from egm_lib.training.groups import SAMPLE_FIELDS, GroupKeeper
+from egm_lib.training.group_keeper import GroupKeeper
+from egm_lib.training.groups import SAMPLE_FIELDS
 from egm_lib.training.grpo_shared_prefix import SharedPrefixGRPO
 from egm_lib.training.grpo_trainer import answer_texts
 from egm_lib.training.grpo_trl import PlainGRPO
@@ -246,9 +247,9 @@ def make_grpo_trainer(
     """The trainer of the stage.
 
     rows, held_out: from `question_rows`. groups: file of the groups that are kept
-    (egm_lib.training.groups). shared_prefix: whether to use the trainer that also samples with a
-    shared prefix; None: if the profile allows it and it is possible. reward: instead of Eq. 8.
-    config: from `grpo_config`, if it was needed before the model.
+    (egm_lib.training.group_keeper). shared_prefix: whether to use the trainer that also samples
+    with a shared prefix; None: if the profile allows it and it is possible. reward: instead of
+    Eq. 8. config: from `grpo_config`, if it was needed before the model.
     """
     # TRL pads prompt ids on the left, and `mm_token_type_ids` on the tokenizer's side. M-RoPE
     # counts positions from both (TRL #5785)

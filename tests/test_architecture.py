@@ -1,6 +1,8 @@
 """The layers of the library: imports run one way, and the ideas at the top need no torch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import egm_lib
@@ -85,3 +87,9 @@ def test_the_ideas_need_no_torch():
             pending += [
                 other for other in found & set(LAYER_OF) - seen if (ROOT / f"{other}.py").exists()
             ]
+
+
+def test_what_notebooks_show_needs_no_library_of_models():
+    code = "import sys, egm_lib.notebook; print({'torch', 'transformers', 'peft'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()", "every kernel would load it, for some seconds each"

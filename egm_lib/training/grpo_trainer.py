@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from egm_lib.training.clock import Clock, TimedSchedule
-from egm_lib.training.groups import GroupKeeper
+from egm_lib.training.group_keeper import GroupKeeper
 from egm_lib.training.model_setup import TrainingError
 
 # In nats a token, for tokens that are sampled without top-p and top-k. The same policy gives 1e-4

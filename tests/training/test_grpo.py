@@ -32,7 +32,8 @@ from egm_lib.reports.figures.curves import training_log
 from egm_lib.run import Run
 from egm_lib.training import grpo_shared_prefix, grpo_trl
 from egm_lib.training.checkpoints import train_to, work_folder
-from egm_lib.training.groups import GroupKeeper, read_groups
+from egm_lib.training.group_keeper import GroupKeeper
+from egm_lib.training.groups import read_groups
 from egm_lib.training.grpo_trainer import answer_texts, check_same_policy
 from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
 from egm_lib.training.micro_batches import row_counts

@@ -26,7 +26,8 @@ from trace_world import (
 )
 
 import egm_lib.viewer
-from egm_lib.training.groups import SAMPLE_FIELDS, GroupKeeper, read_groups
+from egm_lib.training.group_keeper import GroupKeeper
+from egm_lib.training.groups import SAMPLE_FIELDS, read_groups
 from egm_lib.viewer import TraceViewer
 from egm_lib.viewer.comparison import compare
 from egm_lib.viewer.drawing import draw_image
