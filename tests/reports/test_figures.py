@@ -10,7 +10,7 @@ from toy_run import write_run
 from egm_lib.evaluation.statistics import sample_fixed
 from egm_lib.reports.figures import FIGURES, build_figures
 from egm_lib.reports.figures.__main__ import main
-from egm_lib.reports.figures.curves import _curve
+from egm_lib.reports.figures.curves import _curve, _reward
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,19 @@ def test_bands_of_training_curves():
         [band] = ax.collections
         heights = band.get_paths()[0].vertices[:, 1]
         assert (heights.min(), heights.max()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_legend_covers_no_held_out_point():
+    """Points all over the panel."""
+    figure = Figure(figsize=(3.2, 2.8))
+    ax = figure.subplots()
+    frame = pd.DataFrame({"step": range(200), "reward": 0.3})
+    frame["eval_reward"] = frame["step"] * 7 % 11 / 10
+    _reward(ax, {"vanilla": [frame], "amodal": [frame]})
+    figure.draw_without_rendering()
+    legend = ax.get_legend().get_window_extent()
+    points = ax.transData.transform(frame[["step", "eval_reward"]])
+    assert not any(legend.contains(*point) for point in points)
 
 
 def test_without_files_a_figure_is_not_run_and_an_old_one_is_removed(toy, tmp_path):

@@ -104,6 +104,31 @@ def logps(trainer, batch: dict, model=None, **kwargs) -> torch.Tensor:
     )[0]
 
 
+def clipped_update(trainer, batch: dict) -> tuple[float, float, dict]:
+    """Loss, share of clipped ratios and gradients of an update, given its old log-probs."""
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
+    gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), clipped, gradients
+
+
+def noisy(logps_B_C: torch.Tensor) -> torch.Tensor:
+    """Log-probs of a policy that differs, so that some ratios are clipped."""
+    noise_B_C = torch.randn(logps_B_C.shape, generator=torch.Generator().manual_seed(0))
+    return logps_B_C + 0.3 * noise_B_C
+
+
+def assert_same_gradients(
+    gradients: dict, expected: dict, relative: float = 1e-5, absolute: float = 1e-7
+) -> None:
+    """Every gradient within `relative` of its largest value, plus `absolute`."""
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        limit = relative * gradient.abs().max().item() + absolute
+        torch.testing.assert_close(gradients[name], gradient, atol=limit, rtol=0, msg=name)
+
+
 def test_a_packed_row_by_hand():
     """Prompt 1 2 3 with completions 7 8 and 9, prompt 4 5 with 6; M-RoPE's positions may jump."""
     positions = [torch.tensor([[0, 1, 5]]), torch.tensor([[0, 1]])]
@@ -193,14 +218,9 @@ def test_loss_and_gradients_equal_trl_s(world, tmp_path, family, changes):
     loss, gradients = step(packed)
     assert packed.packs and not trl.packs
     assert loss == pytest.approx(expected_loss, abs=1e-6)
-    assert gradients.keys() == expected.keys()
     vision = [name for name in gradients if "visual" in name or "vision_tower" in name]
     assert bool(vision) == (not grpo_options(**changes).freeze_vision)
-    for name, gradient in expected.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            gradients[name], gradient, atol=1e-5 * scale + 1e-7, rtol=0, msg=name
-        )
+    assert_same_gradients(gradients, expected)
 
 
 @pytest.mark.parametrize(
@@ -215,24 +235,15 @@ def test_gradient_checkpointing_and_clipping_change_nothing(world, tmp_path, fam
         )
         batch = rollout(trainer)
         with torch.no_grad():
-            old = logps(trainer, batch)
-        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-        batch["old_per_token_logps"] = old + 0.3 * noise
+            batch["old_per_token_logps"] = noisy(logps(trainer, batch))
         if mode == "auto":
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-        loss = trainer._compute_loss(trainer.model, batch)
-        loss.backward()
-        clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
-        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found.append((loss.item(), clipped, gradients, trainer.packs))
-    (expected, share, truth, _), (loss, clipped, gradients, packs) = found
-    assert packs and 0.05 < share < 0.95
+        found.append(clipped_update(trainer, batch))
+        assert trainer.packs == (mode == "auto")
+    (expected, share, truth), (loss, clipped, gradients) = found
+    assert 0.05 < share < 0.95
     assert (loss, clipped) == pytest.approx((expected, share), abs=1e-6)
-    for name, gradient in truth.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            gradients[name], gradient, atol=1e-5 * scale + 1e-7, rtol=0, msg=name
-        )
+    assert_same_gradients(gradients, truth)
 
 
 def in_float64(model) -> None:
@@ -261,18 +272,12 @@ def test_in_float64_internvl_s_gradients_are_trl_s(world, tmp_path):
         batch = rollout(trainer)
         batch["pixel_values"] = batch["pixel_values"].double()
         with torch.no_grad():
-            old = logps(trainer, batch)
-        noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-        batch["old_per_token_logps"] = old + 0.3 * noise
-        loss = trainer._compute_loss(trainer.model, batch)
-        loss.backward()
-        found.append((loss.item(), dict(trainer.model.named_parameters()), trainer.packs))
-    (expected, truth, _), (loss, packed, packs) = found
-    assert packs and loss == pytest.approx(expected, abs=1e-8)
-    for name, weight in truth.items():
-        if weight.grad is not None:
-            error = (packed[name].grad - weight.grad).abs().max()
-            assert error <= 2e-7 * weight.grad.abs().max(), name
+            batch["old_per_token_logps"] = noisy(logps(trainer, batch))
+        found.append(clipped_update(trainer, batch))
+        assert trainer.packs == (mode == "auto")
+    (expected, _, truth), (loss, _, gradients) = found
+    assert loss == pytest.approx(expected, abs=1e-8)
+    assert_same_gradients(gradients, truth, 2e-7, 0.0)
 
 
 class StandInVLLM:
@@ -354,20 +359,13 @@ def test_groups_that_vllm_sampled_are_packed_too(world, tmp_path, monkeypatch, m
         # By the completion, since TRL shuffles rows
         noise = torch.where(batch["completion_ids"] % 2 == 0, 0.3, -0.3)
         batch["old_per_token_logps"] = batch["old_per_token_logps"] + noise
-        loss = trainer._compute_loss(trainer.model, batch)
-        loss.backward()
-        clipped = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
-        gradients = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-        found.append((loss.item(), clipped, gradients, trainer.packs))
-    (expected, share, truth, _), (loss, clipped, gradients, packs) = found
-    assert packs and 0.05 < share < 0.95
+        found.append(clipped_update(trainer, batch))
+        assert trainer.packs == (way == "auto")
+    (expected, share, truth), (loss, clipped, gradients) = found
+    assert 0.05 < share < 0.95
     assert (loss, clipped) == pytest.approx((expected, share), abs=1e-6)
-    assert gradients.keys() == truth.keys() and any("visual" in name for name in truth)
-    for name, gradient in truth.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(
-            gradients[name], gradient, atol=1e-5 * scale + 1e-7, rtol=0, msg=name
-        )
+    assert any("visual" in name for name in truth)
+    assert_same_gradients(gradients, truth)
 
 
 def test_half_precision_differs_by_its_rounding(world, tmp_path):

@@ -79,7 +79,7 @@ def _reward(ax: Axes, logs: Logs) -> None:
                 rows, held_out = frame.dropna(subset="eval_reward"), True
                 look = {"color": TASKS[task][0], "markersize": 3, "zorder": 3}
                 ax.plot(rows["step"], rows["eval_reward"], "o", **look)
-    # After the points, so that its legend keeps clear of them
+    # After the points, so that the room for the legend is above them too
     _logged(ax, logs, "reward", "Does the reward rise?", "mean reward of a step")
     note = "points: held-out prompts" if held_out else "held-out prompts: not logged"
     ax.text(0.98, 0.03, note, transform=ax.transAxes, ha="right", fontsize=7, color=FAINT)
@@ -99,7 +99,9 @@ def _logged(
         if rows:
             _curve(ax, rows, column, task)
     if ax.lines:
-        ax.legend(fontsize=7.5)
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top + 0.18 * (top - bottom))  # room for the legend above the data
+        ax.legend(fontsize=7.5, ncols=2, loc="upper center")
         ax.grid(True)
         ax.xaxis.get_major_locator().set_params(integer=True)
     else:
@@ -145,7 +147,9 @@ def _accuracy(ax: Axes, material: Material) -> None:
     ax.tick_params(axis="y", labelsize=7.5)
     ax.margins(x=0.2, y=0.15)
     if ax.lines:
-        ax.legend(fontsize=7.5)
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(bottom, top + 0.18 * (top - bottom))  # room for the legend above the data
+        ax.legend(fontsize=7.5, ncols=2, loc="upper center")
         ax.grid(True, axis="y")
     else:
         ax.text(0.5, 0.5, "not run", ha="center", color=FAINT, transform=ax.transAxes)
