@@ -99,13 +99,18 @@ def _logged(
         if rows:
             _curve(ax, rows, column, task)
     if ax.lines:
-        bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top + 0.18 * (top - bottom))  # room for the legend above the data
-        ax.legend(fontsize=7.5, ncols=2, loc="upper center")
+        _legend_above(ax)
         ax.grid(True)
         ax.xaxis.get_major_locator().set_params(integer=True)
     else:
         ax.text(0.5, 0.5, "not logged", ha="center", color=FAINT, transform=ax.transAxes)
+
+
+def _legend_above(ax: Axes) -> None:
+    """A legend in one row, and room for it above the data."""
+    bottom, top = ax.get_ylim()
+    ax.set_ylim(bottom, top + 0.18 * (top - bottom))
+    ax.legend(fontsize=7.5, ncols=len(TASKS), loc="upper center")
 
 
 def _curve(ax: Axes, frames: Sequence[pd.DataFrame], column: str, task: str) -> None:
@@ -147,9 +152,7 @@ def _accuracy(ax: Axes, material: Material) -> None:
     ax.tick_params(axis="y", labelsize=7.5)
     ax.margins(x=0.2, y=0.15)
     if ax.lines:
-        bottom, top = ax.get_ylim()
-        ax.set_ylim(bottom, top + 0.18 * (top - bottom))  # room for the legend above the data
-        ax.legend(fontsize=7.5, ncols=2, loc="upper center")
+        _legend_above(ax)
         ax.grid(True, axis="y")
     else:
         ax.text(0.5, 0.5, "not run", ha="center", color=FAINT, transform=ax.transAxes)
