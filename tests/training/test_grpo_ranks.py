@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from ports import use_free_port
 from torch import multiprocessing
@@ -14,6 +15,7 @@ from training_world import grpo_options, make_samples, moved_names, store_model,
 from transformers import TrainerCallback
 
 from egm_lib.grpo import make_grpo_trainer, question_rows
+from egm_lib.profile import Lora
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import grpo_trl, ranks
 from egm_lib.training.checkpoints import train_to, work_folder
@@ -123,7 +125,7 @@ class Gradients(TrainerCallback):
             }
 
 
-def _packed_update(rank: int, folder: str, size: int) -> None:
+def _packed_update(rank: int, folder: str, size: int, family: str, changes: dict) -> None:
     """One update of packed groups, whose completions depend on the prompt alone."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -152,15 +154,14 @@ def _packed_update(rank: int, folder: str, size: int) -> None:
 
     grpo_trl.packed_logps = counted
     trainer = make_grpo_trainer(
-        *stored(root / "model"),
-        question_rows(samples, FAMILY, root),
-        FAMILY,
+        *stored(root / "model", family),
+        question_rows(samples, FAMILIES[family], root),
+        FAMILIES[family],
         grpo_options(
             per_device_train_batch_size=8 // size,
             micro_batch_tokens=60,
             max_steps=1,
-            freeze_vision=False,
-            freeze_merger=False,
+            **changes,
         ),
         work=work_folder(root / f"out-{size}"),
         log=root / f"log-{size}.jsonl",
@@ -170,8 +171,9 @@ def _packed_update(rank: int, folder: str, size: int) -> None:
         reward=one_mixed_group,
     )
     trainer._generate_single_turn = single_turn
-    with torch.no_grad():  # a reference that differs: the KL is not zero
-        trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
+    if trainer.ref_model is not None:  # with LoRA the reference is the model without its adapter
+        with torch.no_grad():  # a reference that differs: the KL is not zero
+            trainer.ref_model.model.language_model.norm.weight.mul_(1.05)
     gradients, weights = Gradients(), Weights()
     trainer.add_callback(gradients)
     trainer.add_callback(weights)
@@ -182,19 +184,33 @@ def _packed_update(rank: int, folder: str, size: int) -> None:
     ranks.leave()
 
 
-def test_packed_groups_on_two_processes_equal_those_on_one(tmp_path, monkeypatch):
+ALL_TRAINED = {"freeze_vision": False, "freeze_merger": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "trained"),
+    [
+        ("qwen3-vl", ALL_TRAINED, "visual"),
+        ("internvl-3", ALL_TRAINED, "vision_tower"),
+        ("qwen3-vl", {"lora": Lora(r=2, alpha=4)}, "lora_B"),
+    ],
+    ids=["qwen3-vl", "internvl-3", "lora"],
+)
+def test_packed_groups_on_two_processes_equal_those_on_one(
+    tmp_path, monkeypatch, family, changes, trained
+):
     """As many forward passes on each rank, also where one has only groups that are all alike."""
-    store_model(tmp_path / "model")
+    store_model(tmp_path / "model", family)
     (tmp_path / "samples.json").write_text(json.dumps(make_samples(tmp_path, per_image=1)))
     for size in (1, 2):
         use_free_port(monkeypatch)
-        multiprocessing.spawn(_packed_update, (str(tmp_path), size), nprocs=size)
+        multiprocessing.spawn(_packed_update, (str(tmp_path), size, family, changes), nprocs=size)
     alone, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     # After the comparison, groups are divided by the budget: as on the rank of the longest ones
     assert first["passes"] == second["passes"] and len(first["passes"]) > 4
     assert first["sums"] == second["sums"]
     assert first["gradients"].keys() == alone["gradients"].keys()
-    assert any("visual" in name for name in alone["gradients"])
+    assert any(gradient.any() for name, gradient in alone["gradients"].items() if trained in name)
     for name, gradient in alone["gradients"].items():
         scale = gradient.abs().max().item()
         for rank in (first, second):
