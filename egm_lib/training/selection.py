@@ -9,6 +9,7 @@ which may answer the learner's misses alone (`selection.reference`). All amodal 
 (Sec. 4.2).
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -56,19 +57,20 @@ def answer_pool(run: Run, role: str, shard: Shard = WHOLE) -> Path:
                 "learner` first"
             )
         pool = pool.select(np.flatnonzero(_missed(learner)))
-    engine = make_engine(run.profile, model_of(run, name, "vanilla"), run.seed)
-    return predict(
-        pool,
-        engine,
-        out=pool_answers(run, role),
-        model=name,
-        profile=run.profile.name,
-        seed=run.seed,
-        root=data.path,
-        sampling=run.profile.generation.sampling,
-        prompt=run.profile.grpo.prompt,
-        shard=shard,
-    )
+    checkpoint = model_of(run, name, "vanilla")
+    with contextlib.closing(make_engine(run.profile, checkpoint, run.seed)) as engine:
+        return predict(
+            pool,
+            engine,
+            out=pool_answers(run, role),
+            model=name,
+            profile=run.profile.name,
+            seed=run.seed,
+            root=data.path,
+            sampling=run.profile.generation.sampling,
+            prompt=run.profile.grpo.prompt,
+            shard=shard,
+        )
 
 
 def select(run: Run) -> dict:

@@ -31,19 +31,23 @@ def sample(number: int, **changes) -> dict:
 
 
 class FakeEngine:
-    """Answers the length of its prompt as a box; counts what it was asked."""
+    """Answers the length of its prompt as a box; counts and keeps what it was asked."""
 
     family, revision, batch_size, seed = FAMILIES["qwen3-vl"], "r1", 2, 0
 
     def __init__(self, fails_on=lambda prompt: False):
-        self.asked, self.fails_on = 0, fails_on
+        self.asked, self.fails_on, self.prompts, self.closed = 0, fails_on, [], False
 
     def describe(self):
         return {"engine": "fake"}
 
+    def close(self):
+        self.closed = True
+
     def answer(self, requests, sampling, *, reasoning=True):
         for request in requests:
             self.asked += 1
+            self.prompts.append(request.prompt)
             if self.fails_on(request.prompt):
                 yield Answer.failed(RuntimeError("no memory"))
             else:

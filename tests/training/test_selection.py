@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
+from engine_world import FakeEngine
+from PIL import Image
 from roots import use_root
 
 from egm_lib.data import read_samples, write_samples
@@ -59,6 +61,7 @@ def run(tmp_path, monkeypatch):
         profile.data.path / "selection_amodal.jsonl",
         [sample(number, "amodal") for number in range(3)],
     )
+    Image.new("RGB", (100, 100)).save(profile.data.path / "a.png")
     return run
 
 
@@ -116,6 +119,14 @@ def test_all_amodal_samples_are_kept_if_possible_verified_ones(run):
     assert select(run)["amodal"]["kept"] == 1 and kept(run, "amodal") == {"s02"}
 
 
+def test_the_amodal_task_alone_needs_no_vanilla_samples_and_no_answers(run):
+    (run.profile.data.path / "selection.jsonl").unlink()
+    alone = Run(replace(run.profile, tasks=("amodal",)), 0)
+    assert select(alone) == {"amodal": {"pool": 3, "kept": 3}}
+    assert kept(alone, "amodal") == {"s00", "s01", "s02"}
+    assert not alone.samples("rl_vanilla").exists()
+
+
 def test_an_empty_selection_is_filled_if_the_profile_says_so(run):
     answer(run, "learner", set())
     answer(run, "reference", set())
@@ -141,14 +152,20 @@ def test_answers_to_different_samples_are_refused(run):
 
 def asked(run, monkeypatch) -> list[str]:
     """Samples that the reference is asked about."""
-    seen = []
     run = Run(replace(run.profile, selection=replace(run.profile.selection, reference="misses")), 0)
-    monkeypatch.setattr(selection, "make_engine", lambda *args: None)
-    monkeypatch.setattr(
-        selection, "predict", lambda rows, engine, **kwargs: seen.extend(rows["sample_id"])
-    )
-    answer_pool(run, "reference")
-    return seen
+    monkeypatch.setattr(selection, "make_engine", lambda *args: FakeEngine())
+    path = answer_pool(run, "reference")
+    return [json.loads(line)["sample_id"] for line in path.read_text().splitlines()]
+
+
+def test_the_pool_is_asked_with_the_prompt_of_grpo_by_an_engine_that_is_closed(run, monkeypatch):
+    """What is learnable depends on the prompt. vLLM's engine keeps its GPU until it is closed."""
+    profile = replace(run.profile, grpo=replace(run.profile.grpo, prompt="qwen-refcoco"))
+    engine = FakeEngine()
+    monkeypatch.setattr(selection, "make_engine", lambda *args: engine)
+    answer_pool(Run(profile, 0), "reference")
+    asked = engine.family.prompt("the left one", "vanilla", name="qwen-refcoco")
+    assert engine.prompts == [asked] * 10 and engine.closed
 
 
 def test_the_reference_answers_the_learners_misses_alone(run, monkeypatch):
