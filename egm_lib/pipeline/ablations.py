@@ -29,6 +29,7 @@ from egm_lib.profile import Model, Profile
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import require_checkpoint, require_file
+from egm_lib.training.command import whole_training
 from egm_lib.training.variants import DECODINGS, STEPS, TASK, VARIANTS
 
 
@@ -113,6 +114,7 @@ def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
                 seed=run.seed,
                 root=run.profile.data.path,
                 sampling=run.profile.generation.sampling,
+                prompt=run.profile.evaluation.prompt,
                 shard=shard,
             )
 
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 def _work(args: argparse.Namespace) -> None:
     run = run_of(args)
     if args.train:
-        print(train(run, args.train, args.steps))
+        print(whole_training(lambda: train(run, args.train, args.steps), args.profile))
     elif args.answer:
         answer(run, args.steps, args.shard)
     else:

@@ -37,17 +37,21 @@ def stage_command(
     args = parser.parse_args(argv)
     if args.plan:
         return plan.main(["--profile", args.profile, "--task", args.task])
-    return ends(lambda: print(_within_memory(args, act)))
+    return ends(lambda: print(whole_training(lambda: act(run_of(args), args), args.profile)))
 
 
-def _within_memory(args: argparse.Namespace, act: Callable) -> object:
+def whole_training(train: Callable[[], object], profile: str) -> object:
+    """What train() returns; the processes of the training then end together.
+
+    profile: the one to look at where a GPU has too little memory. Raises TrainingError then.
+    """
     try:
-        result = act(run_of(args), args)
+        result = train()
         ranks.leave()
         return result
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"The GPU has too little memory: {str(error).splitlines()[0]} Make "
             "per_device_train_batch_size smaller, train with lora, or take more GPUs. "
-            f"`python -m egm_lib.training.plan --profile {args.profile}` says what it needs."
+            f"`python -m egm_lib.training.plan --profile {profile}` says what it needs."
         ) from error

@@ -5,9 +5,11 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+from engine_world import FakeEngine, sample
+from PIL import Image
 from prediction_rows import prediction, write_rows
 
-from egm_lib.data import EVAL_SPLITS
+from egm_lib.data import EVAL_SPLITS, write_samples
 from egm_lib.evaluation.results import Results
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.pipeline import ablations
@@ -139,3 +141,25 @@ def test_every_variant_is_trained_and_every_way_to_decode_is_run(
     assert sorted(asked) == sorted(expected)
     printed = capsys.readouterr().out
     assert "ablation_grpo" in printed and "table4_decoding" in printed
+
+
+def test_variants_are_asked_with_the_prompt_of_the_evaluation(run, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 48)).save(tmp_path / "0.png")
+    write_samples(tmp_path / "validation.jsonl", [sample(0)])
+    profile = replace(
+        run.profile,
+        data=replace(run.profile.data, root=str(tmp_path)),
+        evaluation=replace(run.profile.evaluation, prompt="qwen-refcoco"),
+    )
+    monkeypatch.setattr(Run, "root", property(lambda run: tmp_path / "run"))
+    engines = []
+
+    def make_engine(*args) -> FakeEngine:
+        engines.append(FakeEngine())
+        return engines[-1]
+
+    monkeypatch.setattr(ablations, "make_engine", make_engine)
+    ablations.answer(Run(profile, 0), 7)
+    prompt = FakeEngine.family.prompt(sample(0)["expression"], "vanilla", name="qwen-refcoco")
+    assert [engine.prompts for engine in engines] == [[prompt]] * len(VARIANTS)
+    assert all(engine.closed for engine in engines)

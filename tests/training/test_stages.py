@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from torch import distributed
 from training_world import grpo_options, make_samples, sft_options, store_model
 from transformers import TrainingArguments
 
@@ -15,6 +16,7 @@ from egm_lib.data import write_samples
 from egm_lib.files import write_jsonl
 from egm_lib.grpo import grpo_config, run_grpo
 from egm_lib.inference.loading import load_processor
+from egm_lib.pipeline import ablations
 from egm_lib.profile import Lora, load_profile
 from egm_lib.prompts import FAMILIES
 from egm_lib.run import Run
@@ -127,3 +129,25 @@ def test_one_process_that_sees_several_gpus_uses_one(tmp_path, monkeypatch, conf
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
     assert configure(options, tmp_path, 0).n_gpu == 1
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of processes that has this one alone."""
+    store = f"file://{tmp_path / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("module", ["sft", "grpo", "ablations"])
+def test_a_training_ends_together_with_its_group(group, monkeypatch, module):
+    """However it is started: a process that leaves early makes the launcher end the others."""
+    monkeypatch.setattr(sft, "run_sft", lambda *args, **options: "trained")
+    for owner in (grpo, ablations):
+        monkeypatch.setattr(owner, "run_grpo", lambda *args, **options: "trained")
+    variant = ["--train", "without-kl"] if module == "ablations" else []
+    main = {"sft": sft, "grpo": grpo, "ablations": ablations}[module].main
+    assert main(["--profile", "smoke", *variant]) == 0
+    assert not distributed.is_initialized()
