@@ -7,9 +7,14 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from egm_lib.errors import EgmError
 from egm_lib.inference.loading import DTYPES, load_config
+from egm_lib.inference.vllm_engine import context_length
+from egm_lib.model_shapes import shape_from_config
 from egm_lib.profile import Generation, Model
 
 GIB = 2**30
+# Of each GPU, for CUDA itself and the activations of vLLM's first pass. Ours, meant as the least of
+# it, and measured on no GPU
+BESIDE_GIB = 1.0
 
 
 class FitError(EgmError, ValueError):
@@ -28,16 +33,22 @@ def check_fit(model: Model, generation: Generation) -> None:
     except (OSError, ValueError):
         return  # the engine says it
     memory_gib = torch.cuda.get_device_properties(0).total_memory / GIB
-    parallel = generation.tensor_parallel if generation.engine == "vllm" else 1
-    share = generation.gpu_memory_utilization if generation.engine == "vllm" else 1.0
+    vllm = generation.engine == "vllm"
+    parallel = generation.tensor_parallel if vllm else 1
     if parallel > torch.cuda.device_count():
         raise FitError(
             f"{model.path} needs tensor_parallel = {parallel} GPUs, but only "
             f"{torch.cuda.device_count()} are visible here."
         )
     check_heads(model.path, config, parallel)
-    check_weights(
-        model.path, config, model.dtype, parallel=parallel, memory_gib=memory_gib, share=share
+    check_memory(
+        model.path,
+        config,
+        model.dtype,
+        parallel=parallel,
+        memory_gib=memory_gib,
+        share=generation.gpu_memory_utilization if vllm else 1.0,
+        context=context_length(config, generation.max_model_len) if vllm else 0,
     )
 
 
@@ -62,7 +73,7 @@ def check_heads(name: str, config: PretrainedConfig, parallel: int) -> None:
         )
 
 
-def check_weights(
+def check_memory(
     name: str,
     config: PretrainedConfig,
     dtype: str,
@@ -70,21 +81,32 @@ def check_weights(
     parallel: int,
     memory_gib: float,
     share: float = 1.0,
+    context: int = 0,
 ) -> None:
-    """Raises FitError where the weights alone are larger than what the GPUs hold.
+    """Raises FitError where a model needs more than what the GPUs hold.
 
-    memory_gib: of one GPU; share: what of it may be used. Caches and activations come on top.
+    That is its weights and, with vLLM, the keys and values of one whole context.
+    memory_gib: of one GPU. share: what of it may be used. context: its tokens; 0: not counted.
     """
     if getattr(config, "quantization_config", None):
         return  # smaller than dtype says
-    weights_gib = num_parameters(config) * DTYPES[dtype].itemsize / GIB
+    value = DTYPES[dtype].itemsize
+    needed_gib = num_parameters(config) * value / GIB
+    parts, smaller = f"{needed_gib:.0f} GiB of weights in {dtype}", ""
     usable_gib = memory_gib * share * parallel
-    if weights_gib > usable_gib:
+    if context:
+        text = shape_from_config(config).text
+        copies = max(1, parallel // text.kv_heads)  # GPUs beyond the heads keep the same ones
+        cache_gib = context * text.kv_bytes(value) * copies / GIB
+        needed_gib += cache_gib + BESIDE_GIB * parallel
+        parts += f", {cache_gib:.1f} GiB for a context of {context:,} tokens"
+        parts += f" and some {BESIDE_GIB * parallel:.0f} GiB beside them"
+        smaller = "lower its max_model_len, "
+    if needed_gib > usable_gib:
         raise FitError(
-            f"{name} has {weights_gib:.0f} GiB of weights in {dtype}, but tensor_parallel = "
-            f"{parallel} gives it {usable_gib:.0f} GiB ({parallel} x {memory_gib:.0f} GiB x "
-            f"{share:g}). Raise its tensor_parallel, take another dtype, or give it the base_url "
-            "of a server."
+            f"{name} needs {parts}, but tensor_parallel = {parallel} gives it {usable_gib:.1f} GiB "
+            f"({parallel} x {memory_gib:.1f} GiB x {share:g}). Raise its tensor_parallel, {smaller}"
+            "take another dtype, or give it the base_url of a server."
         )
 
 

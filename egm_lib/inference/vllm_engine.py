@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import ProcessorMixin
+from transformers import PretrainedConfig, ProcessorMixin
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, check_bound
 from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
@@ -16,7 +16,6 @@ from egm_lib.prompts import FAMILIES
 
 # Tokens that vLLM sets memory aside for: Table 6, for rollouts; ours, for evaluation
 MAX_MODEL_LEN = 32_768
-
 
 # No video: vLLM 0.30 tries one as it starts, in a way that transformers 5.23 refuses.
 VLLM_LIMITS = {"image": 1, "video": 0}  # a prompt
@@ -36,6 +35,15 @@ def vllm_images(processor: ProcessorMixin) -> dict:
         "limit_mm_per_prompt": VLLM_LIMITS,
         "mm_processor_kwargs": {"size": limits} if limits else None,
     }
+
+
+def context_length(config: PretrainedConfig, max_model_len: int | None) -> int:
+    """Tokens of prompt and answer that vLLM has room for; max_model_len None: MAX_MODEL_LEN.
+
+    config: the model's, which may allow fewer.
+    """
+    limit = config.get_text_config().max_position_embeddings
+    return min(max_model_len or MAX_MODEL_LEN, limit)
 
 
 class VLLMEngine:
@@ -82,7 +90,7 @@ class VLLMEngine:
             seed,
         )
         self.processor = processor or load_processor(model_path, family, max_pixels, revision)
-        text = load_config(model_path, revision).get_text_config()
+        config = load_config(model_path, revision)
         self.llm = LLM(
             model=model_path,
             revision=revision,
@@ -91,7 +99,7 @@ class VLLMEngine:
             tensor_parallel_size=tensor_parallel,
             gpu_memory_utilization=gpu_memory_utilization,
             seed=seed,
-            max_model_len=min(max_model_len or MAX_MODEL_LEN, text.max_position_embeddings),
+            max_model_len=context_length(config, max_model_len),
             **vllm_images(self.processor),
             **(WITHOUT_CACHES if for_latency else {}),
         )

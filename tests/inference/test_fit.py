@@ -1,5 +1,6 @@
 """A model that cannot run on its GPUs is refused before its weights are read."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from transformers import AutoConfig, InternVLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from egm_lib.files import project_root
-from egm_lib.inference import fit
-from egm_lib.inference.fit import FitError, check_fit, check_heads, check_weights, num_parameters
+from egm_lib.inference import fit, from_profile
+from egm_lib.inference.fit import FitError, check_fit, check_heads, check_memory, num_parameters
+from egm_lib.inference.from_profile import make_engine
 from egm_lib.profile import generation_of, load_profile
 
 MINI = project_root() / "data/mini/small"
@@ -64,12 +66,12 @@ def test_a_235b_needs_eight_gpus_and_not_one():
     config = Qwen3VLMoeConfig(text_config=QWEN_235B)
     total = num_parameters(config)
     assert 234e9 < total < 237e9  # as its name says
-    check_weights("235B", config, "bfloat16", parallel=8, memory_gib=79.0, share=0.9)
+    check_memory("235B", config, "bfloat16", parallel=8, memory_gib=79.0, share=0.9)
     for parallel in (1, 4):
         with pytest.raises(FitError, match=r"439 GiB of weights .* Raise its tensor_parallel"):
-            check_weights("235B", config, "bfloat16", parallel=parallel, memory_gib=79.0, share=0.9)
+            check_memory("235B", config, "bfloat16", parallel=parallel, memory_gib=79.0, share=0.9)
     config.quantization_config = {"quant_method": "fp8"}  # smaller than the dtype says
-    check_weights("235B", config, "bfloat16", parallel=4, memory_gib=79.0)
+    check_memory("235B", config, "bfloat16", parallel=4, memory_gib=79.0)
 
 
 def machine(monkeypatch, gpus: int, memory_gib: float) -> None:
@@ -109,3 +111,56 @@ def test_transformers_runs_one_copy_on_one_gpu(monkeypatch):
     profile = load_profile("mini")
     with pytest.raises(FitError, match="tensor_parallel = 1"):
         check_fit(profile.models.small, generation_of(profile, profile.models.small))
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch, engine):
+    machine(monkeypatch, 1, 0.001)
+    for name in ("TransformersEngine", "VLLMEngine"):
+        monkeypatch.setattr(from_profile, name, lambda *args, **options: pytest.fail("loaded"))
+    profile = load_profile("mini")
+    profile = replace(profile, generation=replace(profile.generation, engine=engine))
+    with pytest.raises(FitError, match="GiB of weights"):
+        make_engine(profile, profile.models.small)
+
+
+# Published: https://huggingface.co/Qwen/Qwen3-VL-8B-Thinking/blob/main/config.json
+QWEN_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "max_model_len", "fits"),
+    [
+        (22.1, None, False),  # an A10G or an L4 of "24 GB"
+        (23.6, None, False),  # an RTX 4090
+        (31.4, None, True),  # "32 GB", as the profile says
+        (22.1, 8192, True),
+    ],
+)
+def test_vllm_needs_room_for_a_whole_context_too(monkeypatch, memory_gib, max_model_len, fits):
+    """A token has 36 layers x 8 heads x 128 x (key, value) x 2 bytes: 4.5 GiB for 32,768."""
+    config = Qwen3VLConfig(
+        text_config=QWEN_8B,
+        vision_config={"hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096},
+    )
+    monkeypatch.setattr(fit, "load_config", lambda place, revision: config)
+    machine(monkeypatch, 1, memory_gib)
+    profile = load_profile("eval-egm-8b")
+    model = replace(profile.models.egm, max_model_len=max_model_len)
+    stated = generation_of(profile, model)
+    assert stated.engine == "vllm" and stated.gpu_memory_utilization == 0.9
+    if fits:
+        check_fit(model, stated)
+        return
+    with pytest.raises(FitError, match=r"16 GiB of weights .*, 4\.5 GiB for a context of 32,768 "):
+        check_fit(model, stated)
