@@ -1,7 +1,9 @@
 """Checkpoints: only whole ones count, a full disk ends nothing, and ranks do as rank 0 decides."""
 
 import json
+import os
 import shutil
+import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +12,15 @@ import pytest
 import torch
 from ports import use_free_port
 from torch import distributed, multiprocessing
-from training_world import make_samples, sft_options, store_model, stored
+from training_world import make_samples, moved_names, sft_options, store_model, stored
 
+from egm_lib.profile import Lora
 from egm_lib.prompts import FAMILIES
-from egm_lib.sft import answer_rows, make_sft_trainer, sft_config
-from egm_lib.training import ranks
+from egm_lib.sft import answer_rows, make_sft_trainer
+from egm_lib.training import checkpoints, ranks
 from egm_lib.training.checkpoints import (
     COMPLETE,
+    is_finished,
     last_complete,
     make_room,
     mark_complete,
@@ -24,7 +28,6 @@ from egm_lib.training.checkpoints import (
     work_folder,
 )
 from egm_lib.training.clock import Clock
-from egm_lib.training.model_setup import use_one_gpu
 
 FAMILY = FAMILIES["qwen3-vl"]
 
@@ -145,30 +148,91 @@ def test_a_log_with_a_torn_last_line_is_continued(tmp_path):
     assert log.read_text() == '{"step": 1, "elapsed_s": 5.0}\n'
 
 
-def _rank(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", rank=rank, world_size=2)
-    clock = Clock(Path(folder) / "log.jsonl", max_minutes=1, save_seconds=50)
-    args = SimpleNamespace(output_dir=folder, device="cpu")
+def _clock_of(rank: int, folder: Path) -> list:
+    """What a rank's clock decides. By its own time, one rank would save and the other stop."""
+    clock = Clock(folder / str(rank) / "clock.jsonl", max_minutes=1, save_seconds=50)
+    args = SimpleNamespace(output_dir=str(folder), device="cpu")
     state, control = SimpleNamespace(global_step=1), SimpleNamespace()
     clock.on_train_begin(args, state, control)
+    before_s = clock.before_s
     control.should_training_stop = control.should_save = False
-    # Their own clocks would part them: one saves, one stops
-    clock.began -= (55, 70)[rank]
+    clock.began -= (50, 65)[rank]
     clock.saved -= (55, 0)[rank]
     clock.on_step_end(args, state, control, model=torch.nn.Linear(1, 1))
-    decision = [control.should_training_stop, control.should_save, clock.elapsed_s]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(decision))
+    return [before_s, control.should_training_stop, control.should_save, clock.elapsed_s]
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes. Each has a folder of its own, so that its files tell what it did."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    root = Path(folder)
+    out, first = root / str(rank) / "out", root / "0" / "out"
+    seen = {"clock": _clock_of(rank, root)}
+    samples = json.loads((root / "samples.json").read_text())
+    trainer, processor = trainer_of(
+        (root / "model", samples, root), out, lora=Lora(r=2, alpha=4), max_steps=1
+    )
+    save = checkpoints.save_processor
+
+    def slow(*args):
+        time.sleep(2)
+        save(*args)
+
+    checkpoints.save_processor = slow
+    train_to(trainer, processor, out)
+    seen["finished"] = is_finished(first)
+    if rank == 0:
+        time.sleep(2)
+        (root / "last words").touch()
     ranks.leave()
-    assert not distributed.is_initialized()
+    seen["heard"] = (root / "last words").exists()
+    seen["grouped"] = distributed.is_initialized()
+    (root / f"{rank}.json").write_text(json.dumps(seen))
 
 
-def test_rank_0_decides_for_all_when_to_save_and_when_to_stop(tmp_path, monkeypatch):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "elapsed_s": 0.0}\n')
-    use_free_port(monkeypatch)
-    multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and first[:2] == [False, True]
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 1
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> tuple[dict, dict, Path]:
+    """What rank 0 and rank 1 of a training with LoRA saw, and the folder of their files."""
+    root = tmp_path_factory.mktemp("ranks")
+    store_model(root / "model")
+    (root / "samples.json").write_text(json.dumps(make_samples(root)))
+    (root / "0").mkdir()
+    (root / "0" / "clock.jsonl").write_text('{"step": 1, "elapsed_s": 5.0}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        use_free_port(patch)
+        multiprocessing.spawn(_rank, (str(root),), nprocs=2)
+    first, second = (json.loads((root / f"{rank}.json").read_text()) for rank in (0, 1))
+    return first, second, root
+
+
+def test_rank_0_decides_for_all_when_to_save_and_when_to_stop(two_ranks):
+    first, second, _ = two_ranks
+    assert first["clock"] == second["clock"] and first["clock"][1:3] == [False, True]
+
+
+def test_rank_0_alone_opens_the_log_and_tells_the_others_what_it_says(two_ranks):
+    """Ranks that write one temporary file at the same time take it from each other."""
+    first, second, root = two_ranks
+    assert first["clock"][0] == second["clock"][0] == 5.0
+    assert (root / "0" / "clock.jsonl").read_text().count("\n") == 1
+    assert not list((root / "1").rglob("*.jsonl"))
+
+
+def test_rank_0_alone_merges_lora(two_ranks):
+    """Two that write the same file at the same time leave neither's."""
+    root = two_ranks[2]
+    moved = moved_names(root / "model", root / "0" / "out")
+    assert moved and all(name.endswith("_proj.weight") for name in moved)
+    assert not list((root / "1").rglob("*.safetensors"))
+
+
+def test_no_rank_ends_before_the_others(two_ranks):
+    """The launcher ends a job whose first process has ended, though a model is being moved."""
+    for seen in two_ranks[:2]:
+        assert seen["finished"] and seen["heard"] and not seen["grouped"]
 
 
 def test_two_trainings_give_the_same_weights(world, tmp_path):
@@ -186,11 +250,3 @@ def test_two_trainings_give_the_same_weights(world, tmp_path):
     assert not torch.equal(
         made[0]["lm_head.weight"], stored(world[0])[0].state_dict()["lm_head.weight"]
     )
-
-
-def test_one_process_that_sees_several_gpus_uses_one(world, tmp_path):
-    """TRL refuses DataParallel with a ValueError."""
-    config = sft_config(sft_options(), tmp_path, 0)
-    config._n_gpu = 2
-    use_one_gpu(config)
-    assert config.n_gpu == 1
