@@ -123,6 +123,13 @@ def test_a_form_treats_characters_beyond_ascii_alike(family):
             assert len(admitted) == 1, answer[:end]
 
 
+def test_internvl_s_form_takes_an_expression_of_any_length():
+    """A bounded repetition is as many states as its bound: vLLM gives up after 5 s."""
+    pattern = ANSWER_PATTERNS["internvl-3"]
+    for length in (0, 201, 5000):
+        assert regex.fullmatch(pattern, f"<ref>{'x' * length}</ref><box>[[1, 2, 3, 4]]</box>")
+
+
 def test_a_box_has_no_digits_of_other_scripts():
     """Arabic-Indic and full-width digits are numbers to Python, and to no reader of boxes."""
     pattern = regex.compile(ANSWER_PATTERNS["qwen3-vl"])

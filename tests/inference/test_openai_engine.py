@@ -1,5 +1,7 @@
 """The endpoint engine against replies and refusals as services really send them."""
 
+import base64
+import io
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -181,6 +183,15 @@ def test_only_a_finished_answer_outside_the_form_ends_the_run():
     assert begun.finish_reason == "length" and begun.error is None
     silent = ask(endpoint(lambda body: completion("")), reasoning=False)
     assert silent.error is None  # the model's own miss
+
+
+@pytest.mark.parametrize(("max_pixels", "size"), [(None, (64, 48)), (32 * 24, (32, 24))])
+def test_an_endpoint_gets_an_image_of_the_profile_s_size(max_pixels, size):
+    bodies = []
+    assert ask(endpoint(lambda body: bodies.append(body) or completion(), max_pixels=max_pixels))
+    [image] = (part for part in bodies[0]["messages"][0]["content"] if part["type"] == "image_url")
+    encoded = image["image_url"]["url"].removeprefix("data:image/png;base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == size
 
 
 def refusing(refused: dict[str, str], bodies: list):

@@ -1,17 +1,22 @@
 """Prediction files: complete, in order, and the same after a kill."""
 
+import json
 import types
 import typing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from engine_world import FakeEngine, run, sample
 
+from egm_lib.data import write_samples
 from egm_lib.data.records import Prediction
 from egm_lib.evaluation.scoring import SCORING_COLUMNS, load_predictions, score
 from egm_lib.inference import predict as predict_module
 from egm_lib.inference.predict import EngineFailure
+from egm_lib.profile import load_profile
 from egm_lib.prompts import FAMILIES
+from egm_lib.run import Run
 
 
 def test_rows_carry_sample_prompt_and_boxes_in_pixels(images):
@@ -173,3 +178,29 @@ def test_an_engine_is_closed_before_the_next_is_built(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         predict_module._predict_all(args)
     assert events == ["open a", "close a", "open b", "close b"]
+
+
+@pytest.mark.parametrize("measured", [(), ("--latency", "--latency-samples", "1")])
+def test_a_model_is_asked_with_the_profile_s_prompt(images, monkeypatch, measured):
+    """And its rows say so."""
+    samples = [sample(number) for number in range(6)]
+    write_samples(images / "eval" / "refcoco_val.jsonl", samples)
+    profile = load_profile("smoke")
+    profile = replace(
+        profile,
+        data=replace(profile.data, root=str(images), eval_limit=None),
+        evaluation=replace(profile.evaluation, prompt="qwen-refcoco"),
+    )
+    monkeypatch.setattr(Run, "root", property(lambda run: images / "run"))
+    monkeypatch.setattr(predict_module, "run_of", lambda args: Run(profile, 0))
+    engine = FakeEngine()
+    monkeypatch.setattr(predict_module, "make_engine", lambda *args, **options: engine)
+    command = ["--profile", "smoke", "--model", "small-base", "--split", "refcoco_val"]
+    assert predict_module.main([*command, *measured]) == 0
+    expected = {
+        engine.family.prompt(row["expression"], "vanilla", name="qwen-refcoco") for row in samples
+    }
+    assert engine.prompts and set(engine.prompts) <= expected
+    if not measured:
+        lines = Run(profile, 0).predictions("small-base", "refcoco_val").read_text().splitlines()
+        assert [json.loads(line)["prompt"] for line in lines] == engine.prompts

@@ -1,5 +1,6 @@
 """The vLLM engine on a stand-in for vLLM; test_vllm.py runs vLLM itself."""
 
+import contextlib
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -45,3 +46,21 @@ def test_vllm_s_other_finish_reasons_mark_their_rows(monkeypatch):
     finished = ["stop", "error", "length", "error", "error"]
     assert [answer.finish_reason for answer in answers] == finished
     assert [answer.error is None for answer in answers] == [name != "error" for name in finished]
+
+
+def test_closing_ends_the_engine_core_though_something_still_holds_it(monkeypatch):
+    """As an exception does that one of vLLM's modules keeps: the next engine needs the GPU."""
+
+    class Core:
+        running = True
+
+        def shutdown(self):
+            self.running = False
+
+    engine = fake_vllm(monkeypatch, [])
+    core = Core()
+    engine.llm = held = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    with contextlib.closing(engine):
+        assert core.running
+    assert held.llm_engine.engine_core is core and not core.running
+    assert not hasattr(engine, "llm")

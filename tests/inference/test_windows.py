@@ -13,6 +13,7 @@ from egm_lib.inference import engine as engine_module
 from egm_lib.inference.engine import Answer, Request
 from egm_lib.inference.openai_engine import AHEAD_BATCHES, OpenAIEngine
 from egm_lib.inference.predict import EngineFailure, _map_ahead, predict
+from egm_lib.inference.vllm_engine import VLLMEngine
 
 STAMP = {"model": "m", "profile": "test", "seed": 0, "sampling": GREEDY}
 PATIENCE_S = 60.0
@@ -103,6 +104,28 @@ def test_an_endpoint_that_fails_everywhere_is_not_asked_to_the_end(images):
     with pytest.raises(EngineFailure, match="no connection"):
         predict(numbered(200), Endpoint(respond), out=images / "o.jsonl", root=images, **STAMP)
     assert len(seen) < 60
+
+
+class Recorded(VLLMEngine):
+    """Answers as FakeEngine does, and keeps how many requests it was handed together."""
+
+    def __init__(self):
+        self.plain, self.handed = FakeEngine(), []
+        self.family, self.revision, self.batch_size = FakeEngine.family, None, FakeEngine.batch_size
+
+    def answer(self, requests, sampling, *, reasoning=True):
+        self.handed.append(len(requests))
+        yield from self.plain.answer(requests, sampling, reasoning=reasoning)
+
+
+def test_a_window_of_vllm_is_longer_than_its_slowest_answer(images):
+    """The longest answer (4,096 tokens) takes as long as some ten batches of the usual 300 to 400:
+    a shorter window would wait for it more than it works. A whole file of images takes memory.
+    """
+    engine = Recorded()
+    predict(numbered(200), engine, out=images / "o.jsonl", root=images, **STAMP)
+    assert sum(engine.handed) == 200
+    assert 10 * engine.batch_size < max(engine.handed) <= 50
 
 
 def test_images_are_decoded_while_the_engine_answers(images, monkeypatch):

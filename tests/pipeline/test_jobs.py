@@ -1,13 +1,16 @@
 """Processes beside each other: their ends, their logs, their failures."""
 
+import inspect
 import os
 import sys
 import time
 from dataclasses import replace
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import PContext
 
 from egm_lib.pipeline.jobs import (
+    STOP_S,
     Job,
     JobFailed,
     latency_job,
@@ -15,6 +18,7 @@ from egm_lib.pipeline.jobs import (
     run_jobs,
     run_side_by_side,
     shard_jobs,
+    without_gpus,
 )
 from egm_lib.profile import load_profile
 from egm_lib.run import Run
@@ -63,9 +67,8 @@ def test_a_single_worker_keeps_its_threads(tmp_path, monkeypatch):
     assert job.log.read_text().strip() == "7"
 
 
-def test_interrupted_processes_are_ended(tmp_path, monkeypatch):
-    job = python(tmp_path, "a", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
-
+def interrupted(monkeypatch, job: Job) -> str:
+    """What a job's log says after a Ctrl-C, which comes once the job has printed something."""
     sleep, presses = time.sleep, []
 
     def interrupt(seconds):
@@ -77,8 +80,25 @@ def test_interrupted_processes_are_ended(tmp_path, monkeypatch):
     monkeypatch.setattr("egm_lib.pipeline.jobs.time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_side_by_side([job], workers=1)
+    return job.log.read_text()
+
+
+def test_interrupted_processes_are_ended(tmp_path, monkeypatch):
+    job = python(tmp_path, "a", "import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    process_id = int(interrupted(monkeypatch, job))
     with pytest.raises(ProcessLookupError):
-        os.kill(int(job.log.read_text()), 0)
+        os.kill(process_id, 0)
+
+
+def test_an_interrupted_launcher_has_the_time_to_end_its_own_processes(tmp_path, monkeypatch):
+    """Else they are orphans, and hold the GPUs. torch's launcher gives them 30 s."""
+    code = (
+        "import signal, sys, time\n"
+        "def stop(*_): time.sleep(1); print('all ended', flush=True); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop); print('began', flush=True); time.sleep(600)"
+    )
+    assert interrupted(monkeypatch, python(tmp_path, "a", code)) == "began\nall ended\n"
+    assert inspect.signature(PContext.close).parameters["timeout"].default < STOP_S
 
 
 @pytest.fixture
@@ -89,6 +109,28 @@ def paper():
 def gpus(monkeypatch, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     monkeypatch.delenv("EGM_VISIBLE_DEVICES", raising=False)
+
+
+def seen_gpus(tmp_path, counts) -> list[str]:
+    """What jobs of so many GPUs, which run at the same time, see in CUDA_VISIBLE_DEVICES."""
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    jobs = [replace(python(tmp_path, f"{n}", code), gpus=gpus) for n, gpus in enumerate(counts)]
+    run_side_by_side(jobs, workers=len(jobs))
+    return [job.log.read_text().strip() for job in jobs]
+
+
+def test_a_job_sees_its_own_gpus_and_no_others(tmp_path, monkeypatch):
+    gpus(monkeypatch, 4)
+    assert seen_gpus(tmp_path, [1, 2, 0, 1]) == ["0", "1,2", "", "3"]
+
+
+def test_a_kernel_sees_no_gpu_and_its_jobs_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("EGM_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f")
+    with without_gpus():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert seen_gpus(tmp_path, [1, 1]) == ["5", "GPU-8f"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-8f"
 
 
 def shards_of(jobs) -> list[str]:

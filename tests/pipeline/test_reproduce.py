@@ -5,6 +5,7 @@ clear sentence.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -23,6 +24,7 @@ from egm_lib.files import write_text
 from egm_lib.pipeline import manifest
 from egm_lib.pipeline import publish as publish_module
 from egm_lib.pipeline import reproduce as module
+from egm_lib.pipeline.jobs import visible_gpus
 from egm_lib.pipeline.publish import ReproduceError, clean, code_of_file, publish
 from egm_lib.pipeline.reproduce import reproduce
 from egm_lib.profile import load_profile
@@ -60,6 +62,17 @@ def project(tmp_path, monkeypatch):
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     return project, ran, does, tmp_path
+
+
+def test_the_kernel_of_a_notebook_sees_no_gpu(project, monkeypatch):
+    """A library that looks for GPUs would find those on which the notebook's jobs train."""
+    run, _, does, _ = project
+    monkeypatch.delenv("EGM_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    seen = []
+    does["01_b"] = lambda: seen.append((os.environ["CUDA_VISIBLE_DEVICES"], visible_gpus()))
+    reproduce(run)
+    assert seen == [("", ["0", "1"])]
 
 
 def use_revision(monkeypatch, revision):
