@@ -11,8 +11,9 @@ from torch import Tensor
 
 from egm_lib.training.micro_batches import micro_batches
 
-# Rows that are compared: with more, the comparison would need the memory that packing saves
-COMPARED_ROWS = 4
+# Rows that are compared, and share a prompt: more would show nothing else, and would need the
+# memory that packing saves
+COMPARED_ROWS = 2
 # Weights that a process holds only in part: their gradient cannot be asked for apart from a step
 DIVIDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 # Limits of (log-prob, nats a token; loss; gradient norm, relative). Ours: tiny models give up to
@@ -62,17 +63,12 @@ def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
 
 
 def _first_rows(trainer, inputs: dict) -> dict:
-    """COMPARED_ROWS of the first group, or those that fit a micro-batch, but at least two. Their
-    advantages are +1 and -1: those of the group may all be zero.
+    """COMPARED_ROWS of the first group. Their advantages are +1 and -1: those of the group may all
+    be zero.
     """
-    count, budget = min(trainer.num_generations, COMPARED_ROWS), trainer.micro_batch_tokens
-    if budget is not None:
-        width = inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
-        widest = trainer.accelerator.gather(torch.tensor([width], device=trainer.args.device))
-        count = min(count, max(2, budget // int(widest.max())))
-    part = micro_batches(inputs, list(range(count)), [count])[0]
+    part = micro_batches(inputs, list(range(COMPARED_ROWS)), [COMPARED_ROWS])[0]
     part.pop("old_per_token_logps", None)
-    sign = torch.arange(count, device=part["advantages"].device) % 2
+    sign = torch.arange(COMPARED_ROWS, device=part["advantages"].device) % 2
     part["advantages"] = 1.0 - 2.0 * sign.to(part["advantages"].dtype)
     part["num_items_in_batch"] = part["completion_mask"].sum() * trainer.accelerator.num_processes
     return part

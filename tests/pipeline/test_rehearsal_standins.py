@@ -499,6 +499,7 @@ LIGHT = {
     "grpo.rollout_dtype",
     "grpo.compute_dtype",
     "sft.dtype",
+    "sft.per_device_train_batch_size",
     "sft.gradient_accumulation_steps",
 }
 

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
 from egm_lib.pipeline.rehearsal.annotations import HEIGHT, WIDTH, Shape, draw, scene
 from egm_lib.prompts import Family
 
-STEPS, ROWS, LEARNING_RATE = 150, 16, 5e-3  # some seconds of one core; AdamW
+STEPS, ROWS, LEARNING_RATE = 60, 16, 2e-2  # some seconds of one core; AdamW
 NUM_PROMPTS, NUM_ANSWERS = 8, 256
 GRID = 50  # of 1000: coordinates with few digits are soon learnt
 THOUGHTS = ("The left one is meant.", "The right one is meant.", "It is at the left.")

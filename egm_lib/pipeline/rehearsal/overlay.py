@@ -21,11 +21,11 @@ PREFIX = "rehearse-"
 SERVICES_URL = "http://127.0.0.1:8765"
 STEPS, LIGHT_STEPS = 3, 2  # of SFT and of GRPO; the first of GRPO has a learning rate of 0
 SAMPLES = {  # per split
-    "train_limit": 24,
+    "train_limit": 16,
     "train_amodal_limit": 12,
     "selection_limit": 12,
     "selection_amodal_limit": 8,
-    "eval_limit": 2,
+    "eval_limit": 1,
 }
 
 
@@ -123,7 +123,8 @@ def _budgets(profile: Profile, full: bool) -> dict:
     }
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
     if not full:  # a laptop has neither half precision to train in nor vLLM
-        sft |= {"dtype": "float32", "gradient_accumulation_steps": 2}
+        sft |= {"dtype": "float32"}
+        sft |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
         grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
         if profile.generation.engine == "vllm":
