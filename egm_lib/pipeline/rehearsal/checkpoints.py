@@ -37,9 +37,10 @@ VOCAB_SIZE = 151_936  # of Qwen3-VL: more rows than tokens
 INTERNVL_VOCAB_SIZE = 151_674  # of InternVL-3: `<video>`, 151674, has no row
 # Ten times the usual, so that attention and positions matter: a misplaced image changes the output.
 INIT_RANGE = 0.2
-TILE_PX, PATCH_PX = 112, 14  # InternVL-3 has tiles of 448 px
+TILE_PX, PATCH_PX = 56, 14  # InternVL-3 has tiles of 448 px
 TILE_TOKENS = (TILE_PX // PATCH_PX // 2) ** 2
-_SOURCES = ("checkpoints.py", "fitting.py", "tokenizer.py")  # what a stand-in is made by
+# What a stand-in is made by
+_SOURCES = ("annotations.py", "checkpoints.py", "fitting.py", "tokenizer.py")
 END_IDS = (151_645, 151_643)  # <|im_end|>, <|endoftext|>
 
 _HEADER = "{{- '<|im_start|>assistant\\n' }}\n{%- endif %}"
@@ -90,7 +91,7 @@ def make_internvl3(
 ) -> Path:
     """Makes an InternVL-3 in `folder`; a finished one is left as it is. Returns folder.
 
-    An image becomes as many tiles as in the real one, of 112 px instead of 448.
+    An image becomes as many tiles as in the real one, of 56 px instead of 448.
     """
     with _whole(Path(folder)) as work:
         if work is not None:

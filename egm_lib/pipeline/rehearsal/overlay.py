@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -18,7 +19,6 @@ from egm_lib.pipeline.rehearsal.services import service_url
 from egm_lib.profile import Model, Models, Profile, load_profile
 
 PREFIX = "rehearse-"
-SERVICES_URL = "http://127.0.0.1:8765"
 STEPS, LIGHT_STEPS = 3, 2  # of SFT and of GRPO; the first of GRPO has a learning rate of 0
 SAMPLES = {  # per split
     "train_limit": 16,
@@ -29,9 +29,7 @@ SAMPLES = {  # per split
 }
 
 
-def rehearsal_profile(
-    name: str, folder: str | Path, *, full: bool, services_url: str = SERVICES_URL
-) -> Path:
+def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url: str) -> Path:
     """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
 
     full: two processes, launched as the profile says, with its engine; else one process a training,
@@ -48,6 +46,7 @@ def rehearsal_profile(
                 "path": str(_place(folder, model)),
                 "revision": None,
                 "tensor_parallel": None,
+                "engine": _engine(profile, full),
             }
             for role, model in _models(profile).items()
         },
@@ -58,10 +57,22 @@ def rehearsal_profile(
     }
     if profile.generation.engine == "openai":
         changes["generation"]["base_url"] = service_url("vllm", services_url)
-    path = folder / "profiles" / f"{PREFIX}{name}.yaml"
+    path = _profile_file(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(changes, sort_keys=False), encoding="utf-8")
     return path
+
+
+def rehearsed_port(name: str, folder: str | Path) -> int | None:
+    """The port of the local server in the profile of an earlier rehearsal; None without one.
+
+    A rehearsal that continues asks there again.
+    """
+    path = _profile_file(name, Path(folder).resolve())
+    if not path.is_file():
+        return None
+    teacher = yaml.safe_load(path.read_text(encoding="utf-8"))["curation"]["teacher"]
+    return urlsplit(teacher["base_url"]).port
 
 
 def build_standins(name: str, folder: str | Path, *, seed: int = 0) -> Path:
@@ -88,6 +99,18 @@ def _models(profile: Profile) -> dict[str, Model]:
         field.name: getattr(profile.models, field.name) for field in dataclasses.fields(Models)
     }
     return {role: model for role, model in roles.items() if model is not None}
+
+
+def _profile_file(name: str, folder: Path) -> Path:
+    return folder / "profiles" / f"{PREFIX}{name}.yaml"
+
+
+def _engine(profile: Profile, full: bool) -> str | None:
+    """The engine of each model, where it is not the profile's: a laptop has no vLLM.
+
+    The profile's own stays stated, so that notebooks show what they show with it.
+    """
+    return "transformers" if profile.generation.engine == "vllm" and not full else None
 
 
 def _place(folder: Path, model: Model) -> Path:
@@ -124,11 +147,9 @@ def _budgets(profile: Profile, full: bool) -> dict:
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
     if not full:  # a laptop has neither half precision to train in nor vLLM
         sft |= {"dtype": "float32"}
-        sft |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        sft |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
         grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
-        if profile.generation.engine == "vllm":
-            generation |= {"engine": "transformers"}
     selection = {"fill_to": 4 * processes}  # the stand-ins solve little
     launch: dict = {"num_processes": processes}
     if not full:
