@@ -136,7 +136,18 @@ def load_model(
             f"holds them in another size, such as {drawn[0]}: weights and config.json belong to "
             "different models; copy both again"
         )
+    _keep_names(model)
     return (model if found.adapter is None else _merged(model, found.adapter)).eval()
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Has a model that is saved later give its weights the names that they had when it was loaded.
+
+    transformers undoes, as it saves, how it renamed weights as it loaded. Under ZeRO-3 (in 5.23) it
+    also undoes renamings that no weight needed, which leaves names that vLLM does not know.
+    """
+    if renamings := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [each for each in renamings if each.was_used()]
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
