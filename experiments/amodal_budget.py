@@ -97,7 +97,7 @@ def answer(out: Path, name: str, folder: str) -> None:
         wh = (sample["width"], sample["height"])
         parsed = parse_completion(given.raw_answer, frame=QWEN.frame, image_wh=wh)
         truth = truths[sample["sample_id"]] | {"gt_box": sample["gt_box"]}
-        keep = ("sample_id", "image_id", "dataset", "split", "prompt_kind", "modal_box", "gt_box")
+        keep = ("sample_id", "image_id", "dataset", "split", "prompt_kind")
         overlap = 0.0 if parsed.box is None else iou(parsed.box, sample["gt_box"])
         rows.append(
             {key: sample[key] for key in keep}
@@ -124,7 +124,6 @@ def report(out: Path) -> list[dict]:
         for way, rows in models.items():
             log = out / "logs" / f"{way}-{each:g}.jsonl"
             plain = rows["prompt_kind"] == "plain"
-            hidden = rows["gt_box"] != rows["modal_box"]
             row[way] = {
                 "steps": max(line.get("step", 0) for line in read_jsonl(log)),
                 "tokens": logged_tokens(log),
@@ -134,11 +133,10 @@ def report(out: Path) -> list[dict]:
                 "chose_target": round(rows["target"].mean(), 4),
                 "success_if_target": round(rows["success"][rows["target"]].mean(), 4),
                 "iou_if_target": round(rows["iou"][rows["target"]].mean(), 4),
-                "partly_hidden": round(rows["success"][hidden].mean(), 4),
             }
         for column in ("success", "target"):
             gap = paired_difference(models["sft"], models["direct"], column)
-            row[f"difference_{column}"] = [round(v, 4) for v in (gap.mean, *gap.interval)]
+            row[f"difference_{column}"] = [round(v, 4) for v in (gap.mean, *gap.ci95)]
         found.append(row)
     return found
 
