@@ -186,7 +186,9 @@ class Pieces:
         continues: must take the beginnings of all that it takes. eos_ids: tokens that stand for no
         text.
         """
-        logits_N = logits_V[self._tokens_N]
+        # A tokenizer may have tokens for which the head has no row: InternVL-3's "<video>"
+        padding = max(0, len(self._by_token) - len(logits_V))
+        logits_N = np.pad(logits_V, (0, padding), constant_values=-np.inf)[self._tokens_N]
         logits_N[[self._place_of[token] for token in eos_ids if token in self._place_of]] = -np.inf
         # A best-first search: (-logit, token, range, depth). A token that was found has no range;
         # of equal logits, ranges come first and then the lowest token.

@@ -163,6 +163,20 @@ def test_equal_logits_are_chosen_by_the_lowest_token():
     assert (form.bind([], logits_V, 3) > -torch.inf).nonzero()[:, 0].tolist() == lowest
 
 
+def test_tokens_without_a_row_of_the_head_are_impossible():
+    """InternVL-3's tokenizer has "<video>" behind the last row of the model's head."""
+    tokenizer = tiny_qwen()[1].tokenizer
+    rows = len(tokenizer)
+    lowest = tokenizer.convert_tokens_to_ids("a")
+    tokenizer.add_tokens(["abc"])
+    form = AnswerForm(r"[a-f]*", decode_with(tokenizer), frozenset(), Pieces.of(tokenizer))
+    logits_V = torch.full((rows,), -1.0)
+    logits_V[lowest] = 0.0
+    for keep in (2, rows):
+        allowed = (form.bind([], logits_V, keep) > -torch.inf).nonzero()[:, 0].tolist()
+        assert lowest in allowed and len(allowed) <= keep
+
+
 @pytest.mark.parametrize("family", NAMES)
 def test_the_vocabulary_of_qwen_is_walked_as_it_is_scanned(family, tmp_path):
     """151,669 tokens, many of them beginnings of others; greedy and the likeliest twenty."""
