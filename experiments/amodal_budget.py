@@ -4,8 +4,8 @@
     python experiments/amodal_budget.py report OUT
 
 Both models start from the small base. At each budget the direct one trains on as many tokens as
-SFT. The samples and traces are those of a finished run of mini (seed 0). The judges are its fresh
-amodal prompts of the selection scenes, which neither model trains on. No test split is read.
+SFT. The samples and traces are those of a finished run of mini (seed 0). Both models answer its
+amodal prompts of the selection scenes, on which neither was trained. No test split is read.
 """
 
 import argparse
