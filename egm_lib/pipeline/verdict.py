@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from egm_lib.reports.tables.cells import is_summary
+from egm_lib.reports.tables.cells import Number, is_summary
 
 IDENTICAL, WITHIN, OUTSIDE, NOT_RUN = "identical", "within the interval", "outside", "not run"
 GROUPS = (("acc_at_50", "vanilla"), ("amodal_acc_at_50", "amodal"), ("differences", "difference"))
@@ -53,11 +53,8 @@ def _same(mine: Mapping | None, theirs: Mapping | None) -> str:
 def _shown(value: Mapping | None) -> str:
     if not value:
         return NOT_RUN
-    text = f"{100 * value['mean']:.1f}"
-    if value["ci95"] is None:
-        return text
-    low, high = (100 * end for end in value["ci95"])
-    return f"{text} [{low:.1f}, {high:.1f}]"
+    ends = value["ci95"]
+    return str(Number(100 * value["mean"], ends and tuple(100 * end for end in ends)))
 
 
 def _reasons(yours: Mapping, committed: Mapping) -> list[str]:

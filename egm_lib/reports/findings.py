@@ -13,6 +13,7 @@ from egm_lib.evaluation.statistics import Difference, Estimate, estimate
 from egm_lib.files import read_json, read_jsonl
 from egm_lib.reports.curated import outcomes
 from egm_lib.reports.tables.beyond_paper import latency_stats
+from egm_lib.reports.tables.cells import decimal_text
 from egm_lib.reports.tables.paper import cause_shares, gain
 
 BASE, LARGE, SFT, EGM = "small-base", "large-base", "small-sft", "small-egm"
@@ -35,18 +36,18 @@ def findings(results: Results, topic: str) -> str:
 
 
 def _percent(value: Estimate) -> str:
-    return f"{100 * value.mean:.1f} %{_interval(value)}"
+    return f"{decimal_text(100 * value.mean)} %{_interval(value)}"
 
 
 def _points(value: Difference) -> str:
-    return f"{100 * value.mean:+.1f} points{_interval(value)}"
+    return f"{decimal_text(100 * value.mean, signed=True)} points{_interval(value)}"
 
 
 def _interval(value: Estimate | Difference) -> str:
     if value.ci95 is None:
         return ""
-    low, high = (100 * end for end in value.ci95)
-    return f" [{low:.1f}, {high:.1f}]"
+    low, high = (decimal_text(100 * end) for end in value.ci95)
+    return f" [{low}, {high}]"
 
 
 def _verdict(value: Difference, claim: str) -> str:
@@ -107,7 +108,7 @@ def _curation(results: Results) -> Iterator[str]:
         total = found.kept + sum(lost.values())
         if not total:
             continue
-        sentence = f"Of {total:,} {what}, {100 * found.kept / total:.1f} % are kept"
+        sentence = f"Of {total:,} {what}, {decimal_text(100 * found.kept / total)} % are kept"
         if lost:
             sentence += f"; the most frequent reason for dropping one is {max(lost, key=lost.get)}"
         yield f"{sentence}."

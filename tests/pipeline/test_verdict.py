@@ -36,6 +36,13 @@ def test_a_number_is_identical_within_or_outside(mean, ci95, answer):
     assert f"Of 1 numbers: 1 {answer}." in text
 
 
+def test_numbers_are_rounded_as_in_the_tables():
+    """54 of 96 is 56.25 %: half goes up, as by hand; and there is no "-0.0"."""
+    value = {"mean": 0.5625, "ci95": [-0.0001, 0.6125], "n": 96}
+    summary = {**COMMITTED, "acc_at_50": {"small-base": value}}
+    assert "| 56.3 [0.0, 61.3] |" in row(verdict(summary, summary), "small-base")
+
+
 def test_a_model_that_only_one_run_has_is_not_run_in_the_other():
     other = {"mean": 0.9, "ci95": None, "n": 3}
     text = verdict({**COMMITTED, "amodal_acc_at_50": {"small-egm": other}}, COMMITTED)
