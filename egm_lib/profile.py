@@ -105,7 +105,17 @@ class Models:
     small: Model
     large: Model
     reference: Model  # "stronger model" of the learnability selection, Sec. 4.2
+    huge: Model | None = None  # a third size that answers without reasoning, for Fig. 5
     egm: Model | None = None  # a published EGM model; null: `small-egm` is what the run trains
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """Names of the models that answer without reasoning, the smallest first."""
+        return ("small-base", "large-base", *(["huge-base"] if self.huge else []))
+
+    def by_role(self) -> dict[str, Model]:
+        """The checkpoints that the profile states."""
+        return {role: model for role, model in vars(self).items() if model is not None}
 
     def named(self, name: str) -> Model | None:
         """The checkpoint that a model's name in a run means; None: the run trains it.
@@ -113,10 +123,11 @@ class Models:
         What follows an @ does not matter: another way to decode (egm_lib.inference.decoding), or
         another prompt.
         """
-        bases = {"small-base": self.small, "large-base": self.large, "reference": self.reference}
-        if self.egm is not None:
-            bases["small-egm"] = self.egm
-        return bases.get(name.partition("@")[0].removesuffix(NO_REASONING))
+        roles = {"reference": "reference", "small-egm": "egm"} | {
+            base: base.removesuffix("-base") for base in self.bases
+        }
+        role = roles.get(name.partition("@")[0].removesuffix(NO_REASONING))
+        return self.by_role().get(role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,10 +471,7 @@ def _check_machines(profile: Profile) -> None:
         )
     if launch.nodes > 1 and launch.accelerate_config is None:
         raise ProfileError(f"{name}.launch: several nodes need an accelerate_config.")
-    for role in ("small", "large", "reference", "egm"):
-        model = getattr(profile.models, role)
-        if model is None:
-            continue
+    for role, model in profile.models.by_role().items():
         generation = generation_of(profile, model)
         if generation.tensor_parallel < 1:
             raise ProfileError(f"{name}.models.{role}: tensor_parallel must be at least 1.")
@@ -480,7 +488,7 @@ def _check_prompts(profile: Profile) -> None:
     asked = {
         "sft": [models.small],
         "grpo": [models.small, models.reference],
-        "evaluation": [models.small, models.large, *([models.egm] if models.egm else [])],
+        "evaluation": [model for role, model in models.by_role().items() if role != "reference"],
     }
     for stage, asked_models in asked.items():
         prompt = getattr(profile, stage).prompt

@@ -29,6 +29,7 @@ MODELS = (
     "small-direct-control",
     "small-sft-control",
     "large-base",
+    "huge-base",
 )
 LATENCY_COLUMNS = (
     "sample_id",

@@ -31,9 +31,8 @@ def model_of(run: Run, model: str, task: str) -> Model:
         return named
     path = run.checkpoint(task, model.partition("@")[0].removesuffix(NO_REASONING))
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint {path}; train it first, or use one of small-base, large-base, reference"
-        )
+        known = ", ".join([*models.bases, "reference"])
+        raise FileNotFoundError(f"no checkpoint {path}; train it first, or use one of {known}")
     return replace(models.small, path=str(path), revision=None)
 
 

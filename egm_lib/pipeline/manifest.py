@@ -106,11 +106,9 @@ def _model_revisions(run: Run) -> dict[str, str | None]:
     """Of a local checkpoint the digest of its weights, of a hub id its revision (None: the
     newest).
     """
-    models = run.profile.models
-    named = {"small": models.small, "large": models.large, "reference": models.reference}
     return {
-        name: _weights_digest(Path(model.location)) or model.revision
-        for name, model in named.items()
+        role: _weights_digest(Path(model.location)) or model.revision
+        for role, model in run.profile.models.by_role().items()
     }
 
 

@@ -34,6 +34,7 @@ LOOKS = {
     "small-sft-control": Look("SFT control", "#8C6D1F", (5, 1, 1, 1), ">"),
     "small-egm-unselected": Look("EGM, prompts at random", "#999999", (3, 1, 1, 1, 1, 1), "X"),
     "large-base": Look("large base", "#009E73", (7, 2), "P"),
+    "huge-base": Look("huge base", "#4D4D4D", (1, 1), "h"),
     "reference": Look("reference", "#8A4FBF", (3, 1), "X"),
 }
 _SPARE = (

@@ -101,9 +101,9 @@ def parameters_of(results: Results) -> dict[str, int]:
     except ProfileError:
         return {}
     counts = {}
-    for name, location in (("small", models.small.location), ("large", models.large.location)):
+    for name, model in models.by_role().items():
         total = 0
-        for file in sorted(Path(location).glob("*.safetensors")):
+        for file in sorted(Path(model.location).glob("*.safetensors")):
             with safe_open(file, framework="np") as tensors:
                 names = tensors.keys()
                 total += sum(int(np.prod(tensors.get_slice(name).get_shape())) for name in names)
