@@ -1,7 +1,7 @@
-"""Checkpoints: where a training goes on after an interruption, and where its model ends up.
+"""Checkpoints: where a training continues after an interruption, and where its model ends up.
 
 A checkpoint counts when all of it is written: a file named `complete` comes last. A training that
-is killed while it saves goes on from the checkpoint before.
+is killed while it saves continues from the checkpoint before.
 """
 
 from __future__ import annotations

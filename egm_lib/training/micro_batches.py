@@ -69,8 +69,8 @@ def packed_row_counts(
 ) -> list[int]:
     """How many rows each micro-batch takes where the rows of a group are packed, without padding.
 
-    A prompt counts once in a micro-batch. A group that does not fit goes on in the next one, which
-    reads its prompt again.
+    A prompt counts once in a micro-batch. A group that does not fit continues in the next one,
+    which reads its prompt again.
     """
     counts, tokens, started = [0], 0, None
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

@@ -3,8 +3,8 @@
 The rows of a group have one image and one prompt. They are packed into one row without padding: the
 prompt without its last token, then for each completion the prompt's last token and all of the
 completion but its last. So every token that is scored is predicted at a place of its own.
-A completion attends to its prompt and to itself, and its positions go on from the prompt's. The
-image is encoded once, and its gradient is the sum over the group's completions.
+A completion attends to its prompt and to itself, and its positions continue those of the prompt.
+The image is encoded once, and its gradient is the sum over the group's completions.
 
 The attention is a function registered with transformers. No keys and values are kept, so gradient
 checkpointing, weights divided among processes and a trained vision tower all work as in any other

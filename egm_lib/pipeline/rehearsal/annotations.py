@@ -6,7 +6,7 @@ They lie where `python -m egm_lib.data fetch` leaves the real ones, below a data
     refcoco/refs(unc).p    refcoco+/refs(unc).p    refcocog/refs(umd).p    each with instances.json
     coco_amodal/annotations/COCO_amodal_{train,val,test}2014.json    tao_amodal/train.json
 
-`prepare` goes on from there. All boxes and polygons are in pixels of the image.
+`prepare` continues from there. All boxes and polygons are in pixels of the image.
 """
 
 from __future__ import annotations
