@@ -81,10 +81,9 @@ def lora_config(lora: Lora | None):
     """
     if lora is None:
         return None
-    zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    if zero_3 or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise TrainingError(
-            "LoRA cannot be combined with ZeRO-3 or FSDP here: the adapter is merged into whole "
+            "LoRA cannot be combined with ZeRO-3 here: the adapter is merged into whole "
             "weights. Set launch.accelerate_config to null, or train without lora."
         )
     from peft import LoraConfig

@@ -14,8 +14,6 @@ from egm_lib.training.micro_batches import micro_batches
 # Rows that are compared, and share a prompt: more would show nothing else, and would need the
 # memory that packing saves
 COMPARED_ROWS = 2
-# Weights that a process holds only in part: their gradient cannot be asked for apart from a step
-DIVIDED = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 # Limits of (log-prob, nats a token; loss; gradient norm, relative). Ours: tiny models give up to
 # 1e-6, 1e-7 and 1e-6 in float32
 FLOAT32_LIMITS = (1e-4, 1e-4, 1e-3)
@@ -87,10 +85,10 @@ def _logps(trainer, model, part: dict) -> Tensor:
 
 
 def _loss_and_norm(trainer, loss_of: Callable, model, part: dict) -> tuple[Tensor, Tensor]:
-    """The loss and the norm of its gradient, which is not kept; without one (zero) where weights
-    are divided among processes.
+    """The loss and the norm of its gradient, which is not kept; without one (zero) under DeepSpeed,
+    whose divided weights have no gradient apart from a step.
     """
-    if trainer.accelerator.distributed_type in DIVIDED:
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         with torch.no_grad():
             return loss_of(model, part), torch.zeros((), device=trainer.args.device)
     model = trainer.accelerator.unwrap_model(model)

@@ -146,12 +146,9 @@ def sharding_of(accelerate_config: str | None) -> Sharding:
         return Sharding()
     path = CONFIGS / f"{accelerate_config}.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    kind = config["distributed_type"]
-    if kind == "FSDP":
-        return Sharding(kind="fsdp")
     stated = config.get("deepspeed_config", {})
-    if kind != "DEEPSPEED" or stated.get("zero_stage") != 3:
-        raise PlanError(f"{path.name}: a plan can be made for ZeRO-3 or FSDP, and this is neither.")
+    if config["distributed_type"] != "DEEPSPEED" or stated.get("zero_stage") != 3:
+        raise PlanError(f"{path.name}: a plan can be made for ZeRO-3, and this is another way.")
     return Sharding(
         kind="zero-3",
         offload_optimizer=stated.get("offload_optimizer_device", "none") != "none",

@@ -80,7 +80,7 @@ class Sharding:
     zero: sizes of DeepSpeed's buffers, in numbers of values.
     """
 
-    kind: Literal["none", "zero-3", "fsdp"] = "none"
+    kind: Literal["none", "zero-3"] = "none"
     offload_optimizer: bool = False
     offload_weights: bool = False
     zero: Mapping[str, int] = field(default_factory=lambda: ZERO_DEFAULTS)
@@ -271,7 +271,7 @@ def states(setting: Setting) -> list[Part]:
 
 def _buffers(setting: Setting) -> list[Part]:
     """What the framework sets aside beside the model."""
-    text, value, sharding = setting.shape.text, setting.compute, setting.sharding
+    value, sharding = setting.compute, setting.sharding
     all_of, parts = setting.shape.parameters, []
     if setting.hardware.device.is_gpu:
         parts.append(Part("CUDA context, cuBLAS, NCCL", CONTEXT_BYTES, "ours"))
@@ -291,10 +291,6 @@ def _buffers(setting: Setting) -> list[Part]:
                 ("optimizer",),
             ),
         ]
-    elif sharding.kind == "fsdp":
-        whole = (1 if text.tied else 2) * text.embedding + 2 * text.layer()
-        how = f"embedding, head and two layers: {whole:,} x {value} bytes"
-        parts.append(Part("FSDP's gathered weights", whole * value, how, UPDATE))
     elif value < 4 and not setting.options.lora:
         how = f"{all_of:,} parameters x {value} bytes, cast once a pass"
         parts.append(Part("autocast's weights", all_of * value, how, UPDATE))

@@ -158,7 +158,7 @@ def host(setting: Setting) -> Amount:
     """Memory of the machine while a model is loaded.
 
     Under ZeRO-3 rank 0 reads the checkpoint as it is stored, and the others its shapes
-    (transformers' from_pretrained); FSDP's ranks do the same in float32.
+    (transformers' from_pretrained).
     """
     processes, kind = setting.hardware.count, setting.sharding.kind
     value = BYTES["bfloat16"] if kind == "zero-3" else 4

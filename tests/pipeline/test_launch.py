@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from accelerate.commands import launch as accelerate_launch
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from training_world import make_samples, moved_names, store_model
 
 from egm_lib.errors import InputError
@@ -128,26 +128,17 @@ def test_two_nodes_train_one_model(tmp_path, monkeypatch):
     assert moved_names(tmp_path / "model", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("config", "launcher"),
-    [("deepspeed_zero3", "deepspeed_launcher"), ("fsdp", "multi_gpu_launcher")],
-)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_accelerate_starts_its_share_of_the_processes_on_each_node(
-    config, launcher, rank, monkeypatch
-):
-    """accelerate's own reading of the shipped configurations: torchrun on each node, no ssh."""
-    command = node_command(replace(TWO, accelerate_config=config), WORK, rank, "node0")
+def test_accelerate_starts_its_share_of_the_processes_on_each_node(rank, monkeypatch):
+    """accelerate's own reading of the shipped configuration: torchrun on each node, no ssh."""
+    command = node_command(TWO, WORK, rank, "node0")
     calls = []
-    monkeypatch.setattr(accelerate_launch, launcher, calls.append)
+    monkeypatch.setattr(accelerate_launch, "deepspeed_launcher", calls.append)
     parser = accelerate_launch.launch_command_parser()
     accelerate_launch.launch_command(parser.parse_args(command[3:]))
     (args,) = calls
-    if config == "fsdp":
-        prepare_multi_gpu_env(args)
-    else:
-        other_launcher, _ = prepare_deepspeed_cmd_env(args)
-        assert other_launcher is None  # it would need a host file and ssh
+    other_launcher, _ = prepare_deepspeed_cmd_env(args)
+    assert other_launcher is None  # it would need a host file and ssh
     assert (args.nnodes, args.nproc_per_node, int(args.node_rank)) == ("2", "8", rank)
     assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "node0:29500")
     assert args.module and [args.training_script, *args.training_script_args] == WORK[1:]
