@@ -16,12 +16,14 @@ from egm_lib.reports.tables.beyond_paper import latency_stats
 from egm_lib.reports.tables.cells import decimal_text
 from egm_lib.reports.tables.paper import cause_shares, gain
 
-BASE, LARGE, SFT, EGM = "small-base", "large-base", "small-sft", "small-egm"
+BASE, LARGE, HUGE = "small-base", "large-base", "huge-base"
+SFT, EGM = "small-sft", "small-egm"
 # (model, compared with, what it would mean that the first is better)
 QUESTIONS = (
     (EGM, BASE, "Learning to reason helps the small model"),
     (EGM, "small-direct-control", "It helps more than direct training does"),
     (EGM, LARGE, "The small model that reasons is better than the large base"),
+    (EGM, HUGE, "The small model that reasons is better than the huge base"),
     (EGM, "small-egm-no-reasoning", "The written reasoning is what helps"),
     (EGM, SFT, "GRPO adds to SFT"),
     (EGM, "small-sft-control", "GRPO adds more than continued SFT does"),
@@ -172,7 +174,7 @@ def _grpo(results: Results) -> Iterator[str]:
 
 
 def _latency(results: Results) -> Iterator[str]:
-    for model in (BASE, EGM, LARGE):
+    for model in (BASE, LARGE, EGM, HUGE):
         if stats := latency_stats(results, model):
             yield f"`{model}` takes {stats['mean']:.0f} ms for {stats['tokens']:.0f} tokens."
 

@@ -34,7 +34,7 @@ def fig5(material: Material) -> tuple[Figure, str]:
     largest = max((size for size in sizes if size), default=None)
     for (model, (latency, value)), size in zip(points.items(), sizes, strict=True):
         style = style_of(model)
-        area = 380 * size / largest if size else 60
+        area = 220 * size / largest if size else 60
         draw_errors(right, latency["mean"], latency["ci95"], value, style.colour)
         right.scatter(
             latency["mean"],

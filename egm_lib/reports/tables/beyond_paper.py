@@ -18,6 +18,7 @@ from egm_lib.training.variants import STEPS, VARIANTS
 COMPARISONS = (
     ("small-egm", "small-base"),
     ("small-egm", "large-base"),
+    ("small-egm", "huge-base"),
     ("small-egm", "small-sft"),
     ("small-sft", "small-base"),
     ("small-egm", "small-egm-no-reasoning"),
@@ -37,6 +38,7 @@ def differences(
         (a, b, task, gain(results, a, b, task))
         for task in ("vanilla", "amodal")
         for a, b in COMPARISONS
+        if b != "huge-base" or b in results.models  # few profiles have a third size
     ]
     with_p = [test for *_, test in tests if test is not None and test.p_value is not None]
     adjusted = iter(holm([test.p_value for test in with_p]))
