@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import egm_lib
 
 ROOT = Path(egm_lib.__file__).parent
@@ -89,7 +91,10 @@ def test_the_ideas_need_no_torch():
             ]
 
 
-def test_what_notebooks_show_needs_no_library_of_models():
-    code = "import sys, egm_lib.notebook; print({'torch', 'transformers', 'peft'} & {*sys.modules})"
+@pytest.mark.parametrize(
+    "module", ["egm_lib.notebook", "egm_lib.training.selection", "egm_lib.pipeline.playground"]
+)
+def test_what_notebooks_show_needs_no_library_of_models(module):
+    code = f"import sys, {module}; print({{'torch', 'transformers', 'peft'}} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()", "every kernel would load it, for some seconds each"

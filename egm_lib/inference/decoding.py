@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from egm_lib.boxes import Box, pairwise_iou
 from egm_lib.errors import InputError
-from egm_lib.inference.engine import Answer, Engine, Request
+from egm_lib.inference.engine import WINDOW_BATCHES, Answer, Engine, Request
 from egm_lib.parsing import parse_completion, split_reasoning
 from egm_lib.profile import PROMPTED, Sampling
 
@@ -36,6 +36,8 @@ def decoded_as(engine: Engine, model: str) -> Engine:
 
 
 class _Variant:
+    window_batches = WINDOW_BATCHES  # some variants ask an engine several times
+
     def __init__(self, engine: Engine, number: int):
         self.engine, self.number = engine, number
         self.family, self.revision = engine.family, engine.revision

@@ -18,6 +18,7 @@ from egm_lib.profile import Sampling
 from egm_lib.prompts import Family
 
 THINK_END = "</think>"
+WINDOW_BATCHES = 4  # of a window, unless an engine states another number
 CONCURRENCIES = (1, 64)  # of the latency protocol; the authors' script measures at 64
 
 
@@ -80,12 +81,15 @@ class Engine(Protocol):
     """An engine answers requests.
 
     batch_size: requests that are answered together; `answer` takes any number of them.
+    window_batches: so many batches are handed over together, and sorted by length within. None: an
+    endpoint, which answers each request on its own and takes the next one as it is free.
     seed: that of sampled answers.
     """
 
     family: Family
     revision: str | None
     batch_size: int
+    window_batches: int | None
     seed: int
 
     def answer(

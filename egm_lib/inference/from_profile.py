@@ -1,14 +1,14 @@
-"""Names of a run's models -> checkpoints and prompts, and the engine that a profile asks for."""
+"""Names of a run's models -> checkpoints and prompts, and the engine that a profile asks for.
+
+An engine is imported where it is made: its libraries take seconds, and notebooks name models that
+only their jobs ask.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 from egm_lib.errors import InputError
 from egm_lib.inference.engine import Engine
-from egm_lib.inference.fit import check_fit
-from egm_lib.inference.openai_engine import OpenAIEngine
-from egm_lib.inference.transformers_engine import TransformersEngine
-from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.profile import (
     NO_REASONING,
     PROMPTED,
@@ -72,6 +72,8 @@ def make_engine(
                 f"{profile.name}: {model.path} uses the engine openai, so it or "
                 "`generation` needs a base_url"
             )
+        from egm_lib.inference.openai_engine import OpenAIEngine
+
         return OpenAIEngine(
             generation.base_url,
             model.path,
@@ -86,6 +88,8 @@ def make_engine(
             stream=for_latency,
             key=api_key(generation.base_url, generation.api_key_env),
         )
+    from egm_lib.inference.fit import check_fit
+
     check_fit(model, generation)
     common = {
         "dtype": model.dtype,
@@ -95,6 +99,8 @@ def make_engine(
         "seed": seed,
     }
     if generation.engine == "vllm":
+        from egm_lib.inference.vllm_engine import VLLMEngine
+
         return VLLMEngine(
             model.location,
             model.family,
@@ -104,4 +110,6 @@ def make_engine(
             for_latency=for_latency,
             **common,
         )
+    from egm_lib.inference.transformers_engine import TransformersEngine
+
     return TransformersEngine(model.location, model.family, cache_vision=not for_latency, **common)

@@ -10,7 +10,6 @@ import transformers
 
 from egm_lib.files import write_jsonl
 from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, request_of
-from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.profile import Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
 
@@ -71,8 +70,8 @@ def measure_latency(
         )
         engine.batch_size = concurrency
         list(engine.answer(warm, sampling, reasoning=reasoning))
-        # It keeps to its batch_size itself
-        wave = max(1, len(requests)) if isinstance(engine, OpenAIEngine) else concurrency
+        # An endpoint keeps to its batch_size itself
+        wave = max(1, len(requests)) if engine.window_batches is None else concurrency
         answers: list[Answer] = []
         with tqdm.tqdm(
             total=number, desc=f"latency {model}, {concurrency} at a time", mininterval=5

@@ -53,6 +53,8 @@ class OpenAIEngine:
     key: of the service; a local one needs none.
     """
 
+    window_batches = None
+
     def __init__(
         self,
         base_url: str,

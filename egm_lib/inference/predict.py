@@ -20,7 +20,6 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
-import torch
 import tqdm
 
 from egm_lib.cli import ends, run_of, run_parser
@@ -29,10 +28,15 @@ from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, write_jsonl
 from egm_lib.inference.decoding import decoded_as
-from egm_lib.inference.engine import CONCURRENCIES, Answer, Engine, Request, request_of
+from egm_lib.inference.engine import (
+    CONCURRENCIES,
+    WINDOW_BATCHES,
+    Answer,
+    Engine,
+    Request,
+    request_of,
+)
 from egm_lib.inference.from_profile import make_engine, model_of, prompt_of
-from egm_lib.inference.latency import measure_latency
-from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.inference.shards import (
     WHOLE,
     Shard,
@@ -41,15 +45,10 @@ from egm_lib.inference.shards import (
     merge,
     whole_rows,
 )
-from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import NO_REASONING, Sampling
 from egm_lib.prompts import DEFAULT_PROMPT
 from egm_lib.run import Run
-
-WINDOW_BATCHES = 4  # samples are sorted by length within this many batches, and written together
-# vLLM batches a window itself, and waits at its end for the slowest answer only
-VLLM_WINDOW_BATCHES = 16
 
 
 class EngineFailure(EgmError, RuntimeError):
@@ -155,12 +154,10 @@ def _check_row(row: Mapping, path: Path, asked: set[str], stamp: Mapping) -> Non
 def _window(engine: Engine) -> int | None:
     """Samples that are handed to an engine together; None: one after the other, as it takes them.
 
-    An endpoint answers each request on its own, so that none waits for the slowest of a window.
+    Where each request is answered on its own, none then waits for the slowest of a window.
     """
-    if isinstance(engine, OpenAIEngine):
-        return None
-    batches = VLLM_WINDOW_BATCHES if isinstance(engine, VLLMEngine) else WINDOW_BATCHES
-    return batches * engine.batch_size
+    batches = engine.window_batches
+    return None if batches is None else batches * engine.batch_size
 
 
 def _parts(
@@ -297,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.latency and args.shard.count > 1:
         parser.error("latency is measured in one process: leave --shard out")
+    import torch  # only here and below: a notebook that knows `predict` opens without it
+
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return ends(lambda: _predict_all(args))
 
@@ -338,6 +337,8 @@ def _use_engine(
     common["prompt"] = prompt
     common["reasoning"] = not model.partition("@")[0].endswith(NO_REASONING)
     if args.latency:
+        from egm_lib.inference.latency import measure_latency
+
         samples = [sample for pair in splits for sample in read_eval(root, *pair, limit)]
         out = run.root / "latency" / f"{model}.jsonl"
         options = {

@@ -11,7 +11,13 @@ from PIL import Image
 
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm, Pieces
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
-from egm_lib.inference.engine import Answer, Request, chat_texts, count_reasoning_tokens
+from egm_lib.inference.engine import (
+    WINDOW_BATCHES,
+    Answer,
+    Request,
+    chat_texts,
+    count_reasoning_tokens,
+)
 from egm_lib.inference.loading import DTYPES, image_token_ids, load_model, load_processor
 from egm_lib.inference.shared_prefix import Reader, read_prefix
 from egm_lib.inference.vision_cache import freeze_vision
@@ -26,6 +32,8 @@ class TransformersEngine:
     cache_vision: on a CPU an image with several expressions goes through a Qwen3-VL's vision tower
     once; not for measuring latency.
     """
+
+    window_batches = WINDOW_BATCHES
 
     def __init__(
         self,

@@ -57,6 +57,9 @@ class VLLMEngine:
     for_latency: neither prompts nor images are remembered between requests.
     """
 
+    # It batches a window itself, and waits at its end for the slowest answer only
+    window_batches = 16
+
     def __init__(
         self,
         model_path: str,

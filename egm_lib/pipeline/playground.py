@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
-import torch
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import eval_splits, read_eval, split_id
@@ -64,6 +63,8 @@ def playground(
 
 def _engine(run: Run, model: Model) -> Engine:
     if run.profile.data.source == "mini":
+        import torch  # only here: an evaluation shows the playground without it
+
         # Its matrices are too small for several threads, which on a busy machine only wait
         torch.set_num_threads(1)
     return make_engine(run.profile, model, run.seed)

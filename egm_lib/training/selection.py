@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.data import read_samples, read_train, write_samples
@@ -167,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--role", choices=ROLES, required=True)
     add_shard_option(parser)
     args = parser.parse_args(argv)
+    import torch  # only here: a notebook selects without it
+
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     return ends(lambda: print(answer_pool(run_of(args), args.role, args.shard)))
 

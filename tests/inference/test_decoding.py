@@ -18,6 +18,7 @@ class Thinker:
     """
 
     family, revision, batch_size = FAMILIES["qwen3-vl"], None, 4
+    window_batches = 1
 
     def __init__(self, boxes=()):
         self.seed, self.boxes = 0, boxes

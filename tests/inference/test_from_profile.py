@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from tiny_qwen import tiny_qwen
 
-from egm_lib.inference import from_profile
+from egm_lib.inference import vllm_engine
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.inference.openai_engine import OpenAIEngine
 from egm_lib.profile import ProfileError, load_profile
@@ -32,7 +32,7 @@ def test_a_service_s_key_comes_from_the_variable_that_the_profile_names(monkeypa
 
 
 def test_vllm_gets_the_profile_s_gpus_and_the_model_s_revision(monkeypatch):
-    monkeypatch.setattr(from_profile, "VLLMEngine", lambda *args, **options: (args, options))
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda *args, **options: (args, options))
     profile = load_profile("eval-egm-8b")
     profile = replace(
         profile, generation=replace(profile.generation, engine="vllm", tensor_parallel=2)
@@ -42,7 +42,7 @@ def test_vllm_gets_the_profile_s_gpus_and_the_model_s_revision(monkeypatch):
 
 
 def test_a_model_with_an_address_of_its_own_is_asked_there(monkeypatch):
-    monkeypatch.setattr(from_profile, "VLLMEngine", lambda *args, **options: options)
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", lambda *args, **options: options)
     profile = load_profile("paper-qwen3vl-8b")
     options = make_engine(profile, profile.models.large)
     assert options["tensor_parallel"] == 8

@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from egm_lib.inference.engine import Answer, Request
+from egm_lib.inference.engine import WINDOW_BATCHES, Answer, Request
 from egm_lib.inference.predict import predict
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
@@ -34,6 +34,7 @@ class FakeEngine:
     """Answers the length of its prompt as a box; counts and keeps what it was asked."""
 
     family, revision, batch_size, seed = FAMILIES["qwen3-vl"], "r1", 2, 0
+    window_batches = WINDOW_BATCHES
 
     def __init__(self, fails_on=lambda prompt: False):
         self.asked, self.fails_on, self.prompts, self.closed = 0, fails_on, [], False
