@@ -217,7 +217,7 @@ def test_sampled_answers_have_the_form_and_different_rewards(folder, place, fami
         torch.manual_seed(number)
         options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 48}
         with torch.no_grad():
-            sampled = model.generate(**inputs, **options, num_return_sequences=4)
+            sampled = model.generate(**inputs, **options, num_return_sequences=2)
         tokenizer, length = processor.tokenizer, inputs["input_ids"].shape[1]
         texts = tokenizer.batch_decode(sampled[:, length:], skip_special_tokens=False)
         opener = family.reasoning_opener
@@ -228,7 +228,7 @@ def test_sampled_answers_have_the_form_and_different_rewards(folder, place, fami
         forms.update(each.status for each in parsed)
         rewards = [grounding_reward(each.box, shapes[number].xyxy) for each in parsed]
         spread.append(max(rewards) > min(rewards))
-    assert forms["ok"] >= 12 and sum(spread) >= 2
+    assert forms["ok"] >= 7 and sum(spread) >= 3  # of 8 answers in 4 groups
 
 
 def test_a_seed_makes_one_checkpoint_and_a_broken_start_leaves_none(tmp_path):
