@@ -16,8 +16,8 @@ from pathlib import Path
 
 from egm_lib.cli import ends
 from egm_lib.curation.client import estimate, run_task
+from egm_lib.curation.options import CurationError
 from egm_lib.curation.outputs import JsonlSamples
-from egm_lib.curation.services import CurationError
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import Price, Teacher
 

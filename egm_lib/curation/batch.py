@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from egm_lib.curation.cost import SpendingCap
 from egm_lib.curation.ledger import repair_end
+from egm_lib.curation.options import CurationError, Refused
 from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts
-from egm_lib.curation.services import CurationError, Refused, refuses_everything
+from egm_lib.curation.services import refuses_everything
 from egm_lib.files import iter_jsonl, json_line
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from egm_lib.curation.batch import run_batches
 from egm_lib.curation.cost import CostEstimate, SpendingCap, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
+from egm_lib.curation.options import CurationError, Refused
 from egm_lib.curation.outputs import First, count_checked, write_output
 from egm_lib.curation.request_plan import CurationRequest, Plan, Receipts, Report
-from egm_lib.curation.services import CurationError, Refused, connect, refuses_everything, words_of
+from egm_lib.curation.services import connect, refuses_everything, words_of
 from egm_lib.curation.tasks import TASKS, CurationTask
 from egm_lib.profile import MINI, Teacher, api_key
 

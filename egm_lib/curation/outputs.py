@@ -13,8 +13,8 @@ import pandas as pd
 
 from egm_lib.curation.filters import TeacherReply
 from egm_lib.curation.ledger import Ledger
+from egm_lib.curation.options import CurationError
 from egm_lib.curation.request_plan import MAX_LISTED, Plan, Report
-from egm_lib.curation.services import CurationError
 from egm_lib.curation.tasks import CurationTask, after_thinking
 from egm_lib.files import iter_jsonl, write_jsonl
 

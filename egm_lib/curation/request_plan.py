@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from egm_lib.curation.cost import cost_usd, prompt_tokens
 from egm_lib.curation.ledger import Ledger
+from egm_lib.curation.options import AcceptedOptions, sampling_options
 from egm_lib.curation.replies import read_reply
-from egm_lib.curation.services import AcceptedOptions, sampling_options
 from egm_lib.curation.tasks import CurationTask, messages, request_key
 from egm_lib.data import resolve_image
 from egm_lib.files import writable

@@ -10,8 +10,8 @@ from pathlib import Path
 from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.cost import CostEstimate
 from egm_lib.curation.judges import write_judgements
+from egm_lib.curation.options import CurationError
 from egm_lib.curation.request_plan import Report
-from egm_lib.curation.services import CurationError
 from egm_lib.curation.tasks import TASKS
 from egm_lib.data import eval_splits, read_eval, read_train
 from egm_lib.files import iter_jsonl

@@ -13,8 +13,9 @@ import httpx2
 import openai
 from PIL import Image
 
+from egm_lib.curation.options import AcceptedOptions
 from egm_lib.curation.replies import ChatReply, read_reply, read_stream
-from egm_lib.curation.services import AcceptedOptions, words_of
+from egm_lib.curation.services import words_of
 from egm_lib.errors import InputError
 from egm_lib.inference.answer_form import (
     ANSWER_PATTERNS,

@@ -8,7 +8,7 @@ import pytest
 from curation_world import completion, make_root, service
 
 from egm_lib.curation import batch
-from egm_lib.curation.services import CurationError
+from egm_lib.curation.options import CurationError
 
 
 class BatchService:

@@ -17,8 +17,8 @@ from curation_world import completion, make_root, service, teacher
 from killed_runs import kills
 
 from egm_lib.curation.client import estimate
+from egm_lib.curation.options import CurationError, Refused
 from egm_lib.curation.outputs import JsonlSamples, kept
-from egm_lib.curation.services import CurationError, Refused
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import ProfileError
 

@@ -7,8 +7,8 @@ import httpx2
 import pytest
 from curation_world import completion, make_root, service
 
+from egm_lib.curation.options import CurationError
 from egm_lib.curation.outputs import JsonlSamples, examples, filter_quality, kept, kept_and_dropped
-from egm_lib.curation.services import CurationError
 from egm_lib.mini.teacher import TeacherTransport
 
 

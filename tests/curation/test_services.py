@@ -7,7 +7,8 @@ import openai
 import pytest
 from curation_world import completion, make_root, service, teacher
 
-from egm_lib.curation.services import AcceptedOptions, refuses_everything, sampling_options
+from egm_lib.curation.options import AcceptedOptions, sampling_options
+from egm_lib.curation.services import refuses_everything
 
 
 @pytest.mark.parametrize(

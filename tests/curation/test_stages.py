@@ -6,7 +6,7 @@ import pytest
 from curation_world import make_root, teacher
 
 from egm_lib.curation import stages
-from egm_lib.curation.services import CurationError
+from egm_lib.curation.options import CurationError
 from egm_lib.curation.stages import estimate_run, is_paid, judge_failures, run_stage
 from egm_lib.data import eval_splits, split_id
 from egm_lib.files import read_jsonl, write_jsonl
