@@ -1,8 +1,8 @@
 """Fits a stand-in for some seconds, so that it writes boxes in its family's answer form.
 
 Noise alone would earn no reward, and GRPO would have no gradient. A fitted stand-in writes boxes
-around the middle of the image, whatever it shows. Most of them overlap the true box, each by
-another share, so that the rewards of a group differ. It reads real prompts with images throughout.
+nearly as large as the image, whatever it shows. They overlap every true box, each by another share,
+so that the rewards of a group differ. It reads real prompts with images throughout.
 
 Only the layers of the language model, and the head's rows of the tokens that answers are made of,
 are fitted.
@@ -25,10 +25,11 @@ from egm_lib.prompts import Family
 
 STEPS, ROWS, LEARNING_RATE = 60, 16, 2e-2  # some seconds of one core; AdamW
 NUM_PROMPTS, NUM_ANSWERS = 8, 256
-# The sides of a box, as shares of the image: few, and of three digits each, so that they are soon
-# learnt. Four sides make 81 boxes, and two samples of a prompt are seldom the same
-NEAR, FAR = (0.1, 0.2, 0.3), (0.7, 0.8, 0.9)
-GRID = 100  # of 1000
+# The sides of a box, as shares of the image: near its edges, since shapes stand there, too. They
+# are few, and of equally many digits, so that they are soon learnt. Four sides make 81 boxes: two
+# samples of a prompt are seldom the same
+NEAR, FAR = (0.01, 0.05, 0.09), (0.91, 0.95, 0.99)
+GRID = 10  # of 1000
 THOUGHTS = ("The left one is meant.", "The right one is meant.", "It is at the left.")
 # Standard deviation of image features, of which a token's embedding has 1: what an image shows
 # sways every probability a little, and an answer keeps its form.
