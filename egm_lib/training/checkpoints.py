@@ -20,6 +20,7 @@ from egm_lib.training import ranks
 from egm_lib.training.model_setup import TrainingError
 
 COMPLETE = "complete"  # the file that is written last
+CONTINUES = "The training continues from"  # in the log of one that was interrupted
 # Bytes a trained parameter: weights in half precision, float32 weights and Adam's two moments.
 # In float32 it is 12, so that 14 is enough for both.
 STATE_BYTES = 14
@@ -104,6 +105,8 @@ def train_to(trainer, processor, out: Path) -> Path:
     """
     work, origin = work_folder(out), trainer.model.name_or_path
     resume = last_complete(work)
+    if resume is not None and ranks.is_main():
+        print(f"{CONTINUES} {resume}")
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finished = work / "finished"
     if hasattr(trainer.model, "merge_and_unload"):  # LoRA: later stages want a whole model

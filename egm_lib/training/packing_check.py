@@ -21,8 +21,11 @@ FLOAT32_LIMITS = (1e-4, 1e-4, 1e-3)
 HALF_LIMITS = (0.02, 0.02, 0.1)
 
 
+SAME = "Reading a group's prompt once gives the numbers of TRL's own path."
+
+
 def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
-    """Whether packed groups give TRL's log-probs, loss and gradient norm; prints why not.
+    """Whether packed groups give TRL's log-probs, loss and gradient norm; prints the differences.
 
     All ranks give the same answer. loss_of: TRL's `_compute_loss`. inputs: a batch of whole groups.
     """
@@ -44,20 +47,21 @@ def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
     gaps = trainer.accelerator.gather(torch.stack(gaps)[None]).amax(dim=0).tolist()
     half = trainer.accelerator.mixed_precision != "no" or trl_logps.dtype != torch.float32
     limits = HALF_LIMITS if half else FLOAT32_LIMITS
-    if all(gap <= limit for gap, limit in zip(gaps, limits, strict=True)):
-        return True
+    same = all(gap <= limit for gap, limit in zip(gaps, limits, strict=True))
     if trainer.accelerator.is_main_process:
+        names = ("log-probs", "loss", "gradient norm")
         told = ", ".join(
             f"{name} {gap:.2g} (limit {limit:g})"
-            for name, gap, limit in zip(
-                ("log-probs", "loss", "gradient norm"), gaps, limits, strict=True
-            )
+            for name, gap, limit in zip(names, gaps, limits, strict=True)
         )
         print(
-            "Reading a group's prompt once gives other numbers than TRL's own path, which is used "
-            f"instead. Differences: {told}. Set grpo.shared_prefix to off to skip the comparison."
+            f"{SAME} Differences: {told}."
+            if same
+            else "Reading a group's prompt once gives other numbers than TRL's own path, which is "
+            f"used instead. Differences: {told}. Set grpo.shared_prefix to off to skip the "
+            "comparison."
         )
-    return False
+    return same
 
 
 def _first_rows(trainer, inputs: dict) -> dict:

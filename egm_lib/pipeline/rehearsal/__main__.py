@@ -1,15 +1,17 @@
 """A paper profile from its first notebook to its last on stand-ins, before anybody rents a GPU.
 
-    python -m egm_lib.pipeline.rehearsal --profile paper-qwen3vl-8b
+    python -m egm_lib.pipeline.rehearsal --profile paper-qwen3vl-8b [--full]
 
 The same notebooks, trainers and tables; tiny random checkpoints with the real tokenizers, drawn
 images in the real annotation formats, a local server in place of the paid services. Started again,
-it continues.
+it continues. A full rehearsal has two processes with ZeRO-3, and vLLM; on a machine without GPUs it
+uses vLLM's and DeepSpeed's CPU builds (`make rehearse FULL=1` installs them).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
@@ -22,7 +24,8 @@ from egm_lib.cli import ends
 from egm_lib.curation.stages import BUDGET_VARIABLE
 from egm_lib.files import project_root
 from egm_lib.pipeline.manifest import open_manifest
-from egm_lib.pipeline.rehearsal.checks import check_run
+from egm_lib.pipeline.rehearsal.checks import RehearsalError, check_full_run, check_run
+from egm_lib.pipeline.rehearsal.interruption import kill_sft
 from egm_lib.pipeline.rehearsal.overlay import (
     PREFIX,
     build_standins,
@@ -36,24 +39,36 @@ from egm_lib.run import Run
 
 # Stand-ins are so small that several threads wait for each other longer than they work.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# What vLLM and ZeRO-3 need where there is no GPU; the site comes first for Python
+CPU_SITE = Path(__file__).parent / "cpu_site"
+ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
 
 SHOWN = """
 Rehearsed: the profile's notebooks, the annotation formats, tokenizers and chat templates, the form
 of requests to teachers and judges, both trainings, selection, predictions and tables."""
+SHOWN_IF_FULL = """
+Also two processes with ZeRO-3, a training that is killed and continues, rollouts and predictions by
+vLLM, and half precision, on {device}."""
 NOT_SHOWN = """
 Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and speed at real sizes,
 weights that know anything, downloads."""
+NOT_SHOWN_IF_FULL = """
+Not rehearsed: more than two processes, memory and speed at real sizes, weights that know anything,
+downloads{devices}."""
 
 
 def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run:
     """Runs the rehearsal of a profile, and checks what it left behind; returns the run.
 
-    fresh: without the files of an earlier rehearsal, which it removes. Prints the time of each
-    stage. Every process has one thread. The local server takes a free port; a rehearsal that
-    continues needs the same one again. Raises what `reproduce` and `check_run` raise, and OSError
-    where that port is taken.
+    full: SFT is killed once on the way. fresh: without the files of an earlier rehearsal, which it
+    removes. Prints the time of each stage. Every process has one thread. The local server takes a
+    free port; a rehearsal that continues needs the same one again. Raises what `reproduce` and the
+    checks raise, RehearsalError where a full one lacks a library, and OSError where the port is
+    taken.
     """
     began = time.monotonic()
+    if full:
+        _prepare_full()
     os.environ |= ONE_THREAD  # for the processes to come
     torch.set_num_threads(1)
     build_standins(name, folder)
@@ -66,6 +81,9 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
         run = Run(profile, profile.seeds[0])
         if fresh:
             shutil.rmtree(run.root, ignore_errors=True)
+        if full:
+            reproduce(run, last="03")
+            kill_sft(run)
         reproduce(run)
     print("\nSeconds of each stage, earlier attempts included:")
     for stage, seconds in open_manifest(run)["wall_seconds"].items():
@@ -73,10 +91,34 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
     print(f"  {'all, with stand-ins':30} {time.monotonic() - began:6.0f}")
     used = sum(os.times()[:4])  # user and system; this process and those that it started
     print(f"  {'of processor time':30} {used:6.0f}\n")
-    print(*check_run(run), sep="\n")
+    print(*check_run(run), *(check_full_run(run) if full else ()), sep="\n")
     refused = sum(number for (*_, status), number in services.counts.items() if status != 200)
     print(f"stand-in services: {services.counts.total()} requests, {refused} refused")
     return run
+
+
+def _prepare_full() -> None:
+    """Sets what the processes of a full rehearsal need; raises RehearsalError for a library that is
+    missing.
+    """
+    for name in ("vllm", "deepspeed"):
+        if importlib.util.find_spec(name) is None:
+            raise RehearsalError(
+                f"a full rehearsal needs {name}: start it with `make rehearse FULL=1`, which makes "
+                "an environment for it."
+            )
+    if not torch.cuda.is_available():
+        path = [str(CPU_SITE), os.environ.get("PYTHONPATH", "")]
+        os.environ |= ON_A_CPU | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _told(full: bool) -> str:
+    """What a rehearsal shows, and what it does not."""
+    if not full:
+        return SHOWN + "\n" + NOT_SHOWN
+    gpus = torch.cuda.is_available()
+    shown = SHOWN_IF_FULL.format(device="GPUs" if gpus else "a CPU")
+    return SHOWN + shown + "\n" + NOT_SHOWN_IF_FULL.format(devices="" if gpus else ", GPUs")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,13 +129,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, help="of the stand-ins; default: data/raw/rehearsal/PROFILE"
     )
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="two processes with ZeRO-3, and vLLM; minutes to an hour",
+    )
     parser.add_argument("--fresh", action="store_true", help="begin anew, not where it stopped")
     args = parser.parse_args(argv)
     folder = args.folder or project_root() / "data" / "raw" / "rehearsal" / args.profile
 
     def work() -> None:
-        run = rehearse(args.profile, folder, full=False, fresh=args.fresh)
-        print(f"{SHOWN}\n{NOT_SHOWN}\n\n{run.root}")
+        run = rehearse(args.profile, folder, full=args.full, fresh=args.fresh)
+        print(f"{_told(args.full)}\n\n{run.root}")
 
     return ends(work)
 

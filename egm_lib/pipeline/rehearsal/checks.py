@@ -11,7 +11,12 @@ from safetensors import safe_open
 from egm_lib.errors import EgmError
 from egm_lib.files import read_jsonl
 from egm_lib.run import Run
+from egm_lib.training.checkpoints import CONTINUES
 from egm_lib.training.groups import read_groups
+from egm_lib.training.grpo_trainer import MAX_LOGP_GAP
+from egm_lib.training.packing_check import SAME
+
+GAP = "sampling/sampling_logp_difference/mean"  # TRL's name of it
 
 
 class RehearsalError(EgmError, RuntimeError):
@@ -30,6 +35,64 @@ def check_run(run: Run) -> list[str]:
         shown.append(_check_training(run, task, "grpo", run.checkpoint(task, "small-sft")))
         shown.append(_check_groups(run, task))
     return [*shown, _check_predictions(run)]
+
+
+def check_full_run(run: Run) -> list[str]:
+    """What a full rehearsal has shown beyond `check_run`, a sentence each.
+
+    Raises RehearsalError where SFT, which was killed, did not continue from its checkpoint; where
+    trainer and sampler were not compared at an update, or disagreed; and where packed groups were
+    not compared with TRL's path, or differed.
+    """
+    return [
+        _check_resumption(run),
+        *(_check_gaps(run, task) for task in run.profile.tasks),
+        *(_check_packing(run, task) for task in run.profile.tasks),
+    ]
+
+
+def _check_resumption(run: Run) -> str:
+    task = run.profile.tasks[0]
+    printed, log = run.log(f"sft-{task}.txt"), run.log(f"sft-{task}.jsonl")
+    steps = [row["step"] for row in read_jsonl(log) if "loss" in row]
+    if CONTINUES not in printed.read_text(encoding="utf-8"):
+        raise RehearsalError(
+            f"sft of {task} was killed, and did not continue from its checkpoint: {printed}"
+        )
+    if steps != list(range(1, len(steps) + 1)):
+        raise RehearsalError(
+            f"sft of {task} was killed and continued; {log} has the steps {steps}, not each once."
+        )
+    return f"sft of {task}: killed at a checkpoint, and continued there to step {steps[-1]}"
+
+
+def _check_gaps(run: Run, task: str) -> str:
+    log = run.log(f"grpo-{task}.jsonl")
+    steps = [row for row in read_jsonl(log) if "loss" in row]
+    gaps = [row[GAP] for row in steps if GAP in row]
+    if len(gaps) < len(steps) or not all(gap <= MAX_LOGP_GAP for gap in gaps):
+        raise RehearsalError(
+            f"grpo of {task}: trainer and sampler were compared at {len(gaps)} of {len(steps)} "
+            f"updates, with differences of {_listed(gaps)} nats (limit {MAX_LOGP_GAP}): {log}"
+        )
+    return (
+        f"grpo of {task}: vLLM's log-probs differ from the trainer's by {_listed(gaps)} nats "
+        f"(limit {MAX_LOGP_GAP})"
+    )
+
+
+def _listed(gaps: list[float]) -> str:
+    return ", ".join(f"{gap:.4f}" for gap in gaps) or "none"
+
+
+def _check_packing(run: Run, task: str) -> str:
+    printed = run.log(f"grpo-{task}.txt")
+    if SAME not in printed.read_text(encoding="utf-8"):
+        raise RehearsalError(
+            f"grpo of {task}: packed groups did not train, since they were not compared with "
+            f"TRL's path, or differ from it: {printed}"
+        )
+    return f"grpo of {task}: packed groups give the numbers of TRL's path"
 
 
 def _check_training(run: Run, task: str, stage: str, start: Path) -> str:

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
 import yaml
 
 from egm_lib.pipeline.rehearsal.annotations import write_downloads
@@ -32,7 +33,8 @@ SAMPLES = {  # per split
 def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url: str) -> Path:
     """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
 
-    full: two processes, launched as the profile says, with its engine; else one process a training,
+    full: two processes, launched as the profile says, with its engine, a checkpoint after each step
+    of SFT, and trainer and sampler compared at each update; else one process a training,
     in float32, transformers as engine, and vanilla and amodal side by side. services_url: where
     `services.running` listens. Returns the file's path. Raises ProfileError for an unknown name.
     """
@@ -145,7 +147,12 @@ def _budgets(profile: Profile, full: bool) -> dict:
         "max_completion_length": 48,
     }
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
-    if not full:  # a laptop has neither half precision to train in nor vLLM
+    if full:
+        sft |= {"save_minutes": 0.0}
+        grpo |= {"check_steps": 1}
+        if not torch.cuda.is_available():
+            grpo |= {"vllm_sleep": False}  # vLLM gives no memory of a CPU back
+    else:  # a laptop has neither half precision to train in nor vLLM
         sft |= {"dtype": "float32"}
         sft |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
