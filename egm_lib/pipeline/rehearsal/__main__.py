@@ -39,8 +39,7 @@ from egm_lib.run import Run
 
 # Stand-ins are so small that several threads wait for each other longer than they work.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-# What vLLM and ZeRO-3 need where there is no GPU; the site comes first for Python
-CPU_SITE = Path(__file__).parent / "cpu_site"
+# What vLLM needs where there is no GPU. `make rehearse FULL=1` puts cpu_site on Python's path, too
 ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
 
 SHOWN = """
@@ -108,8 +107,7 @@ def _prepare_full() -> None:
                 "an environment for it."
             )
     if not torch.cuda.is_available():
-        path = [str(CPU_SITE), os.environ.get("PYTHONPATH", "")]
-        os.environ |= ON_A_CPU | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+        os.environ |= ON_A_CPU
 
 
 def _told(full: bool) -> str:
