@@ -15,6 +15,7 @@ from egm_lib.pipeline.rehearsal.checks import RehearsalError  # noqa: E402
 from egm_lib.pipeline.rehearsal.overlay import rehearsed_port  # noqa: E402
 from egm_lib.pipeline.rehearsal.services import running  # noqa: E402
 from egm_lib.profile import load_profile  # noqa: E402
+from egm_lib.run import Run  # noqa: E402
 
 COUNT = "import torch; print(torch.get_num_threads())"
 
@@ -29,8 +30,11 @@ def two_threads(monkeypatch):
 
 
 @pytest.fixture
-def ports(monkeypatch):
-    """Stops each rehearsal where its notebooks would begin; takes the port that it asks at."""
+def ports(monkeypatch, tmp_path):
+    """Stops each rehearsal where its notebooks would begin; takes the port that it asks at.
+
+    The run is not the user's, which `fresh` would remove.
+    """
     ports = []
 
     def note_and_stop(run):
@@ -40,6 +44,7 @@ def ports(monkeypatch):
     monkeypatch.setattr(command, "build_standins", lambda name, folder: folder)
     monkeypatch.setattr(command, "reproduce", note_and_stop)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(Run, "root", tmp_path / "run")
     return ports
 
 
