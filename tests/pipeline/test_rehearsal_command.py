@@ -80,6 +80,24 @@ def test_a_full_rehearsal_without_vllm_says_what_to_do(monkeypatch, tmp_path):
         command.rehearse("paper-qwen3vl-8b", tmp_path, full=True)
 
 
+def test_a_full_rehearsal_without_the_path_of_a_cpu_says_what_to_do(monkeypatch, tmp_path):
+    """Its processes would not find each other, after minutes of work."""
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RehearsalError, match="cpu_site on PYTHONPATH: start it with `make"):
+        command.rehearse("paper-qwen3vl-8b", tmp_path, full=True)
+
+
+def test_what_is_said_at_the_end_depends_on_level_and_processes():
+    light, one, two = (
+        command._told(full, processes) for full, processes in ((False, 1), (True, 1), (True, 2))
+    )
+    assert "Not rehearsed: several processes and ZeRO-3, vLLM" in light
+    assert "ZeRO-3 on one process" in one and "Not rehearsed: several processes" in one
+    assert "ZeRO-3 on 2 processes" in two and "Not rehearsed: more than two processes" in two
+
+
 def test_it_and_the_processes_that_it_starts_have_one_thread(two_threads, monkeypatch, tmp_path):
     counts = []
 

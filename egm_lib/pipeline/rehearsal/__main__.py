@@ -39,20 +39,22 @@ from egm_lib.run import Run
 
 # Stand-ins are so small that several threads wait for each other longer than they work.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-# What vLLM needs where there is no GPU. `make rehearse FULL=1` puts cpu_site on Python's path, too
+# What vLLM and DeepSpeed need where there is no GPU: a first folder of Python's path, which
+# `make rehearse FULL=1` sets, and these variables
+CPU_SITE = str(Path(__file__).parent / "cpu_site")
 ON_A_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
 
 SHOWN = """
 Rehearsed: the profile's notebooks, the annotation formats, tokenizers and chat templates, the form
 of requests to teachers and judges, both trainings, selection, predictions and tables."""
 SHOWN_IF_FULL = """
-Also two processes with ZeRO-3, a training that is killed and continues, rollouts and predictions by
-vLLM, and half precision, on {device}."""
+Also ZeRO-3 on {processes}, SFT that is killed and continues, rollouts by vLLM compared with the
+trainer at each update, predictions by vLLM, and half precision, on {device}."""
 NOT_SHOWN = """
 Not rehearsed: several processes and ZeRO-3, vLLM, half precision, memory and speed at real sizes,
 weights that know anything, downloads."""
 NOT_SHOWN_IF_FULL = """
-Not rehearsed: more than two processes, memory and speed at real sizes, weights that know anything,
+Not rehearsed: {processes}, memory and speed at real sizes, weights that know anything,
 downloads{devices}."""
 
 
@@ -97,26 +99,38 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
 
 
 def _prepare_full() -> None:
-    """Sets what the processes of a full rehearsal need; raises RehearsalError for a library that is
-    missing.
+    """Sets what the processes of a full rehearsal need.
+
+    Raises RehearsalError for a library that is missing, and on a machine without GPUs where Python
+    was started without cpu_site.
     """
+    advice = "start it with `make rehearse FULL=1`, which makes and uses an environment for it."
     for name in ("vllm", "deepspeed"):
         if importlib.util.find_spec(name) is None:
-            raise RehearsalError(
-                f"a full rehearsal needs {name}: start it with `make rehearse FULL=1`, which makes "
-                "an environment for it."
-            )
-    if not torch.cuda.is_available():
-        os.environ |= ON_A_CPU
+            raise RehearsalError(f"a full rehearsal needs {name}: {advice}")
+    if torch.cuda.is_available():
+        return
+    if CPU_SITE not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        raise RehearsalError(
+            f"a full rehearsal without GPUs needs {CPU_SITE} on PYTHONPATH: {advice}"
+        )
+    os.environ |= ON_A_CPU
 
 
-def _told(full: bool) -> str:
-    """What a rehearsal shows, and what it does not."""
+def _told(full: bool, num_processes: int) -> str:
+    """What a rehearsal shows, and what it does not. num_processes: of a training."""
     if not full:
         return SHOWN + "\n" + NOT_SHOWN
-    gpus = torch.cuda.is_available()
-    shown = SHOWN_IF_FULL.format(device="GPUs" if gpus else "a CPU")
-    return SHOWN + shown + "\n" + NOT_SHOWN_IF_FULL.format(devices="" if gpus else ", GPUs")
+    gpus, several = torch.cuda.is_available(), num_processes > 1
+    shown = SHOWN_IF_FULL.format(
+        processes=f"{num_processes} processes" if several else "one process",
+        device="GPUs" if gpus else "a CPU",
+    )
+    not_shown = NOT_SHOWN_IF_FULL.format(
+        processes="more than two processes" if several else "several processes",
+        devices="" if gpus else ", GPUs",
+    )
+    return f"{SHOWN}{shown}\n{not_shown}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         run = rehearse(args.profile, folder, full=args.full, fresh=args.fresh)
-        print(f"{_told(args.full)}\n\n{run.root}")
+        print(f"{_told(args.full, run.profile.launch.num_processes)}\n\n{run.root}")
 
     return ends(work)
 

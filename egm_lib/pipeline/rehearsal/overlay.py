@@ -33,10 +33,11 @@ SAMPLES = {  # per split
 def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url: str) -> Path:
     """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
 
-    full: two processes, launched as the profile says, with its engine, a checkpoint after each step
-    of SFT, and trainer and sampler compared at each update; else one process a training,
-    in float32, transformers as engine, and vanilla and amodal side by side. services_url: where
-    `services.running` listens. Returns the file's path. Raises ProfileError for an unknown name.
+    full: two processes (or one, on a machine with one GPU), launched as the profile says, with its
+    engine, a checkpoint after each step of SFT, and trainer and sampler compared at each update;
+    else one process a training, in float32, transformers as engine, and vanilla and amodal side by
+    side. services_url: where `services.running` listens. Returns the file's path. Raises
+    ProfileError for an unknown name.
     """
     folder, profile = Path(folder).resolve(), load_profile(name)
     changes = {
@@ -135,7 +136,8 @@ def _curation(profile: Profile, services_url: str) -> dict:
 
 def _budgets(profile: Profile, full: bool) -> dict:
     """Some steps of each training, with few rows, and short answers."""
-    processes = min(2, profile.launch.num_processes) if full else 1
+    gpus = torch.cuda.device_count() or 2  # without GPUs, a CPU stands for two
+    processes = min(2, profile.launch.num_processes, gpus) if full else 1
     steps = STEPS if full else LIGHT_STEPS
     sft = {"max_steps": steps}
     grpo = {
