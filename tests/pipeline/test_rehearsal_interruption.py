@@ -54,5 +54,14 @@ def test_a_training_that_ends_before_its_first_checkpoint_is_named(run, monkeypa
 
 
 def test_a_rehearsal_that_continues_kills_nothing(run, monkeypatch):
-    launch(run, monkeypatch, "raise SystemExit(3)").mkdir(parents=True)
+    work = launch(run, monkeypatch, "raise SystemExit(3)")
+    (work / "checkpoint-1").mkdir(parents=True)
+    (work / "checkpoint-1" / "complete").write_text("")
     interruption.kill_sft(run)
+
+
+def test_a_rehearsal_that_was_stopped_before_the_first_checkpoint_kills_again(run, monkeypatch):
+    """Else SFT would begin anew, and the rehearsal fail at its end for want of an interruption."""
+    launch(run, monkeypatch, "raise SystemExit(3)").mkdir(parents=True)
+    with pytest.raises(RehearsalError, match="ended with code 3 before"):
+        interruption.kill_sft(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 
@@ -19,13 +20,17 @@ POLL_S = 0.02
 def kill_sft(run: Run) -> None:
     """Starts SFT of the first task, and kills it at its first whole checkpoint.
 
-    Nothing is done where SFT has a checkpoint or a model already. Raises RehearsalError if it ends
-    by itself before.
+    Nothing is done where SFT has a whole checkpoint or a model already. Raises RehearsalError if it
+    ends by itself before.
     """
     task = run.profile.tasks[0]
     out = run.checkpoint(task, "small-sft")
     work, sft = work_folder(out), training_job(run, "sft", "--task", task)
-    if is_finished(out) or work.exists():
+
+    def checkpoints() -> list[Path]:
+        return list(work.glob(f"checkpoint-*/{COMPLETE}"))
+
+    if is_finished(out) or checkpoints():
         return
     sft.log.parent.mkdir(parents=True, exist_ok=True)
     with open(sft.log, "ab") as log:
@@ -37,7 +42,7 @@ def kill_sft(run: Run) -> None:
             cwd=project_root(),
         )
     try:
-        while not list(work.glob(f"checkpoint-*/{COMPLETE}")):
+        while not checkpoints():
             if process.poll() is not None:
                 raise RehearsalError(
                     f"{sft.name} ended with code {process.returncode} before its first "
