@@ -20,6 +20,7 @@ from egm_lib.sft import answer_rows, make_sft_trainer
 from egm_lib.training import checkpoints, ranks
 from egm_lib.training.checkpoints import (
     COMPLETE,
+    CONTINUES,
     is_finished,
     last_complete,
     make_room,
@@ -62,7 +63,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_dropped(tmp_path):
     assert last_complete(tmp_path / "none") is None
 
 
-def test_a_kill_while_saving_costs_the_steps_since_the_last_checkpoint(world, tmp_path):
+def test_a_kill_while_saving_costs_the_steps_since_the_last_checkpoint(world, tmp_path, capsys):
     """transformers' own choice is the highest folder, which cannot be loaded."""
     out = tmp_path / "out"
     trainer, processor = trainer_of(world, out, max_steps=6)
@@ -80,7 +81,9 @@ def test_a_kill_while_saving_costs_the_steps_since_the_last_checkpoint(world, tm
     names = sorted(folder.name for folder in work_folder(out).glob("checkpoint-*"))
     assert names == ["checkpoint-3", "checkpoint-4"]
     trainer, processor = trainer_of(world, out, max_steps=6)
+    assert CONTINUES not in capsys.readouterr().out
     train_to(trainer, processor, out)
+    assert f"{CONTINUES} {work_folder(out) / 'checkpoint-3'}\n" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6] and trainer.state.global_step == 6
     assert not work_folder(out).exists()

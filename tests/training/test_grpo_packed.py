@@ -18,6 +18,7 @@ from egm_lib.training import grpo_trl, packed_groups
 from egm_lib.training.checkpoints import work_folder
 from egm_lib.training.micro_batches import by_group, packed_row_counts
 from egm_lib.training.packed_groups import IGNORED, pack, packed_logps, shared_runs
+from egm_lib.training.packing_check import SAME
 
 FAMILY_NAMES = ("qwen3-vl", "internvl-3")
 TRAINED_VISION = {"freeze_vision": False, "freeze_merger": False}
@@ -451,7 +452,7 @@ def test_where_packing_gives_other_numbers_trl_s_path_goes_on(world, tmp_path, m
     told = capsys.readouterr().out
     assert not broken.packs
     assert "other numbers than TRL's own path, which is used instead" in told
-    assert "Set grpo.shared_prefix to off" in told
+    assert "Set grpo.shared_prefix to off" in told and SAME not in told
     expected_loss, expected = step(trainer_of(world, tmp_path, shared_prefix="off"))
     assert loss == pytest.approx(expected_loss, abs=1e-6)
     for name, gradient in expected.items():
@@ -459,12 +460,13 @@ def test_where_packing_gives_other_numbers_trl_s_path_goes_on(world, tmp_path, m
 
 
 @pytest.mark.parametrize("alike", [False, True])
-def test_the_comparison_leaves_no_trace(world, tmp_path, alike):
-    """Neither in the log nor in the gradient; it also works where all advantages are zero."""
+def test_the_comparison_leaves_no_trace(world, tmp_path, alike, capsys):
+    """Neither in the metrics nor in the gradient; it also works where all advantages are zero."""
     reward = (lambda completions, **kwargs: [1.0] * len(completions)) if alike else half_right
     trainer = trainer_of(world, tmp_path, beta=0.0, reward=reward)
     loss, gradients = step(trainer)
     assert trainer.packs and len(trainer._metrics["train"]["entropy"]) == 2
+    assert SAME in capsys.readouterr().out
     if alike:
         assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
 
