@@ -14,9 +14,10 @@ TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,-
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Targets need an environment, not a particular one: a GPU machine keeps the set that it has.
 ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
-# vLLM's and DeepSpeed's CPU builds have an environment of their own, with a path that comes first.
+# vLLM's and DeepSpeed's CPU builds have an environment of their own, with a path that comes first,
+# and see no GPU.
 CPU_VLLM := .venv-vllm/ready-deepspeed
-CPU_VLLM_RUN := PYTHONPATH=$(CURDIR)/egm_lib/pipeline/rehearsal/cpu_site:$(PYTHONPATH) .venv-vllm/bin/python
+CPU_VLLM_RUN := CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR)/egm_lib/pipeline/rehearsal/cpu_site:$(PYTHONPATH) .venv-vllm/bin/python
 GPU_SET := $(wildcard .venv/.ready-requirements-gpu)
 
 .DEFAULT_GOAL := help
