@@ -29,7 +29,6 @@ MODELS = (
     "small-direct-control",
     "small-sft-control",
     "large-base",
-    "huge-base",
 )
 LATENCY_COLUMNS = (
     "sample_id",
