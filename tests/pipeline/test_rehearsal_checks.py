@@ -117,7 +117,7 @@ def test_says_what_a_full_rehearsal_has_shown(full_run):
         "sft of vanilla: killed at a checkpoint, and continued there to step 3",
         "grpo of vanilla: vLLM's log-probs differ from the trainer's by 0.0050, 0.0050, 0.0050 "
         "nats (limit 0.02)",
-        "grpo of vanilla: packed groups give the numbers of TRL's path",
+        "grpo of vanilla: packed groups give the log-probs and loss of TRL's path",
     ]
 
 

@@ -92,7 +92,7 @@ def _check_packing(run: Run, task: str) -> str:
             f"grpo of {task}: packed groups did not train, since they were not compared with "
             f"TRL's path, or differ from it: {printed}"
         )
-    return f"grpo of {task}: packed groups give the numbers of TRL's path"
+    return f"grpo of {task}: packed groups give the log-probs and loss of TRL's path"
 
 
 def _check_training(run: Run, task: str, stage: str, start: Path) -> str:
