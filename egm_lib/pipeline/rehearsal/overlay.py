@@ -159,8 +159,6 @@ def _budgets(profile: Profile, full: bool) -> dict:
         sft |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
         grpo |= {"dtype": "float32", "compute_dtype": None}
         grpo |= {"rollout": "transformers", "rollout_dtype": "float32"}
-        # A row costs most: its tokens are sampled and scored among the whole vocabulary
-        grpo |= {"num_generations": 2, "per_device_train_batch_size": 2}
     selection = {"fill_to": 4 * processes}  # the stand-ins solve little
     launch: dict = {"num_processes": processes}
     if not full:
