@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, InternVLConfig, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from egm_lib.files import project_root
-from egm_lib.inference import fit, from_profile
+from egm_lib.inference import fit, transformers_engine, vllm_engine
 from egm_lib.inference.fit import FitError, check_fit, check_heads, check_memory, num_parameters
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.profile import generation_of, load_profile
@@ -116,8 +116,8 @@ def test_transformers_runs_one_copy_on_one_gpu(monkeypatch):
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch, engine):
     machine(monkeypatch, 1, 0.001)
-    for name in ("TransformersEngine", "VLLMEngine"):
-        monkeypatch.setattr(from_profile, name, lambda *args, **options: pytest.fail("loaded"))
+    for kind in (transformers_engine.TransformersEngine, vllm_engine.VLLMEngine):
+        monkeypatch.setattr(kind, "__init__", lambda *args, **options: pytest.fail("loaded"))
     profile = load_profile("mini")
     profile = replace(profile, generation=replace(profile.generation, engine=engine))
     with pytest.raises(FitError, match="GiB of weights"):
