@@ -15,7 +15,7 @@ from egm_lib.prompts import Family
 
 
 class TrainingError(EgmError, RuntimeError):
-    """A training that cannot start or must not continue; the message says why, and the cure."""
+    """A training that cannot start or continue; the message says why and how to mend it."""
 
 
 def common_options(work: Path, seed: int, dtype: str) -> dict:

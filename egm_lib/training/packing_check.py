@@ -47,9 +47,7 @@ def check_packing(trainer, loss_of: Callable, model, inputs: dict) -> bool:
     limits = HALF_LIMITS if half else FLOAT32_LIMITS
     same = all(gap <= limit for gap, limit in zip(gaps, limits, strict=True))
     if trainer.accelerator.is_main_process:
-        names = ["log-probs", "loss", "gradient norm"]
-        if _divided(trainer):
-            names.remove("gradient norm")  # not compared
+        names = ("log-probs", "loss", *(() if _divided(trainer) else ("gradient norm",)))
         told = ", ".join(
             f"{name} {gap:.2g} (limit {limit:g})"
             for name, gap, limit in zip(names, gaps, limits, strict=False)

@@ -225,6 +225,14 @@ def test_an_unknown_name_suggests_the_nearest_one():
         load_profile("mini-released")  # mini has no such variant
 
 
+def test_a_third_size_is_a_base_where_a_profile_states_one():
+    mini, paper = load_profile("mini").models, load_profile("paper-qwen3vl-8b").models
+    assert mini.bases == ("small-base", "large-base", "huge-base")
+    assert mini.named("huge-base@prompt-authors-eval") is mini.huge
+    assert paper.bases == ("small-base", "large-base") and paper.named("huge-base") is None
+    assert list(paper.by_role()) == ["small", "large", "reference"]
+
+
 def test_extends_keeps_what_it_does_not_change():
     mini, full = load_profile("mini"), load_profile("mini-full")
     assert full.models == mini.models and full.generation == mini.generation

@@ -12,17 +12,19 @@ from egm_lib.pipeline.rehearsal.checks import RehearsalError
 from egm_lib.run import Run
 
 # As torch's launcher does: its workers have a session of their own, so that no signal to a group
-# of processes reaches them all
+# of processes reaches them all. What is left alone ends well, after some seconds
 LAUNCHER = """
 import pathlib, subprocess, sys, time
 work = pathlib.Path(sys.argv[1])
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],
+script = "import pathlib, sys, time; time.sleep(15); pathlib.Path(sys.argv[1]).touch()"
+worker = subprocess.Popen([sys.executable, "-c", script, str(work / "ended-well")],
                           start_new_session=True)
 (work / "checkpoint-1").mkdir(parents=True)
 time.sleep(0.3)
 (work / "pid").write_text(str(worker.pid))
 (work / "checkpoint-1" / "complete").write_text("")
-time.sleep(600)
+time.sleep(15)
+(work / "ended-well").touch()
 """
 
 
@@ -44,6 +46,7 @@ def test_all_processes_end_and_the_checkpoint_stays(run, monkeypatch):
     work = launch(run, monkeypatch, LAUNCHER)
     interruption.kill_sft(run)
     assert not psutil.pid_exists(int((work / "pid").read_text()))
+    assert not (work / "ended-well").exists()
     assert (work / "checkpoint-1" / "complete").exists()
 
 
@@ -57,6 +60,7 @@ def test_a_rehearsal_that_continues_kills_nothing(run, monkeypatch):
     work = launch(run, monkeypatch, "raise SystemExit(3)")
     (work / "checkpoint-1").mkdir(parents=True)
     (work / "checkpoint-1" / "complete").write_text("")
+    monkeypatch.setattr(interruption.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     interruption.kill_sft(run)
 
 

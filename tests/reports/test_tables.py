@@ -192,6 +192,20 @@ def test_summary_has_the_promised_keys_and_numbers(run_root, tmp_path):
     assert summary["latency_ms"]["small-egm"] is None
 
 
+def test_a_third_size_is_compared_where_it_answered(run_root, tmp_path):
+    """Few profiles have one: a row of "not run" would tell their readers nothing."""
+
+    def differences() -> Table:
+        return build_tables([run_root], tmp_path / "out", draws=200)["table4_differences"]
+
+    name = "small-egm - huge-base, vanilla"
+    assert name not in [row.label for row in differences().rows]
+    for dataset, split in eval_splits("vanilla"):
+        rows = [prediction("vanilla", dataset, split, n, "huge-base", n < 6, 0) for n in range(10)]
+        write_rows(run_root / f"predictions/huge-base/{split_id(dataset, split)}.jsonl", rows)
+    assert cells(differences(), name)[0].value == pytest.approx(20)
+
+
 def test_several_seeds_are_pooled(run_root, tmp_path):
     second = tmp_path / "toy-1"
     for dataset, split in eval_splits("vanilla"):

@@ -17,7 +17,7 @@ import yaml
 from egm_lib.pipeline.rehearsal.annotations import write_downloads
 from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl
 from egm_lib.pipeline.rehearsal.services import service_url
-from egm_lib.profile import Model, Models, Profile, load_profile
+from egm_lib.profile import Model, Profile, load_profile
 
 PREFIX = "rehearse-"
 STEPS, LIGHT_STEPS = 3, 2  # of SFT and of GRPO; the first of GRPO has a learning rate of 0
@@ -51,7 +51,7 @@ def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url
                 "tensor_parallel": None,
                 "engine": _engine(profile, full),
             }
-            for role, model in _models(profile).items()
+            for role, model in profile.models.by_role().items()
         },
         "data": {"root": str(folder / "data"), **SAMPLES},
         "curation": _curation(profile, services_url),
@@ -85,7 +85,7 @@ def build_standins(name: str, folder: str | Path, *, seed: int = 0) -> Path:
     Returns folder.
     """
     folder = Path(folder).resolve()
-    for model in _models(load_profile(name)).values():
+    for model in load_profile(name).models.by_role().values():
         place = _place(folder, model)
         own_seed = seed + zlib.crc32(place.name.encode())
         if model.family == "internvl-3":
@@ -94,14 +94,6 @@ def build_standins(name: str, folder: str | Path, *, seed: int = 0) -> Path:
             make_qwen3vl(place, thinking="Instruct" not in place.name, seed=own_seed)
     write_downloads(folder / "data", seed=seed)
     return folder
-
-
-def _models(profile: Profile) -> dict[str, Model]:
-    """The profile's checkpoints by role."""
-    roles = {
-        field.name: getattr(profile.models, field.name) for field in dataclasses.fields(Models)
-    }
-    return {role: model for role, model in roles.items() if model is not None}
 
 
 def _profile_file(name: str, folder: Path) -> Path:
