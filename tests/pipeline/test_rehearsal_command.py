@@ -63,15 +63,32 @@ def test_two_rehearsals_at_once_ask_at_two_ports(ports, tmp_path):
 
 def test_a_rehearsal_that_continues_asks_where_it_began(ports, tmp_path):
     """Else its profile would be another one, and every stage would run again."""
-    assert rehearsed_port("paper-qwen3vl-8b", tmp_path) is None
+    assert rehearsed_port("paper-qwen3vl-8b", tmp_path, full=False) is None
     begin(tmp_path)
     begin(tmp_path)
-    assert ports[0] == ports[1] == rehearsed_port("paper-qwen3vl-8b", tmp_path)
+    assert ports[0] == ports[1] == rehearsed_port("paper-qwen3vl-8b", tmp_path, full=False)
     with running(ports[0]):  # another rehearsal has taken it meanwhile
         with pytest.raises(OSError, match="in use"):
             command.rehearse("paper-qwen3vl-8b", tmp_path, full=False)
         begin(tmp_path, fresh=True)
     assert ports[-1] != ports[0]
+
+
+def test_a_full_rehearsal_after_a_light_one_has_a_run_of_its_own(ports, monkeypatch, tmp_path):
+    """Its profile is another one, with which the light one's run could not continue."""
+    began = []
+
+    def note_and_stop(run, **_):
+        began.append(run.profile.name)
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "reproduce", note_and_stop)
+    monkeypatch.setattr(command, "_prepare_full", lambda: None)
+    for full in (False, True):
+        load_profile.cache_clear()
+        with pytest.raises(InterruptedError):
+            command.rehearse("paper-qwen3vl-8b", tmp_path, full=full)
+    assert len(set(began)) == 2
 
 
 def test_a_full_rehearsal_without_vllm_says_what_to_do(monkeypatch, tmp_path):

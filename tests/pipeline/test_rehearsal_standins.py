@@ -41,9 +41,9 @@ from egm_lib.pipeline.rehearsal.annotations import (  # noqa: E402
 from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl  # noqa: E402
 from egm_lib.pipeline.rehearsal.overlay import (  # noqa: E402
     LIGHT_STEPS,
-    PREFIX,
     STEPS,
     build_standins,
+    rehearsal_name,
     rehearsal_profile,
 )
 from egm_lib.pipeline.rehearsal.services import ENVIRONMENT, GEMINI_KEY, OPENAI_KEY  # noqa: E402
@@ -529,10 +529,9 @@ def test_a_rehearsal_changes_names_sizes_and_addresses_alone(tmp_path, name, ful
     models = {key for key in differing if key.startswith("models.") and key.endswith(".path")}
     assert differing - models <= CHANGED | (FULL if full else LIGHT)
     assert len(models) == 3 + (rehearsal.models.egm is not None)
-    assert (
-        rehearsal.name == PREFIX + name
-        and rehearsal.grpo.max_steps == rehearsal.sft.max_steps == (STEPS if full else LIGHT_STEPS)
-    )
+    assert rehearsal.name == rehearsal_name(name, full=full)
+    steps = STEPS if full else LIGHT_STEPS
+    assert rehearsal.grpo.max_steps == rehearsal.sft.max_steps == steps
     rows = rehearsal.grpo.prompts_per_step * rehearsal.grpo.num_generations
     assert rows % (rehearsal.grpo.per_device_train_batch_size * rehearsal.launch.num_processes) == 0
     outside = [

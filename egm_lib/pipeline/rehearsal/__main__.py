@@ -27,8 +27,8 @@ from egm_lib.pipeline.manifest import open_manifest
 from egm_lib.pipeline.rehearsal.checks import RehearsalError, check_full_run, check_run
 from egm_lib.pipeline.rehearsal.interruption import kill_sft
 from egm_lib.pipeline.rehearsal.overlay import (
-    PREFIX,
     build_standins,
+    rehearsal_name,
     rehearsal_profile,
     rehearsed_port,
 )
@@ -74,11 +74,11 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
     torch.set_num_threads(1)
     build_standins(name, folder)
     print(f"Stand-ins in {folder}: {time.monotonic() - began:.0f} s", flush=True)
-    port = None if fresh else rehearsed_port(name, folder)
+    port = None if fresh else rehearsed_port(name, folder, full=full)
     with running(port or 0) as services:
         path = rehearsal_profile(name, folder, full=full, services_url=services.root_url)
         os.environ |= ENVIRONMENT | {PROFILES_VARIABLE: str(path.parent), BUDGET_VARIABLE: "1000"}
-        profile = load_profile(PREFIX + name)
+        profile = load_profile(rehearsal_name(name, full=full))
         run = Run(profile, profile.seeds[0])
         if fresh:
             shutil.rmtree(run.root, ignore_errors=True)

@@ -19,7 +19,6 @@ from egm_lib.pipeline.rehearsal.checkpoints import make_internvl3, make_qwen3vl
 from egm_lib.pipeline.rehearsal.services import service_url
 from egm_lib.profile import Model, Profile, load_profile
 
-PREFIX = "rehearse-"
 STEPS, LIGHT_STEPS = 3, 2  # of SFT and of GRPO; the first of GRPO has a learning rate of 0
 SAMPLES = {  # per split
     "train_limit": 16,
@@ -31,7 +30,7 @@ SAMPLES = {  # per split
 
 
 def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url: str) -> Path:
-    """Writes `<folder>/profiles/rehearse-<name>.yaml`, which extends the profile `name`.
+    """Writes `<folder>/profiles/<rehearsal_name>.yaml`, which extends the profile `name`.
 
     full: two processes (or one, on a machine with one GPU), launched as the profile says, with its
     engine, a checkpoint after each step of SFT, and trainer and sampler compared at each update;
@@ -60,18 +59,23 @@ def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url
     }
     if profile.generation.engine == "openai":
         changes["generation"]["base_url"] = service_url("vllm", services_url)
-    path = _profile_file(name, folder)
+    path = _profile_file(name, folder, full)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(changes, sort_keys=False), encoding="utf-8")
     return path
 
 
-def rehearsed_port(name: str, folder: str | Path) -> int | None:
+def rehearsal_name(name: str, *, full: bool) -> str:
+    """What the rehearsal of a profile is called; each level has a run of its own."""
+    return f"rehearse-full-{name}" if full else f"rehearse-{name}"
+
+
+def rehearsed_port(name: str, folder: str | Path, *, full: bool) -> int | None:
     """The port of the local server in the profile of an earlier rehearsal; None without one.
 
     A rehearsal that continues asks there again.
     """
-    path = _profile_file(name, Path(folder).resolve())
+    path = _profile_file(name, Path(folder).resolve(), full)
     if not path.is_file():
         return None
     teacher = yaml.safe_load(path.read_text(encoding="utf-8"))["curation"]["teacher"]
@@ -96,8 +100,8 @@ def build_standins(name: str, folder: str | Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def _profile_file(name: str, folder: Path) -> Path:
-    return folder / "profiles" / f"{PREFIX}{name}.yaml"
+def _profile_file(name: str, folder: Path, full: bool) -> Path:
+    return folder / "profiles" / f"{rehearsal_name(name, full=full)}.yaml"
 
 
 def _engine(profile: Profile, full: bool) -> str | None:
