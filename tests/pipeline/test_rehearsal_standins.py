@@ -188,14 +188,15 @@ def test_checkpoints_answer_through_the_engine(folder, family, image_tokens):
     place = {"qwen3-vl": qwen, "internvl-3": internvl}[family](folder)
     engine = TransformersEngine(str(place), family, dtype="bfloat16", batch_size=2)
     image = Image.effect_noise((640, 480), 60).convert("RGB")
-    requests = [Request(image, "Where is the cat?"), Request(image, "Where is the cat? " * 8)]
+    questions = [engine.family.prompt("red circle" * times, "vanilla") for times in (1, 8)]
+    requests = [Request(image, question) for question in questions]
     answers = list(engine.answer(requests, GREEDY))
     assert [answer.error for answer in answers] == [None, None] and all(
         answer.answer_tokens for answer in answers
     )
     tokenizer = engine.processor.tokenizer
     chat = engine.processor.apply_chat_template(
-        engine.family.messages("Where is the cat?"), tokenize=False, add_generation_prompt=True
+        engine.family.messages(questions[0]), tokenize=False, add_generation_prompt=True
     )
     assert answers[0].prompt_tokens == len(tokenizer(chat)["input_ids"]) - 1 + image_tokens
 

@@ -7,7 +7,9 @@ told of an accelerator, which is this CPU.
 from __future__ import annotations
 
 import os
+import sys
 
+import torch
 from accelerate import DistributedType, PartialState
 
 
@@ -41,3 +43,19 @@ def train_as_on_gpus() -> None:
     model_setup.common_options = common_options
     preflight.check_device = preflight.check_rollout = lambda *args: None
     training_args.is_torch_bf16_gpu_available = lambda: True
+    if "egm_lib.grpo" in sys.orig_argv:
+        keep_sampler_weights()
+
+
+def keep_sampler_weights() -> None:
+    """From now on vLLM's linear layers keep their weights as they were loaded.
+
+    On a CPU with fast half precision vLLM packs weights and drops the originals, and so has nothing
+    to put the trainer's weights into.
+    """
+    from vllm.model_executor.layers import utils
+
+    def use_weights(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = use_weights

@@ -25,12 +25,13 @@ from egm_lib.prompts import Family
 
 STEPS, ROWS, LEARNING_RATE = 60, 16, 2e-2  # some seconds of one core; AdamW
 NUM_PROMPTS, NUM_ANSWERS = 8, 256
-# The sides of a box, as shares of the image: near its edges, since shapes stand there, too. They
-# are few, and of equally many digits, so that they are soon learnt. Four sides make 81 boxes: two
-# samples of a prompt are seldom the same
-NEAR, FAR = (0.01, 0.05, 0.09), (0.91, 0.95, 0.99)
+# Left, top, right and bottom of a box, as shares of the image: near its edges, since shapes stand
+# there, too. Each side has values of its own, of equally many digits, so that the side before tells
+# which one follows. That is soon learnt. Four sides make 81 boxes: two samples of a prompt are
+# seldom the same
+SIDES = ((0.01, 0.05, 0.07), (0.02, 0.04, 0.08), (0.91, 0.95, 0.97), (0.92, 0.94, 0.98))
 GRID = 10  # of 1000
-THOUGHTS = ("The left one is meant.", "The right one is meant.", "It is at the left.")
+THOUGHTS = ("The left one is meant.", "The right one is meant.", "The upper one is meant.")
 # Standard deviation of image features, of which a token's embedding has 1: what an image shows
 # sways every probability a little, and an answer keeps its form.
 IMAGE_STD = 0.5
@@ -75,9 +76,9 @@ def fit_answers(
 
 
 def _answer(family: Family, chance: random.Random, thinking: bool) -> str:
-    box = (
-        *(side * chance.choice(NEAR) for side in (WIDTH, HEIGHT)),
-        *(side * chance.choice(FAR) for side in (WIDTH, HEIGHT)),
+    lengths = (WIDTH, HEIGHT, WIDTH, HEIGHT)
+    box = tuple(
+        length * chance.choice(values) for length, values in zip(lengths, SIDES, strict=True)
     )
     thought = chance.choice(THOUGHTS) if thinking else None
     text = family.answer(box, (WIDTH, HEIGHT), None, thought, grid=GRID)
