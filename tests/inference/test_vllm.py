@@ -16,6 +16,7 @@ from egm_lib.inference.engine import Request
 from egm_lib.inference.transformers_engine import TransformersEngine
 from egm_lib.inference.vllm_engine import VLLMEngine
 from egm_lib.mini.world import write_split
+from egm_lib.pipeline.rehearsal.cpu_ranks import keep_sampler_weights
 from egm_lib.profile import Sampling
 from egm_lib.prompts import FAMILIES
 from egm_lib.training import grpo_trl
@@ -149,3 +150,17 @@ def test_grpo_stops_where_the_sampler_sees_another_prompt(trainer, monkeypatch):
     with pytest.raises(TrainingError, match="read a prompt of"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_cpu_a_sampler_keeps_the_weights_that_training_replaces(monkeypatch, dtype):
+    """vLLM drops them where it has packed them for the processor, if nothing is done."""
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    keep_sampler_weights()
+    layer = torch.nn.Linear(64, 128, dtype=dtype)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    input_B_H = torch.randn(2, 64, dtype=dtype)
+    layer.weight.data.fill_(0.5)
+    assert torch.equal(layer.cpu_linear(input_B_H, layer.weight, layer.bias), layer(input_B_H))
