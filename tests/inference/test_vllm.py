@@ -96,21 +96,21 @@ class Watched(PlainGRPO):
         return loss
 
 
-def plain_gemm(layer, remove_weight: bool) -> None:
-    layer.cpu_linear = torch.nn.functional.linear
+@pytest.fixture
+def kept_weights(monkeypatch):
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
+    keep_sampler_weights()
+    return utils
 
 
 @pytest.fixture
-def trainer(request, tmp_path, monkeypatch) -> Watched:
+def trainer(request, tmp_path, monkeypatch, kept_weights) -> Watched:
     """Three steps at a rate that changes every weight, of the miniature or a tiny InternVL-3."""
     family = getattr(request, "param", FAMILY)
     place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
     samples = make_samples(tmp_path / "images", images=4, per_image=1)
-    # On a CPU vLLM packs weights and drops them as they were, so none could be put in their place;
-    # a GPU keeps them.
-    monkeypatch.setattr(
-        "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm", plain_gemm
-    )
     monkeypatch.setattr(grpo, "PlainGRPO", Watched)
     return make_grpo_trainer(
         *stored(place, family.name),
@@ -153,14 +153,10 @@ def test_grpo_stops_where_the_sampler_sees_another_prompt(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_on_a_cpu_a_sampler_keeps_the_weights_that_training_replaces(monkeypatch, dtype):
+def test_on_a_cpu_a_sampler_keeps_the_weights_that_training_replaces(kept_weights, dtype):
     """vLLM drops them where it has packed them for the processor, if nothing is done."""
-    from vllm.model_executor.layers import utils
-
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
-    keep_sampler_weights()
     layer = torch.nn.Linear(64, 128, dtype=dtype)
-    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    kept_weights.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     input_B_H = torch.randn(2, 64, dtype=dtype)
     layer.weight.data.fill_(0.5)
     assert torch.equal(layer.cpu_linear(input_B_H, layer.weight, layer.bias), layer(input_B_H))
