@@ -7,13 +7,15 @@ PRETRAIN ?= data/runs/pretrain
 # GPU=1 installs the locked set with vLLM and DeepSpeed into the same .venv.
 LOCK := $(if $(GPU),requirements-gpu.txt,requirements.txt)
 READY := .venv/.ready-$(basename $(LOCK))
-RUN := .venv/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# An active conda environment of environment.yml is used as it is, in place of .venv.
+CONDA := $(filter egm,$(CONDA_DEFAULT_ENV))
+RUN := $(if $(CONDA),python,.venv/bin/python)
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # A folder of wheels, or a package index, to take torch from: PyTorch has an index of CPU builds.
 TORCH_FROM := $(if $(TORCH_INDEX),$(if $(wildcard $(TORCH_INDEX)),--find-links,--extra-index-url) $(TORCH_INDEX))
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Targets need an environment, not a particular one: a GPU machine keeps the set that it has.
-ENV := $(firstword $(wildcard .venv/.ready-*) $(READY))
+ENV := $(if $(CONDA),,$(firstword $(wildcard .venv/.ready-*) $(READY)))
 # vLLM's and DeepSpeed's CPU builds have an environment of their own, with a path that comes first,
 # and see no GPU.
 CPU_VLLM := .venv-vllm/ready-deepspeed
@@ -35,7 +37,7 @@ setup: $(READY) ## make .venv from the pinned set; GPU=1 adds vLLM and DeepSpeed
 $(READY): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1). Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@if [ -e .venv ] && ! $(RUN) -c '' 2>/dev/null; then echo "The .venv is broken and is made again."; rm -rf .venv; fi
+	@if [ -e .venv ] && ! .venv/bin/python -c '' 2>/dev/null; then echo "The .venv is broken and is made again."; rm -rf .venv; fi
 	@echo "Making .venv (once, some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(TORCH_FROM) -r $(LOCK)

@@ -63,3 +63,12 @@ def test_a_target_keeps_the_gpu_set_that_is_there(tmp_path):
     (tmp_path / ".venv/.ready-requirements-gpu").touch()
     assert "install" not in dry_run(tmp_path, "reproduce", "PROFILE=smoke")
     assert "-m egm_lib.pipeline.reproduce" in dry_run(tmp_path, "reproduce", "PROFILE=smoke")
+
+
+def test_an_active_conda_environment_of_the_project_is_used(tmp_path, monkeypatch):
+    """Else its packages, perhaps those for GPUs, would lie unused beside a new CPU set."""
+    named = re.search(r"^name: (\S+)", (ROOT / "environment.yml").read_text(), re.MULTILINE)[1]
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", named)
+    assert dry_run(tmp_path, "reproduce").split()[0] == "python"
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "base")
+    assert "-m venv .venv" in dry_run(tmp_path, "reproduce")

@@ -54,7 +54,8 @@ def _server(run: Run) -> str:
     """
     launch, small = run.profile.launch, run.profile.models.small
     gpus, model = generation_of(run.profile, small).tensor_parallel, shlex.quote(small.location)
-    command = f"exec .venv/bin/{server_command(model, run.profile.grpo, gpus)}"
+    programs = shlex.quote(str(Path(sys.executable).parent))
+    command = f"exec {programs}/{server_command(model, run.profile.grpo, gpus)}"
     log = shlex.quote(str(run.log("vllm-server.txt")))
     host = f"sed -n {launch.nodes + 1}p"
     return (
@@ -73,6 +74,7 @@ def _fill(template: str, run: Run, hours: int, values: Mapping[str, object]) -> 
         # sbatch reads %j and the like in a file name, and takes it in quotes.
         "output": str(run.root / "logs").replace("%", "%%").replace('"', r"\""),
         "project": shlex.quote(str(project_root())),
+        "python": shlex.quote(sys.executable),  # the environment that submits is that which runs
         **values,
     }
     text = (CONFIGS / template).read_text(encoding="utf-8").replace("{{...}}", "placeholders")

@@ -30,6 +30,14 @@ QWEN_235B = {
     "tie_word_embeddings": False,
 }
 
+# Published: https://huggingface.co/OpenGVLab/InternVL3_5-241B-A28B-HF/blob/main/config.json
+INTERN_6B = {
+    "hidden_size": 3200,
+    "num_hidden_layers": 45,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+}
+
 
 def heads(text: dict):
     return SimpleNamespace(get_text_config=lambda: SimpleNamespace(**text))
@@ -82,20 +90,27 @@ def machine(monkeypatch, gpus: int, memory_gib: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "gpus", "words"),
+    ("name", "role", "gpus", "words"),
     [
-        ("large", 8, None),
-        ("large", 4, "4 are visible"),
-        ("small", 1, None),
-        ("small", 0, None),
+        ("paper-qwen3vl-8b", "large", 8, None),
+        ("paper-qwen3vl-8b", "large", 4, "4 are visible"),
+        ("paper-qwen3vl-8b", "small", 1, None),
+        ("paper-qwen3vl-8b", "small", 0, None),
+        ("paper-internvl3-8b", "reference", 8, None),
+        ("paper-internvl3-8b", "reference", 4, "4 are visible"),
     ],
 )
-def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, role, gpus, words):
-    large, small = Qwen3VLMoeConfig(text_config=QWEN_235B), Qwen3VLConfig()
-    configs = {"Qwen/Qwen3-VL-235B-A22B-Instruct": large, "Qwen/Qwen3-VL-8B-Thinking": small}
+def test_the_paper_s_models_are_held_against_the_gpus(monkeypatch, name, role, gpus, words):
+    configs = {
+        "Qwen/Qwen3-VL-235B-A22B-Instruct": Qwen3VLMoeConfig(text_config=QWEN_235B),
+        "Qwen/Qwen3-VL-8B-Thinking": Qwen3VLConfig(),
+        "OpenGVLab/InternVL3_5-241B-A28B-HF": InternVLConfig(
+            text_config={"model_type": "qwen3_moe"} | QWEN_235B, vision_config=INTERN_6B
+        ),
+    }
     monkeypatch.setattr(fit, "load_config", lambda place, revision: configs[str(place)])
     machine(monkeypatch, gpus, 79.0)
-    profile = load_profile("paper-qwen3vl-8b")
+    profile = load_profile(name)
     model = getattr(profile.models, role)
     if words is None:
         check_fit(model, generation_of(profile, model))

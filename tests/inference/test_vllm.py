@@ -1,6 +1,7 @@
 """vLLM on a CPU (`make test-vllm`) answers as transformers does, and samples what GRPO trains."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import regex
@@ -105,25 +106,39 @@ def kept_weights(monkeypatch):
     return utils
 
 
-@pytest.fixture
-def trainer(request, tmp_path, monkeypatch, kept_weights) -> Watched:
-    """Three steps at a rate that changes every weight, of the miniature or a tiny InternVL-3."""
-    family = getattr(request, "param", FAMILY)
-    place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
-    samples = make_samples(tmp_path / "images", images=4, per_image=1)
-    monkeypatch.setattr(grpo, "PlainGRPO", Watched)
+def make_trainer(place, family, tmp_path, images: int = 4, **changes) -> Watched:
+    """Three steps at a rate that changes every weight."""
+    samples = make_samples(tmp_path / "images", images=images, per_image=1)
+    options = grpo_options(
+        rollout="vllm-colocate", learning_rate=1e-2, max_steps=3, max_completion_length=32
+    )
     return make_grpo_trainer(
         *stored(place, family.name),
         question_rows(samples, family, tmp_path / "images"),
         family,
-        grpo_options(
-            rollout="vllm-colocate", learning_rate=1e-2, max_steps=3, max_completion_length=32
-        ),
+        replace(options, **changes),
         work=work_folder(tmp_path / "egm"),
         log=tmp_path / "log.jsonl",
         groups=tmp_path / "groups.jsonl",
         seed=0,
     )
+
+
+@pytest.fixture
+def trainer(request, tmp_path, monkeypatch, kept_weights) -> Watched:
+    """Of the miniature or a tiny InternVL-3; its vision tower is frozen."""
+    monkeypatch.setattr(grpo, "PlainGRPO", Watched)
+    family = getattr(request, "param", FAMILY)
+    place = MODEL if family is FAMILY else store_model(tmp_path / "model", family.name)
+    return make_trainer(place, family, tmp_path)
+
+
+@pytest.fixture
+def tower_trainer(tmp_path, monkeypatch, kept_weights) -> Watched:
+    """Every step has the same two images, and trains the tower that reads them."""
+    monkeypatch.setattr(grpo, "PlainGRPO", Watched)
+    trained = {"freeze_vision": False, "freeze_merger": False}
+    return make_trainer(MODEL, FAMILY, tmp_path, images=2, **trained)
 
 
 @pytest.mark.parametrize("trainer", FAMILIES.values(), ids=list(FAMILIES), indirect=True)
@@ -143,6 +158,19 @@ def test_grpo_stops_where_the_sampler_has_other_weights(trainer, monkeypatch):
     with pytest.raises(TrainingError, match="disagree"):
         trainer.train()
     assert trainer.state.global_step == 1  # the first step's were the same
+
+
+def test_the_sampler_reads_images_with_the_tower_that_was_trained(tower_trainer, tmp_path):
+    tower_trainer.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert max(line["sampling/sampling_logp_difference/mean"] for line in log[:3]) < 0.005
+
+
+def test_grpo_stops_where_the_sampler_has_image_features_of_old_weights(tower_trainer, monkeypatch):
+    monkeypatch.setattr(grpo_trl, "reset_caches", lambda llm: None)
+    with pytest.raises(TrainingError, match="disagree"):
+        tower_trainer.train()
+    assert tower_trainer.state.global_step == 1  # the first step read each image for the first time
 
 
 def test_grpo_stops_where_the_sampler_sees_another_prompt(trainer, monkeypatch):

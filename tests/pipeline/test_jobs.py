@@ -13,6 +13,7 @@ from egm_lib.pipeline.jobs import (
     STOP_S,
     Job,
     JobFailed,
+    data_job,
     latency_job,
     prediction_jobs,
     run_jobs,
@@ -210,3 +211,16 @@ def test_shards_run_at_the_same_time_also_where_jobs_do_not(tmp_path, monkeypatc
     run_jobs(run, prediction_jobs(run, ["small-base"]))
     run_jobs(run, [python(tmp_path, name, "") for name in "ab"])
     assert seen == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("paper-qwen3vl-8b", ["--task=vanilla", "--task=amodal"]),
+        ("paper-qwen3vl-8b-amodal", ["--task=amodal"]),
+    ],
+)
+def test_data_are_prepared_for_the_profile_s_tasks_alone(name, tasks):
+    """Else a machine without the files of the other task stops in the first notebook."""
+    command = data_job(Run(load_profile(name), 0)).command
+    assert [word for word in command if word.startswith("--task")] == tasks

@@ -84,9 +84,17 @@ def test_grpo_asks_the_server_that_the_script_names(monkeypatch, tmp_path):
     assert grpo_options(options, tmp_path, 0)["vllm_server_host"] == "node7"
 
 
-def run_script(script: str, folder: Path, **environment: str) -> list[str]:
+@pytest.fixture
+def python(odd_root, monkeypatch) -> Path:
+    """Where the scripts shall find Python: beside what submits them."""
+    place = odd_root / "an environment" / "bin" / "python"
+    monkeypatch.setattr(submit.sys, "executable", str(place))
+    return place
+
+
+def run_script(script: str, folder: Path, python: Path, **environment: str) -> list[str]:
     """The arguments that the script gives to Python, which only writes them down."""
-    python, log = folder / ".venv" / "bin" / "python", folder / "arguments"
+    log = folder / "arguments"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > arguments\n')
     python.chmod(0o755)
@@ -94,16 +102,16 @@ def run_script(script: str, folder: Path, **environment: str) -> list[str]:
     return log.read_text().splitlines()
 
 
-def test_the_training_script_runs_the_notebooks(odd_root):
+def test_the_training_script_runs_the_notebooks(odd_root, python):
     script = checked(submit.render(on_nodes(1, "vllm-colocate"), hours=1))
-    assert run_script(script, odd_root)[:2] == ["-m", "egm_lib.pipeline.reproduce"]
+    assert run_script(script, odd_root, python)[:2] == ["-m", "egm_lib.pipeline.reproduce"]
 
 
-def test_an_array_of_jobs_answers_all_shards(odd_root):
+def test_an_array_of_jobs_answers_all_shards(odd_root, python):
     run = Run(load_profile("paper-qwen3vl-8b"), 42)
     script = checked(submit.render_prediction(run, "small-egm@majority-8", shards=16, hours=2))
     assert "--array=1-16" in script and "--gpus-per-node=1\n" in script
-    arguments = run_script(script, odd_root, SLURM_ARRAY_TASK_ID="3")
+    arguments = run_script(script, odd_root, python, SLURM_ARRAY_TASK_ID="3")
     assert arguments[-4:] == ["--model", "small-egm@majority-8", "--shard", "3/16"]
     large = submit.render_prediction(run, "large-base", shards=2, hours=2)
     assert "--gpus-per-node=8\n" in large  # one copy takes eight

@@ -21,6 +21,7 @@ from egm_lib.training import checkpoints, ranks
 from egm_lib.training.checkpoints import (
     COMPLETE,
     CONTINUES,
+    checkpoint_bytes,
     is_finished,
     last_complete,
     make_room,
@@ -114,6 +115,15 @@ def test_a_full_disk_does_not_end_a_training(tmp_path, monkeypatch, capsys, free
     assert make_room(tmp_path, model) is saved
     assert [folder.name for folder in tmp_path.iterdir()] == left
     assert capsys.readouterr().out.count("\n") == (free < 1400)
+
+
+def test_room_is_made_for_all_of_a_model_that_is_divided(tmp_path):
+    """ZeRO-3 leaves a process with a part, or nothing, of each parameter."""
+    model = torch.nn.Linear(10, 10, bias=False)
+    whole = checkpoint_bytes(model)
+    model.weight.ds_numel = model.weight.numel()
+    model.weight.data = torch.empty(0)
+    assert checkpoint_bytes(model) == whole == 100 * 14
 
 
 def test_the_time_between_checkpoints_counts_from_the_end_of_a_save(tmp_path, monkeypatch):

@@ -780,7 +780,8 @@ def test_new_weights_empty_the_caches_of_the_old_ones(colocated):
     vllm = colocated().vllm_generation
     vllm.sync_weights()
     assert vllm.calls == ["sync", "encoder", "prefix"]
-    grpo_trl.reset_caches(SimpleNamespace())  # a vLLM without these calls
+    with pytest.raises(TrainingError, match="this vLLM has no reset_encoder_cache"):
+        grpo_trl.reset_caches(SimpleNamespace())
 
 
 @pytest.mark.parametrize("status", [200, 404])
@@ -838,6 +839,7 @@ def test_trainer_and_launcher_agree_on_mixed_precision(tmp_path, name):
     stated = yaml.safe_load(file.read_text(encoding="utf-8"))["mixed_precision"]
     options = trl_options(profile.grpo, tmp_path, 0, profile.launch.num_processes)
     assert options["bf16"] == (stated == "bf16") and not options["fp16"]
+    assert (profile.sft.dtype == "bfloat16") == (stated == "bf16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of machines without a GPU")
