@@ -501,7 +501,7 @@ CHANGED = {
     "models.large.tensor_parallel",
     "models.reference.tensor_parallel",
 }
-FULL = {"sft.save_minutes", "grpo.check_steps", "grpo.vllm_sleep"}
+FULL = {"sft.save_minutes", "grpo.check_steps", "grpo.learning_rate", "grpo.vllm_sleep"}
 LIGHT = {
     "launch.accelerate_config",
     "launch.side_by_side",

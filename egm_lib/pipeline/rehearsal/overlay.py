@@ -33,10 +33,10 @@ def rehearsal_profile(name: str, folder: str | Path, *, full: bool, services_url
     """Writes `<folder>/profiles/<rehearsal_name>.yaml`, which extends the profile `name`.
 
     full: two processes (or one, on a machine with one GPU), launched as the profile says, with its
-    engine, a checkpoint after each step of SFT, and trainer and sampler compared at each update;
-    else one process a training, in float32, transformers as engine, and vanilla and amodal side by
-    side. services_url: where `services.running` listens. Returns the file's path. Raises
-    ProfileError for an unknown name.
+    engine, a checkpoint after each step of SFT, and trainer and sampler compared at each update of
+    GRPO, which has a high rate; else one process a training, in float32, transformers as engine,
+    and vanilla and amodal side by side. services_url: where `services.running` listens. Returns the
+    file's path. Raises ProfileError for an unknown name.
     """
     folder, profile = Path(folder).resolve(), load_profile(name)
     changes = {
@@ -147,7 +147,8 @@ def _budgets(profile: Profile, full: bool) -> dict:
     generation: dict = {"batch_size": 8, "sampling": {"max_new_tokens": 48}}
     if full:
         sft |= {"save_minutes": 0.0}
-        grpo |= {"check_steps": 1}
+        # A rate at which a sampler with the weights of the update before would show
+        grpo |= {"check_steps": 1, "learning_rate": 2e-3}
         if not torch.cuda.is_available():
             grpo |= {"vllm_sleep": False}  # vLLM gives no memory of a CPU back
     else:  # a laptop has neither half precision to train in nor vLLM
