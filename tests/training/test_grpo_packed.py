@@ -290,7 +290,10 @@ class StandInVLLM:
 
     def __init__(self, trainer):
         self.trainer, self.number = trainer, itertools.count(1)
-        self.top_p, self.top_k, self.llm = 1.0, 0, None
+        self.top_p, self.top_k = 1.0, 0
+        self.llm = SimpleNamespace(
+            reset_encoder_cache=lambda: None, reset_prefix_cache=lambda: None
+        )
         self.prompts: list[list[int]] = []
         session = SimpleNamespace(post=lambda url: SimpleNamespace(status_code=200))
         self.vllm_client = SimpleNamespace(base_url="", session=session)
