@@ -24,7 +24,9 @@ from egm_lib.pipeline.rehearsal.annotations import HEIGHT, WIDTH, Shape, draw, s
 from egm_lib.prompts import Family
 
 STEPS, ROWS, LEARNING_RATE = 60, 16, 2e-2  # some seconds of one core; AdamW
-NUM_PROMPTS, NUM_ANSWERS = 8, 256
+NUM_PROMPTS, NUM_ANSWERS = 32, 256
+# Questions of several lengths: a stand-in that knows one length counts its own words from there
+EXPRESSIONS = ("{}", "{} far left", "{} in the middle", "the partly hidden {} behind another shape")
 # Left, top, right and bottom of a box, as shares of the image: near its edges, since shapes stand
 # there, too. Each side has values of its own, of equally many digits, so that the side before tells
 # which one follows. That is soon learnt. Four sides make 81 boxes: two samples of a prompt are
@@ -115,7 +117,8 @@ def _read_prompts(
     with _quiet_images(model):
         for number in range(NUM_PROMPTS):
             shapes = _scene(chance)
-            question = family.prompt(chance.choice(shapes).name, ("vanilla", "amodal")[number % 2])
+            expression = chance.choice(EXPRESSIONS).format(chance.choice(shapes).name)
+            question = family.prompt(expression, ("vanilla", "amodal")[number % 2])
             chat = processor.apply_chat_template(
                 family.messages(question), tokenize=False, add_generation_prompt=True
             )
