@@ -320,7 +320,7 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
         options = replace(
             options,
             num_generations=ANSWERS,
-            per_device_train_batch_size=ANSWERS * options.prompts_per_step,
+            per_device_train_batch_size=min(args.rows, ANSWERS * options.prompts_per_step),
             max_completion_length=ANSWER_TOKENS,
             freeze_vision=False,
             freeze_merger=False,
@@ -361,7 +361,10 @@ def main() -> None:
         "--prompts", type=int, help="prompts of a step; default: 32 in grpo, 2 in update"
     )
     parser.add_argument(
-        "--rows", type=int, default=128, help="rows of a batch; of a part of the step in grpo"
+        "--rows",
+        type=int,
+        default=128,
+        help="rows of a batch; of a part of the step in grpo and, if fewer than the step, update",
     )
     parser.add_argument("--tokens", type=int, default=48, help="of a completion in grpo")
     parser.add_argument("--size", choices=("mini", *SIZES), default="mini")
