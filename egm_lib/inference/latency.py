@@ -34,12 +34,13 @@ def measure_latency(
 
     For each concurrency a seeded random subset of the samples (the paper: a random 10 % of RefCOCO)
     of num_samples, or of four times the concurrency where that is more, after `warmup` unmeasured
-    requests (as many as the concurrency where that is more). Those ask other samples, about other
-    images, so that nothing measured was seen before. Concurrency 64 is 64 requests on the
-    way to an endpoint at any time, and a batch of 64 for the other engines, whose answers come
-    together; it is left out where there are fewer samples than that. Images are read before the
-    clock starts; their preprocessing and the chat template are inside it. An image that cannot be
-    read, or an engine error, marks its row.
+    requests (as many as the concurrency where that is more). Those ask other samples, and what is
+    measured was not asked at an earlier concurrency either; images are others too, as long as there
+    are enough. So an engine that remembers prompts and images gains nothing. Concurrency 64 is 64
+    requests on the way to an endpoint at any time, and a batch of 64 for the other engines, whose
+    answers come together; it is left out where there are fewer samples than that. Images are read
+    before the clock starts; their preprocessing and the chat template are inside it. An image that
+    cannot be read, or an engine error, marks its row.
     """
     about = {
         "model": model,
@@ -48,6 +49,8 @@ def measure_latency(
         **engine.describe(),
     }
     plain_batch, rows = engine.batch_size, []
+    shuffled = random.Random(seed).sample(list(samples), len(samples))
+    seen: list[Mapping] = []
     for concurrency in concurrencies:
         num_warmup = max(warmup, concurrency)
         number = max(num_samples, 4 * concurrency if concurrency > 1 else 0)
@@ -59,8 +62,10 @@ def measure_latency(
                 flush=True,
             )
             continue
-        chosen = random.Random(seed).sample(list(samples), number)
-        unmeasured = _others(samples, chosen, seed)[:num_warmup]
+        unseen_first = _least_seen_first(shuffled, seen)
+        chosen = unseen_first[:number]
+        unmeasured = _least_seen_first(unseen_first[number:], chosen)[:num_warmup]
+        seen += chosen + unmeasured
         warm, asked = (
             [request_of(sample, engine.family, root, prompt) for sample in part]
             for part in (unmeasured, chosen)
@@ -107,9 +112,7 @@ def measure_latency(
     return rows
 
 
-def _others(samples: Sequence[Mapping], chosen: Sequence[Mapping], seed: int) -> list[Mapping]:
-    """The samples that are not chosen, shuffled; first those whose image is not chosen either."""
-    ids, images = ({sample[key] for sample in chosen} for key in ("sample_id", "image"))
-    others = [sample for sample in samples if sample["sample_id"] not in ids]
-    random.Random(seed).shuffle(others)
-    return sorted(others, key=lambda sample: sample["image"] in images)
+def _least_seen_first(samples: Sequence[Mapping], seen: Sequence[Mapping]) -> list[Mapping]:
+    """Samples about images that were not seen, then other samples about them, then seen samples."""
+    ids, images = ({sample[key] for sample in seen} for key in ("sample_id", "image"))
+    return sorted(samples, key=lambda each: (each["sample_id"] in ids, each["image"] in images))

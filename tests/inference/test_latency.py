@@ -28,7 +28,7 @@ def test_latency_is_measured_on_a_seeded_subset_at_each_concurrency(images):
     assert [row["concurrency"] for row in rows] == [1] * 8 + [4] * 16
     assert engine.asked == (2 + 8) + (4 + 16) and engine.batch_size == 2
     assert all(row["latency_ms"] == 1.5 and {"torch", "transformers"} <= set(row) for row in rows)
-    again = measure_latency(samples, engine, concurrencies=(1, 4), **options)
+    again = measure_latency(samples, engine, warmup=2, concurrencies=(1, 4), **options)
     assert [row["sample_id"] for row in again] == [row["sample_id"] for row in rows]
 
 
@@ -60,7 +60,7 @@ class Asked(FakeEngine):
         yield from super().answer(requests, sampling, reasoning=reasoning)
 
 
-def test_latency_is_not_measured_on_what_it_warmed_up_on(images):
+def test_latency_is_not_measured_on_what_was_asked_before(images):
     """Engines remember prompts and images; an image may have several expressions."""
     for number in range(20):
         Image.new("RGB", (64, 48), (number, 0, 0)).save(images / f"own{number}.png")
@@ -78,6 +78,9 @@ def test_latency_is_not_measured_on_what_it_warmed_up_on(images):
     for warm, measured in ((first, singles), (second[0], second[1:])):
         asked = {request for wave in measured for request in wave}
         assert not {prompt for prompt, _ in warm} & {prompt for prompt, _ in asked}
+    # At a concurrency of 4 other samples are measured than at 1
+    earlier = {prompt for wave in engine.requests[:9] for prompt, _ in wave}
+    assert not earlier & {prompt for wave in second[1:] for prompt, _ in wave}
     # Eight samples of at most eight images leave twelve images to warm up on
     assert not {image for _, image in first} & {image for wave in singles for _, image in wave}
 
