@@ -136,8 +136,8 @@ latency-scale: $(ENV) ## latency of random weights in the real shapes on this ma
 	@$(RUN) benchmarks/bench_latency_scale.py
 	@$(RUN) -m egm_lib.reports.efficiency
 
-bench: $(ENV) ## every other benchmark; results are kept in benchmarks/README.md
-	@for script in $(filter-out %_latency_scale.py,$(wildcard benchmarks/bench_*.py)); do echo "== $$script"; $(RUN) $$script || exit 1; done
+bench: $(ENV) ## every other benchmark, into data/bench; benchmarks/README.md holds what was measured
+	@$(RUN) benchmarks/all.py
 
 ##@ Build
 format: $(ENV) ## ruff's formatter and its safe fixes
