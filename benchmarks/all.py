@@ -32,7 +32,10 @@ def run(script: Path, log: Path) -> tuple[int, float, float, float]:
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-u", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for line in process.stdout:
             print(line, end="", flush=True)
