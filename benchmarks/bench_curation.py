@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -123,34 +121,45 @@ async def bare_loop(url: str, body_of, count: int) -> None:
         await asyncio.gather(*(work() for _ in range(CONCURRENCY)))
 
 
+def measured(call: list[str]) -> dict:
+    """Peak memory and CPU seconds of a command, imports included.
+
+    It is started by a small process: a process counts, as its own peak, that of the one that
+    started it, and this one is large.
+    """
+    code = (
+        "import json, resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
+        "stdout=subprocess.DEVNULL); used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(json.dumps([used.ru_maxrss, used.ru_utime + used.ru_stime]))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code, *call], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    peak_kb, cpu_s = json.loads(printed)
+    return {"peak_mb": round(peak_kb / 1024), "cpu_s": round(cpu_s, 1)}
+
+
 def dry_run(folder: Path, counts: tuple[int, ...] = (20_000, 100_000, 575_000)) -> dict:
-    """Peak memory and CPU seconds of `--dry-run` for growing inputs, imports included."""
+    """Memory and time of `--dry-run` for growing inputs."""
     used = {}
     for count in counts:
         make_samples(folder, count, images=1)
         call = [*command(folder, "http://127.0.0.1:9/v1", folder / "out.jsonl", 1.0), "--dry-run"]
-        process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)  # of this process alone
-        assert status == 0, status
-        cpu_s = round(usage.ru_utime + usage.ru_stime, 1)
-        used[count] = {"peak_mb": round(usage.ru_maxrss / 1024), "cpu_s": cpu_s}
+        used[count] = measured(call)
     return used
 
 
 def memory(folder: Path) -> dict:
-    """Peak memory of a resumed run over a finished ledger, in one process for each size."""
-    peaks = {}
+    """Memory and time of a resumed run over a finished ledger, in one process for each size."""
+    used = {}
     for count in (5_750, 57_500, 575_000):
         make_samples(folder, count, images=1)
-        call = [sys.executable, __file__, "--resume", str(folder), str(count)]
-        peaks[count] = json.loads(
-            subprocess.run(call, capture_output=True, text=True, check=True).stdout
-        )
-    return peaks
+        used[count] = measured([sys.executable, __file__, "--resume", str(folder), str(count)])
+    return used
 
 
 def resume(folder: Path, count: int) -> None:
-    """Writes a ledger that answers all samples, resumes it, and prints peak memory and seconds."""
+    """Writes a ledger that answers all samples, and resumes it."""
     task = TASKS["trace"]
     samples = JsonlSamples(folder / "samples.jsonl")
     teacher = Teacher(
@@ -175,19 +184,9 @@ def resume(folder: Path, count: int) -> None:
                 "text": "the left one. " * 8,
             }
             file.write(json.dumps(record | {"finish_reason": "stop", "refusal": None}) + "\n")
-    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    started = time.monotonic()
     ledger, out = folder / "ledger.jsonl", folder / "out.jsonl"
     report = run_task(task, samples, teacher, out=out, ledger=ledger, root=folder, progress=False)
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert report.dropped.total() + report.kept == count and not report.asked, report
-    result = {
-        "imports_mb": round(before_mb),
-        "peak_mb": round(peak_mb),
-        "seconds": round(time.monotonic() - started, 1),
-        "cpu_s": round(time.process_time(), 1),
-    }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

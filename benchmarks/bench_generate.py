@@ -2,21 +2,20 @@
 
     python benchmarks/bench_generate.py [--model data/mini/small] [--samples 256] [--alone 32]
 
-`generate` answers one request at a time. Both answer the same expressions of data/raw/mini, and
-their greedy texts are compared. Goal: at least 5 times as fast.
+`generate` answers one request at a time. Both answer the same validation samples of the miniature,
+and their greedy texts are compared. Goal: at least 5 times as fast.
 """
 
 import argparse
 import resource
 import time
-from itertools import islice
 from pathlib import Path
 
 import torch
 
-from egm_lib.data import EVAL_SPLITS, open_image, read_eval, resolve_image
 from egm_lib.inference.engine import Request
 from egm_lib.inference.transformers_engine import TransformersEngine
+from egm_lib.mini.world import recipes, samples
 from egm_lib.profile import Sampling
 
 
@@ -40,14 +39,10 @@ def alone(engine: TransformersEngine, request: Request, max_new_tokens: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("data/mini/small"))
-    parser.add_argument("--root", type=Path, default=Path("data/raw/mini"))
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--alone", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     args = parser.parse_args()
-    samples = list(
-        islice((row for pair in EVAL_SPLITS for row in read_eval(args.root, *pair)), args.samples)
-    )
     plain = TransformersEngine(args.model, "qwen3-vl", "float32", device="cpu", cache_vision=False)
     sampling = Sampling(
         temperature=0.0,
@@ -57,11 +52,9 @@ def main() -> None:
         repetition_penalty=1.0,
     )
     requests = [
-        Request(
-            open_image(resolve_image(row, args.root)),
-            plain.family.prompt(row["expression"], row["task"]),
-        )
-        for row in samples
+        Request(scene.image(), plain.family.prompt(row["expression"], row["task"]))
+        for scene, _, rows, _ in samples(recipes()["validation.jsonl"], args.samples)
+        for row in rows
     ]
     print(f"{args.model}, float32, {torch.get_num_threads()} thread(s), {len(requests)} samples")
     start, cpu = time.perf_counter(), time.process_time()
