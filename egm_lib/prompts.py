@@ -36,7 +36,7 @@ def _tag(*names: str) -> re.Pattern[str]:
 # <|START_THINKING|>.
 REASONING_TAG = re.compile(
     r"""
-    (?: [<◁]\s*+ | \[(?=/?(?-i:THINK)\]) )
+    [<◁\[] (?: (?<!\[)\s*+ | (?=/?(?-i:THINK)\]) )  # one set of characters first is fast
     \|?+ (?P<close> \\?/ | end_(?:of_)?+ )?+ \s*+
     (?: (?:begin|start)_(?:of_)?+ | [a-z0-9]{1,20}+[:_] )?
     (?: think | thinking | thoughts? | reasoning | analysis | scratchpad ) (?:_process)?+
