@@ -154,7 +154,8 @@ def complete(
         prefix.position_N[rows],
     )
     mask_R_T = torch.cat([mask_R_T, mask_R_T.new_ones(len(rows), length)], dim=1)
-    start, answer_R = prefix.mask_N_P.shape[1], torch.arange(len(rows), device=device)
+    # What is written lies on the CPU, and so does what says which row it belongs to
+    start, answer_R = prefix.mask_N_P.shape[1], torch.arange(len(rows))
     going_R = torch.ones(len(rows), dtype=torch.bool, device=device)
     tokens_B_T, logps_B_T = torch.full((len(rows), length), -1), torch.zeros((len(rows), length))
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
@@ -200,8 +201,9 @@ def complete(
         # Removing rows copies the cache, so it is not done for every row that ends.
         if count < 0.9 * len(token_R):
             kept = going_R.nonzero()[:, 0]
-            answer_R, going_R, token_R, position_R, mask_R_T = (
-                x[kept] for x in (answer_R, going_R, token_R, position_R, mask_R_T)
+            answer_R = answer_R[kept.cpu()]
+            going_R, token_R, position_R, mask_R_T = (
+                x[kept] for x in (going_R, token_R, position_R, mask_R_T)
             )
             for layer in layers:
                 layer.keep(kept)
