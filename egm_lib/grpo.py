@@ -69,6 +69,7 @@ from egm_lib.training.model_setup import (
     load_start,
     lora_config,
     rollout_context,
+    share_keys,
     use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory, check_rollout
@@ -291,7 +292,7 @@ def make_grpo_trainer(
     if shared_prefix is None:
         shared_prefix = auto and can_share_prefix(family, options, config)
     if shared_prefix:
-        config.gradient_checkpointing = False  # it drops the keys and values that the group shares
+        share_keys(config)
         reader = Reader(processor, model, freeze_vision(model), open_image)
         return SharedPrefixGRPO(train_dataset=dataset, reader=reader, **arguments)
     freeze_tower(model, family, tower=options.freeze_vision, merger=options.freeze_merger)

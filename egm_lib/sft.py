@@ -50,6 +50,7 @@ from egm_lib.training.model_setup import (
     freeze_tower,
     load_start,
     lora_config,
+    share_keys,
     use_one_gpu,
 )
 from egm_lib.training.preflight import check_device, check_memory
@@ -190,8 +191,7 @@ def make_sft_trainer(
     if shared_prefix is None:
         shared_prefix = can_share_prefix(family, options, config)
     if shared_prefix:
-        # It would drop the keys and values that rows of one image share
-        config.gradient_checkpointing = False
+        share_keys(config)
         reader = Reader(processor, model, freeze_vision(model), open_image)
         collator = SharedPrefixCollator(reader, processor, options.max_length)
         together = max(1, options.per_device_train_batch_size // 4)

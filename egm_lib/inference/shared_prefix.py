@@ -21,8 +21,14 @@ from transformers import DynamicCache
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete
 from egm_lib.inference.vision_cache import Features, VisionCache, as_encoder_output
 
-# Completions that are sampled together. More are no faster on a CPU, and the KV cache grows.
-ROLLOUT_ROWS = 512
+
+def rollout_rows(on_gpu: bool) -> int:
+    """Completions that are sampled together.
+
+    More are no faster on a CPU. A GPU has to hold their keys and values: 16 GB for 64 completions
+    of 1,024 tokens by a 2B, in float32.
+    """
+    return 64 if on_gpu else 512
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,10 @@ def read_prefix(model, prompts: Sequence[Prompt], features: list[Features]) -> P
         use_cache=True,
         mm_encoder_outputs={"image": as_encoder_output(features, split=True)},
     )
+    if not cache.layers:
+        raise RuntimeError(
+            "the model kept no keys and values of the prompts: gradient checkpointing drops them"
+        )
     return Prefix(
         cache,
         mask_N_P.to(device),

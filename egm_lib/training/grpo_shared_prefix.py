@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from egm_lib.inference.loading import image_token_ids
-from egm_lib.inference.shared_prefix import ROLLOUT_ROWS, Reader, SamplingOptions, sample
+from egm_lib.inference.shared_prefix import Reader, SamplingOptions, rollout_rows, sample
 from egm_lib.loss import group_advantages, grpo_loss
 from egm_lib.training.grpo_trainer import TimedGRPO
 from egm_lib.training.model_setup import chat_text
@@ -70,7 +70,7 @@ class SharedPrefixGRPO(TimedGRPO):
         return prompts, completions, logps, rewards_B
 
     def _sample(self, prompts, group_size: int) -> tuple[list[list[int]], list[list[float]]]:
-        """All completions of all prompts, in order; ROLLOUT_ROWS at a time."""
+        """All completions of all prompts, in order; `rollout_rows` at a time."""
         options = SamplingOptions(
             self.max_completion_length,
             self.temperature,
@@ -79,7 +79,8 @@ class SharedPrefixGRPO(TimedGRPO):
             image_token_ids(self.model.config),
         )
         policy, completions, logps = self._bare(self.model), [], []
-        step = max(1, ROLLOUT_ROWS // group_size)
+        on_gpu = self.accelerator.device.type != "cpu"
+        step = max(1, rollout_rows(on_gpu) // group_size)
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.rollout_dtype)
         cast = (
             nullcontext() if dtype is None else torch.autocast(self.accelerator.device.type, dtype)

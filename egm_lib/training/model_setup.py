@@ -26,7 +26,7 @@ def common_options(work: Path, seed: int, dtype: str) -> dict:
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": torch.cuda.is_available(),
+        "activation_checkpointing": torch.cuda.is_available(),
         "save_strategy": "no",
         "save_total_limit": None,  # the clock removes the older ones, when the next is whole
         "report_to": [],
@@ -43,6 +43,14 @@ def use_one_gpu(config) -> None:
     """
     if config.n_gpu > 1:
         config._n_gpu = 1  # what transformers itself sets for a model that is placed by hand
+
+
+def share_keys(config) -> None:
+    """No gradient checkpointing: it would drop the keys and values that rows share.
+
+    config: TrainingArguments. transformers reads the first name, and TRL the second.
+    """
+    config.activation_checkpointing = config.gradient_checkpointing = False
 
 
 def rollout_context(options: GRPO) -> int:
@@ -62,7 +70,8 @@ def rollout_context(options: GRPO) -> int:
 def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
     """Whether prompts of one image can be read once, by our own trainers.
 
-    That takes Qwen3-VL with all of its vision frozen, in one process, sampled by transformers.
+    That takes Qwen3-VL with all of its vision frozen, in one process without DeepSpeed, sampled by
+    transformers.
     config: TrainingArguments.
     """
     return (
@@ -71,6 +80,7 @@ def can_share_prefix(family: Family, options: SFT | GRPO, config) -> bool:
         and options.freeze_merger
         and getattr(options, "rollout", "transformers") == "transformers"
         and config.world_size == 1
+        and config.deepspeed_plugin is None
     )
 
 

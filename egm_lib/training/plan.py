@@ -209,9 +209,10 @@ def make_setting(
     shape = shape or model_shape(profile.models.small)
     if shared_prefix is None:
         family = FAMILIES[profile.models.small.family]
-        shared_prefix = getattr(options, "shared_prefix", "auto") == "auto" and can_share_prefix(
-            family, options, SimpleNamespace(world_size=on.count)
-        )
+        divided = None if sharding.kind == "none" else sharding
+        config = SimpleNamespace(world_size=on.count, deepspeed_plugin=divided)
+        auto = getattr(options, "shared_prefix", "auto") == "auto"
+        shared_prefix = auto and can_share_prefix(family, options, config)
     return Setting(
         options=options,
         shape=shape,

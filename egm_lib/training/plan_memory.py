@@ -14,7 +14,7 @@ from typing import Literal
 
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 
-from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
+from egm_lib.inference.shared_prefix import rollout_rows
 from egm_lib.model_shapes import InternVision, ModelShape, QwenVision, TextShape
 from egm_lib.profile import GRPO, SFT
 from egm_lib.training.hardware import GIB, Hardware
@@ -413,7 +413,8 @@ def _rollout(setting: Setting) -> list[Part]:
             Part("vLLM's CUDA graphs", GRAPHS_BYTES, "ours"),
         ]
     rows = setting.step_rows
-    rows = min(rows, ROLLOUT_ROWS) if setting.shared_prefix else rows
+    if setting.shared_prefix:
+        rows = min(rows, rollout_rows(setting.hardware.device.is_gpu))
     length = setting.row.prompt + setting.row.longest
     cached, value = rows * length * text.kv_bytes(setting.compute), setting.compute
     return [

@@ -112,3 +112,11 @@ def grpo_options(**changes) -> GRPO:
         rollout_dtype="float32",
     )
     return GRPO(**values | changes)
+
+
+def as_on_a_gpu(monkeypatch, module):
+    """Has a trainer's module ask for gradient checkpointing, as it does where it sees a GPU."""
+    options = module.common_options
+    monkeypatch.setattr(
+        module, "common_options", lambda *args: options(*args) | {"activation_checkpointing": True}
+    )

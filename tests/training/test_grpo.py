@@ -12,7 +12,14 @@ import requests
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_world import grpo_options, make_samples, moved_names, store_model, stored
+from training_world import (
+    as_on_a_gpu,
+    grpo_options,
+    make_samples,
+    moved_names,
+    store_model,
+    stored,
+)
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.generation import vllm_generation
@@ -90,6 +97,13 @@ def trainer_of(
         held_out=held_out,
     )
     return trainer, processor
+
+
+def test_rows_share_keys_though_a_gpu_would_checkpoint(world, tmp_path, monkeypatch):
+    as_on_a_gpu(monkeypatch, grpo_module)
+    trainer, _ = trainer_of(world, tmp_path, shared=True, max_steps=1)
+    trainer.train()  # compares sampler and trainer
+    assert trainer.checked and not trainer.model.is_activation_checkpointing
 
 
 def trainer_image(world):

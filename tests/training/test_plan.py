@@ -8,7 +8,7 @@ from peft import get_peft_model
 from tiny_qwen import tiny_qwen
 
 from egm_lib import grpo, sft
-from egm_lib.inference.shared_prefix import ROLLOUT_ROWS
+from egm_lib.inference.shared_prefix import rollout_rows
 from egm_lib.model_shapes import SHAPES, shape_from_config
 from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
@@ -190,14 +190,14 @@ def test_checkpoints_are_123_gb_and_two_are_kept():
 
 
 def test_rollouts_that_wait_take_no_memory():
-    """Our own trainer samples ROLLOUT_ROWS completions at a time, however many a step has."""
+    """Our own trainer samples some completions at a time, however many a step has."""
     mini = load_profile("mini")
     size = mini.grpo.num_generations
     few, many = (
         gib(make_plan(changed(mini, "grpo", prompts_per_step=n), "grpo", hardware("cpu")), name)
         for name, n in (("KV cache", 1), ("KV cache", 4096))
     )
-    assert many == pytest.approx(few * ROLLOUT_ROWS / size)
+    assert many == pytest.approx(few * rollout_rows(on_gpu=False) / size)
 
 
 def test_the_fullest_phase_decides():

@@ -10,7 +10,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from training_world import VIDEOS, make_samples, moved_names, sft_options, store_model, stored
+from training_world import (
+    VIDEOS,
+    as_on_a_gpu,
+    make_samples,
+    moved_names,
+    sft_options,
+    store_model,
+    stored,
+)
 from transformers import AutoConfig, TrainerCallback
 
 from egm_lib import grpo, sft
@@ -130,8 +138,13 @@ def test_an_answer_beyond_max_length_is_cut(world, tmp_path, shared):
         answer(none_left)
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("changes", [{}, {"lora": Lora(r=2, alpha=4)}], ids=["full", "lora"])
-def test_shared_prefix_and_plain_trainer_give_the_same_losses(world, tmp_path, changes):
+def test_shared_prefix_and_plain_trainer_give_the_same_losses(
+    world, tmp_path, monkeypatch, changes, gpu
+):
+    if gpu:
+        as_on_a_gpu(monkeypatch, sft)
     for name, shared in (("ours", True), ("trl", False)):
         (tmp_path / name).mkdir()
         trainer, processor = trainer_of(
