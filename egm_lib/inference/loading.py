@@ -97,6 +97,18 @@ def _config(found: Checkpoint) -> PretrainedConfig:
         ) from error
 
 
+def avoid_cudnn_defaults() -> None:
+    """Has PyTorch compute without two defaults of cuDNN, in all of this process.
+
+    Its attention, the first choice on an H100, has a backward pass whose gradients are no numbers
+    for some lengths with a mask (pytorch#196678). It also prepares each new length anew, and every
+    decoded token is one. And float32 convolutions, which cut an image into patches, would be
+    rounded to TF32.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def load_model(
     path: str | Path,
     dtype: str = "float32",
@@ -114,6 +126,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    avoid_cudnn_defaults()
     found = find_checkpoint(path, revision, family)
     check_plain(found)
     check_weights(found)

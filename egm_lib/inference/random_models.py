@@ -19,6 +19,7 @@ from transformers import (
     Qwen3VLMoeConfig,
 )
 
+from egm_lib.inference.loading import avoid_cudnn_defaults
 from egm_lib.model_shapes import InternVision, ModelShape
 
 RANDOM_BLOCK = 2**20  # random values that all weights are filled with, again and again
@@ -89,6 +90,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model of a shape in eval mode; every weight is written, so that its memory is really
     read."""
+    avoid_cudnn_defaults()  # as for models that are loaded
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config_of(shape), dtype=dtype)
     model.to_empty(device=device)
