@@ -108,7 +108,7 @@ class AnswerForm:
 
     def _decoded(self, written: list[int], logits_V: torch.Tensor) -> Iterator[int]:
         """Admissible tokens in order of likelihood: each token is decoded and tried."""
-        before = self.decode(written)
+        before, logits_V = self.decode(written), logits_V.cpu()
         for token in torch.argsort(logits_V, descending=True, stable=True).tolist():
             if not logits_V[token] > -torch.inf:
                 continue

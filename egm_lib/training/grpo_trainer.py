@@ -92,6 +92,8 @@ class TimedGRPO(TimedSchedule, GRPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         began, before = time.perf_counter(), self.sampling_s
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if loss.is_cuda:
+            torch.cuda.synchronize()  # the backward pass goes on after the call
         self.update_s += time.perf_counter() - began - (self.sampling_s - before)
         if self.accelerator.sync_gradients:
             self._note(**{"time/update": self.update_s})

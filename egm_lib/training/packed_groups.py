@@ -32,7 +32,7 @@ IGNORED = -100  # a place without a target, in the labels of transformers
 class Group:
     """Where one prompt and its completions stand in a packed row.
 
-    places_N_T: the inputs of each completion. Padding, on the right, names the row's first place.
+    places_N_T: the inputs of each completion. Padding, on the right, names places of others.
     """
 
     prompt: slice
@@ -134,7 +134,10 @@ def pack(
             at.append(torch.arange(start, start + len(row), device=device))
             start += len(row)
         places_N_T = pad_sequence(at, True, -1) if at else prompt_P.new_zeros(0, 0)
-        groups.append(Group(prompt, places_N_T.clamp(min=0), places_N_T >= 0))
+        # Padding names different places: a GPU adds up the gradients of one place serially
+        others = torch.arange(places_N_T.numel(), device=device).view_as(places_N_T) % max(start, 1)
+        keep_N_T = places_N_T >= 0
+        groups.append(Group(prompt, places_N_T.where(keep_N_T, others), keep_N_T))
     return PackedRow(
         torch.cat(ids)[None], torch.cat(places, dim=1), torch.cat(targets)[None], groups
     )

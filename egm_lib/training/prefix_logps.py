@@ -76,7 +76,7 @@ def head_logps(
             1.0,
             ("entropy",) if entropy else (),
         )
-        return logps_K, entropy_K
+        return logps_K, entropy_K.detach() if entropy == "value" else entropy_K
     all_K_V = (head(hidden_K_W).float() / temperature).log_softmax(dim=-1)
     logps_K = all_K_V.gather(1, target_K[:, None])[:, 0]
     if entropy is None:
