@@ -65,11 +65,16 @@ def prediction_jobs(run: Run, models: Sequence[str], *arguments: str) -> list[Jo
     """`egm_lib.inference.predict` for several models, each by as many processes as the machine has
     room for (`shard_jobs`).
 
-    Without GPUs a process answers for all models, so that it loads its libraries once.
+    Where models would answer one after the other anyway, one process answers for all that run on
+    transformers, so that it loads its libraries once. vLLM has a process for each.
     """
-    served = [model for model in models if _generation(run, model).engine == "openai"]
-    local = [model for model in models if model not in served]
-    groups = [[model] for model in local] if visible_gpus() else [local] if local else []
+    engines = {model: _generation(run, model).engine for model in models}
+    served = [model for model in models if engines[model] == "openai"]
+    local = [model for model in models if engines[model] == "transformers"]
+    alone = [model for model in models if engines[model] == "vllm"]
+    if len(visible_gpus()) > 1:
+        alone, local = [model for model in models if model not in served], []
+    groups = [[model] for model in alone] + ([local] if local else [])
     return [
         job
         for group in (*([model] for model in served), *groups)

@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -148,6 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", action="store_true", help="begin anew, not where it stopped")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     folder = args.folder or project_root() / "data" / "raw" / "rehearsal" / args.profile
 
     def work() -> None:
