@@ -37,7 +37,7 @@ import torch
 import transformers
 
 from egm_lib.files import project_root, read_json, write_text
-from egm_lib.inference.decode_loop import SamplingOptions, complete, read_inputs
+from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
 from egm_lib.inference.loading import DTYPES
 from egm_lib.inference.random_models import cut, random_inputs, random_model
 from egm_lib.model_shapes import SHAPES, shape_of
@@ -76,10 +76,13 @@ CPU_CASES = (
     Case("Qwen3-VL-2B", requests=64),
     Case("Qwen3-VL-2B", answers=(LONG,)),
 )
-GPU_CASES = tuple(
-    Case(model, "bfloat16", requests, answers)
-    for model in SHAPES
-    for requests, answers in ((1, (DIRECT, REASONED, LONG)), (8, (REASONED,)), (64, (REASONED,)))
+GPU_CASES = (
+    *(
+        Case(model, "bfloat16", requests, answers)
+        for model in SHAPES
+        for requests, answers in ((1, (DIRECT, REASONED)), (8, (REASONED,)), (64, (REASONED,)))
+    ),
+    Case("Qwen3-VL-8B", "bfloat16", answers=(LONG,)),
 )
 
 
@@ -182,7 +185,8 @@ def measure(case: Case) -> dict:
 
     vision_ms, prefill_ms: until the model has read the image and the prompt but for its last token;
     token_ms: of one more token, the median over the answers; total_ms: by tokens of the answer,
-    whole.
+    whole. On a GPU also kernel_ms: how long the GPU itself works on a token; the rest of token_ms
+    it waits for Python.
     """
     shape = cut(shape_of(case.model), case.share)
     device, now = clock()
@@ -209,7 +213,8 @@ def measure(case: Case) -> dict:
         else:
             token_ms.append(took / tokens)
             total_ms[str(tokens)] = round(read_ms + took, 1)
-    return {
+    kernels = {"kernel_ms": kernel_ms(model, prefix)} if device == "cuda" else {}
+    return kernels | {
         "layers": shape.text.layers,
         "depth": shape.vision.depth,
         "parameters": model.num_parameters(),
@@ -219,6 +224,16 @@ def measure(case: Case) -> dict:
         "token_ms": round(statistics.median(token_ms), 2),
         "total_ms": total_ms,
     }
+
+
+def kernel_ms(model, prefix: Prefix, tokens: int = 8) -> float:
+    """Milliseconds of the GPU's own work for one more token: the sum of its kernels."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        complete(model, prefix, 1, options(tokens), [])
+        torch.cuda.synchronize()
+    total_us = sum(event.self_device_time_total for event in found.key_averages())
+    return round(total_us / 1000 / tokens, 3)
 
 
 TOWERS = ("model.visual", "model.vision_tower", "model.multi_modal_projector")

@@ -83,6 +83,8 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.optimizer:
             self.seconds.append(self.now() - self.began)
+        if len(self.seconds) == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the first step compares two ways
 
 
 class Meter(TrainerCallback):
@@ -322,6 +324,7 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
             num_generations=ANSWERS,
             per_device_train_batch_size=min(args.rows, ANSWERS * options.prompts_per_step),
             max_completion_length=ANSWER_TOKENS,
+            compute_dtype=args.compute,
             freeze_vision=False,
             freeze_merger=False,
         )
@@ -330,7 +333,7 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
     config = grpo.grpo_config(options, scratch, seed=0)
     if update:
         config.optim = "sgd"
-        config.gradient_checkpointing = True  # as always on a GPU
+        config.activation_checkpointing = True  # as always on a GPU
     trainer = grpo.make_grpo_trainer(
         model,
         processor,
@@ -356,6 +359,11 @@ def main() -> None:
         help="default: all of the stage, one after another",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--compute",
+        choices=("float32", "bfloat16"),
+        help="of update: autocast over float32 weights",
+    )
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument(
         "--prompts", type=int, help="prompts of a step; default: 32 in grpo, 2 in update"
@@ -413,7 +421,7 @@ def main() -> None:
                 "layers": args.layers,
                 "stage": args.stage,
                 "way": args.way,
-                "dtype": args.dtype,
+                "dtype": args.compute or args.dtype,
                 "lora": args.lora,
                 "rows": args.rows,
                 "tokens": meter.tokens,
