@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from egm_lib.data.amodal import load_coco_amodal, load_tao_amodal
 from egm_lib.data.flips import flip
-from egm_lib.data.images import open_image, resolve_image
+from egm_lib.data.images import image_key, open_image, resolve_image
 from egm_lib.data.jsonl import load_jsonl
 from egm_lib.data.records import (
     AMODAL_SPLITS,
@@ -39,6 +39,7 @@ __all__ = [
     "load_jsonl",
     "load_refcoco",
     "load_tao_amodal",
+    "image_key",
     "open_image",
     "read_eval",
     "read_samples",

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+import xxhash
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from egm_lib.errors import EgmError
@@ -64,6 +65,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255 instead of scaling
         image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     return image.convert("RGB")
+
+
+def image_key(image: Image.Image) -> bytes:
+    """A digest of an image's pixels: equal for equal images."""
+    return xxhash.xxh3_128_digest(repr((image.mode, image.size)).encode() + image.tobytes())
 
 
 def mirrored_name(image: str) -> str:

@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import xxhash
 from PIL import Image
 
+from egm_lib.data import image_key
 from egm_lib.inference.answer_form import ANSWER_PATTERNS, AnswerForm, Pieces
 from egm_lib.inference.decode_loop import Prefix, SamplingOptions, complete, read_inputs
 from egm_lib.inference.engine import (
@@ -66,7 +66,7 @@ class TransformersEngine:
         self.cache_vision = (
             cache_vision and self.device.type == "cpu" and hasattr(self.model.model, "visual")
         )
-        self.images: dict[bytes, Image.Image] = {}  # of the batch at work, by their digests
+        self.images: dict[bytes, Image.Image] = {}  # of the batch at work, by their keys
         self.reader = None
         self.pieces: Pieces | None = None  # read when an output is bound
         if self.cache_vision:
@@ -192,17 +192,11 @@ class TransformersEngine:
 
     def _read(self, images: list[Image.Image], texts: Sequence[str]) -> Prefix:
         if self.reader is not None:  # an image of several questions is processed once
-            digests = [
-                xxhash.xxh3_128_digest(repr((x.mode, x.size)).encode() + x.tobytes())
-                for x in images
-            ]
+            keys = [image_key(image) for image in images]
             self.images.clear()
-            self.images.update(zip(digests, images, strict=True))
-            features = self.reader.features(digests)
-            prompts = [
-                self.reader.prompt(digest, text)
-                for digest, text in zip(digests, texts, strict=True)
-            ]
+            self.images.update(zip(keys, images, strict=True))
+            features = self.reader.features(keys)
+            prompts = [self.reader.prompt(key, text) for key, text in zip(keys, texts, strict=True)]
             return read_prefix(self.model, prompts, features)
         inputs = self.processor(
             text=list(texts),

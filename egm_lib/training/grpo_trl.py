@@ -33,6 +33,7 @@ from egm_lib.training.micro_batches import (
 from egm_lib.training.model_setup import TrainingError
 from egm_lib.training.packed_groups import packed_logps, use_packed_attention
 from egm_lib.training.packing_check import check_packing
+from egm_lib.training.step_images import processed_once
 
 
 def collapse_image_tokens(
@@ -212,11 +213,12 @@ class PlainGRPO(TimedGRPO):
         """As in TRL, but the `image` of a row is a file.
 
         The loader yields each row once for every accumulation step, but this method is called once
-        a step. So images are opened here.
+        a step. So images are opened here, and processed once.
         """
         images = {file: open_image(file) for file in {row["image"] for row in inputs}}
         rows = [{**row, "image": images[row["image"]]} for row in inputs]
-        return super()._generate_and_score_completions(rows)
+        with processed_once(self.processing_class.image_processor):
+            return super()._generate_and_score_completions(rows)
 
     def _score_held_out(self, rows: list[dict]) -> None:
         self._generate_and_score_completions(rows)

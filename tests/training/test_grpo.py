@@ -306,7 +306,9 @@ def test_micro_batches_change_neither_loss_nor_gradient(
         torch.testing.assert_close(gradients[budget][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_an_image_is_opened_once_a_step_and_stays_on_its_rank(world, tmp_path, monkeypatch):
+def test_an_image_is_processed_once_a_step_and_stays_on_its_rank(
+    world, tmp_path, monkeypatch
+):
     """TRL's loader brings each row once for every accumulation step and completion."""
     opened = []
 
@@ -315,10 +317,16 @@ def test_an_image_is_opened_once_a_step_and_stays_on_its_rank(world, tmp_path, m
         return grpo_module.open_image(file)
 
     monkeypatch.setattr(grpo_trl, "open_image", spy)
-    trainer, _ = trainer_of(world, tmp_path, shared=False, max_steps=2)
+    trainer, processor = trainer_of(world, tmp_path, shared=False, max_steps=2)
+    patchify, patched = processor.image_processor.patchify, []
+    monkeypatch.setattr(
+        processor.image_processor,
+        "patchify",
+        lambda image, **sizes: patched.append(image) or patchify(image, **sizes),
+    )
     assert trainer.args.gradient_accumulation_steps == 2
     trainer.train()
-    assert len(opened) == 2 * len(world[1])
+    assert len(opened) == 2 * len(world[1]) == len(patched)
     # What TRL gathers from all ranks to log it
     assert all(isinstance(row[0]["content"], str) for row in trainer._logs["prompt"])
     assert len(trainer._logs["prompt"]) == 16 and not trainer._logs["images"]
