@@ -291,10 +291,24 @@ def _buffers(setting: Setting) -> list[Part]:
                 ("optimizer",),
             ),
         ]
-    elif value < 4 and not setting.options.lora:
-        how = f"{all_of:,} parameters x {value} bytes, cast once a pass"
-        parts.append(Part("autocast's weights", all_of * value, how, UPDATE))
+    elif _autocast(setting) and not setting.checkpointing:
+        how = (
+            f"{_autocast(setting) // value:,} trained parameters x {value} bytes, cast once a pass"
+        )
+        parts.append(Part("autocast's weights", _autocast(setting), how, UPDATE))
     return parts
+
+
+def _autocast(setting: Setting) -> int:
+    """Bytes of the weights that autocast keeps in half precision until a forward pass ends.
+
+    With gradient checkpointing they are gone by then; else the backward pass needs them too. The
+    embedding is only looked up, and TRL's head casts its own tiles.
+    """
+    value, text = setting.compute, setting.shape.text
+    if value == 4 or setting.options.lora or setting.sharding.kind == "zero-3":
+        return 0
+    return (setting.trained - text.embedding * (1 if text.tied else 2)) * value
 
 
 def _activations(setting: Setting) -> list[Part]:
@@ -321,14 +335,19 @@ def _activations(setting: Setting) -> list[Part]:
         parts.append(Part("activations, vision", patches * vision.depth * kept, how, UPDATE))
     activations = sum(part.bytes for part in parts)
     parts.append(_images(setting))
-    # The largest of three moments: the backward passes of the head, of one layer, of the embedding
+    # The largest of four moments: the end of the forward pass, the backward passes of the head, of
+    # one layer, of the embedding
     head, head_how = _head(setting)
     inside = layer if setting.checkpointing else 0
     passing = tokens * (inside + value * (3 * text.intermediate + 2 * text.hidden))
     if reads_tower and setting.checkpointing:
         passing = max(passing, patches * (block + value * 2 * vision.intermediate))
     embedding, embedding_how = _embedding(setting, activations)
-    if embedding > max(head, passing):
+    forward = _autocast(setting) + _tile(setting)[0] if setting.checkpointing else 0
+    if forward > max(head, passing, embedding):
+        how = f"{_autocast(setting):,} bytes of weights that autocast has cast, {_tile(setting)[1]}"
+        parts.append(Part("end of the forward pass", forward, how, UPDATE))
+    elif embedding > max(head, passing):
         parts.append(Part("backward pass of embedding", embedding, embedding_how, UPDATE))
     elif head >= passing:
         parts.append(Part("backward pass of the head", head, head_how, UPDATE))
@@ -350,9 +369,7 @@ def _images(setting: Setting) -> Part:
 
 def _head(setting: Setting) -> tuple[float, str]:
     """Bytes of the head's backward pass: tiles of logits, gradients of hidden states and weight."""
-    text, gpu = setting.shape.text, setting.hardware.device.is_gpu
-    # Without Triton TRL scores every position
-    scored = setting.answer_tokens if gpu or setting.shared_prefix else setting.tokens
+    text, scored = setting.shape.text, _scored(setting)
     trains_head = 0 if setting.options.lora else text.embedding
     if setting.shared_prefix and scored * text.vocabulary <= SMALL_LOGITS:
         size = SMALL_LOGITS_COPIES * 4 * scored * text.vocabulary
@@ -361,16 +378,26 @@ def _head(setting: Setting) -> tuple[float, str]:
             f"{trains_head:,} gradients x 4 bytes"
         )
         return size + trains_head * 4, how
-    copies = TILE_COPIES_GPU if gpu else TILE_COPIES_CPU
-    width = min(text.vocabulary, VOCABULARY_CHUNK)
-    height = min(scored, TOKEN_CHUNK_SIZE)
     norm = setting.tokens * text.hidden * (4 + 2 * setting.compute)
-    tile, hidden = copies * height * width * 4, scored * text.hidden * (4 + setting.compute)
-    how = (
-        f"{copies:g} x {height:,} x {width:,} logits x 4 bytes, "
-        f"{scored:,} hidden states, {trains_head:,} gradients x 4 bytes"
-    )
+    hidden = scored * text.hidden * (4 + setting.compute)
+    tile, tile_how = _tile(setting)
+    how = f"{tile_how}, {scored:,} hidden states, {trains_head:,} gradients x 4 bytes"
     return tile + hidden + norm + trains_head * 4, how
+
+
+def _scored(setting: Setting) -> int:
+    """Positions that the head scores. Without Triton, TRL's scores every one."""
+    gpu = setting.hardware.device.is_gpu
+    return setting.answer_tokens if gpu or setting.shared_prefix else setting.tokens
+
+
+def _tile(setting: Setting) -> tuple[float, str]:
+    """Bytes of the logits that the chunked head holds at a time."""
+    text = setting.shape.text
+    copies = TILE_COPIES_GPU if setting.hardware.device.is_gpu else TILE_COPIES_CPU
+    width = min(text.vocabulary, VOCABULARY_CHUNK)
+    height = min(_scored(setting), TOKEN_CHUNK_SIZE)
+    return copies * height * width * 4, f"{copies:g} x {height:,} x {width:,} logits x 4 bytes"
 
 
 def _embedding(setting: Setting, activations: float) -> tuple[float, str]:

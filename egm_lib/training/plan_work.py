@@ -3,7 +3,7 @@
 Hours come from floating-point operations and a share of the device's peak. Two for each parameter
 and token are one forward pass, four the backward pass, two more where layers are recomputed
 (Kaplan et al. 2020, Sec. 2.1). The products of attention itself are left out: they are below 5 % at
-these lengths.
+these lengths. Where a pass has few tokens, a GPU waits for Python instead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from egm_lib.training.plan_memory import BYTES, Setting
 UTILISATION = {2: 0.35, 4: 0.7}
 # Ours, of the bandwidth: decoding reads weights and KV cache for each token
 BANDWIDTH_SHARE = 0.6
+# Measured on an H200 (SFT of a Qwen3-VL-2B, 4 rows a pass): a forward and backward pass through a
+# layer takes at least so long, because Python starts its kernels one after the other
+LAYER_PASS_S = 0.005
 # Ours: one Python process with torch, transformers and a CUDA context
 PROCESS_BYTES = 4 * GIB
 
@@ -69,6 +72,8 @@ def hours(setting: Setting, samples: int) -> list[Amount]:
                 "vision tower", passes, vision.tower, rows * reads * patches, speed, at, "patches"
             )
         )
+    if device.is_gpu:
+        parts.append(_waiting_hours(setting, rows, sum(part.value for part in parts)))
     if isinstance(options, GRPO):
         if options.beta:
             parts.append(_by_flops("reference", 2, text.active_parameters, tokens, speed, at))
@@ -78,6 +83,18 @@ def hours(setting: Setting, samples: int) -> list[Amount]:
     if limit and limit < total:
         return [*parts, Amount("stops after", limit, "hours", "max_minutes of the profile")]
     return [*parts, Amount("together", total, "hours", "")]
+
+
+def _waiting_hours(setting: Setting, rows: int, computing: float) -> Amount:
+    """Hours that a GPU waits for Python in short passes. computing: hours of the passes' work."""
+    layers = setting.shape.text.layers + setting.shape.vision.depth * (not setting.shared_prefix)
+    passes = rows / (setting.rows * setting.hardware.count)
+    how = (
+        f"{passes:,.0f} passes x {layers} layers x {LAYER_PASS_S:g} s, less the {computing:.2f} "
+        "hours above, in which the GPU computes"
+    )
+    value = max(0.0, passes * layers * LAYER_PASS_S / 3600 - computing)
+    return Amount("waiting for Python", value, "hours", how)
 
 
 def _step_rows(setting: Setting) -> int:

@@ -306,9 +306,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(
         torch.testing.assert_close(gradients[budget][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_an_image_is_processed_once_a_step_and_stays_on_its_rank(
-    world, tmp_path, monkeypatch
-):
+def test_an_image_is_processed_once_a_step_and_stays_on_its_rank(world, tmp_path, monkeypatch):
     """TRL's loader brings each row once for every accumulation step and completion."""
     opened = []
 
