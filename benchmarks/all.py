@@ -1,4 +1,4 @@
-"""Every benchmark but bench_latency_scale.py, one after another, and a table of what they took.
+"""Every benchmark but two, one after another, and a table of what they took.
 
     python benchmarks/all.py                      # all
     python benchmarks/all.py parsing reward       # these
@@ -21,6 +21,7 @@ from egm_lib.files import project_root, write_text
 FOLDER = Path(__file__).parent
 SCRIPTS = {path.stem.removeprefix("bench_"): path for path in sorted(FOLDER.glob("bench_*.py"))}
 del SCRIPTS["latency_scale"]  # hours on its own: `make latency-scale`
+del SCRIPTS["real_size"]  # needs a GPU
 HEADER = """\
 | benchmark | exit status | wall s | CPU s | peak MiB |
 |---|---|---|---|---|

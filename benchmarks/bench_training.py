@@ -16,8 +16,8 @@ reference, and so no KL.
 
 `update` has real token counts: 300 of the image, 40 of the prompt, 101 of each of 16 answers. The
 answers are drawn at random, and both ways get the same. Vision is trained, as in the paper profile
-of Qwen3-VL, and gradients are checkpointed, as on a GPU. The optimizer's step does not count; SGD
-takes it, which needs no memory.
+of Qwen3-VL, and on a GPU gradients are checkpointed. The optimizer's step does not count; SGD takes
+it, which needs no memory.
 """
 
 from __future__ import annotations
@@ -333,7 +333,6 @@ def grpo_trainer(model, processor, args: argparse.Namespace, lora: Lora | None, 
     config = grpo.grpo_config(options, scratch, seed=0)
     if update:
         config.optim = "sgd"
-        config.activation_checkpointing = True  # as always on a GPU
     trainer = grpo.make_grpo_trainer(
         model,
         processor,

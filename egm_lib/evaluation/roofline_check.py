@@ -185,9 +185,9 @@ def _with(device: Device, constants: tuple[float, float, float]) -> Device:
 def measured_points(record: dict) -> list[Point]:
     """Points of a file of `make latency-scale`.
 
-    The device is what the probe beside the measurement reached, by precision and by rows of the
-    matrix products. One constant is fitted: the overhead of a layer, to the decoding of one
-    request.
+    The device is the data sheet's, where it is a GPU with one; else what the probe beside the
+    measurement reached, by precision and by rows of the matrix products. One constant is fitted:
+    the overhead of a layer, to the decoding of one request.
     """
     points = []
     for row in record["rows"]:
@@ -204,7 +204,7 @@ def measured_points(record: dict) -> list[Point]:
         middle = prompt + statistics.median(row["answers"]) // 2
         for phase, tokens in (("vision", image), ("prefill", prompt), ("decode", middle)):
             rows = row["requests"] if phase == "decode" else row["requests"] * tokens
-            device = probed_device(record, row["dtype"], rows)
+            device = _device_of(record, row["dtype"], rows)
             serving = Serving(
                 device=device, precision=PRECISION_OF[row["dtype"]], concurrency=row["requests"]
             )
@@ -217,6 +217,13 @@ def measured_points(record: dict) -> list[Point]:
             )
     layer_us = _layer_us([point for point in points if point.fitted])
     return [_with_overhead(point, layer_us) for point in points]
+
+
+def _device_of(record: dict, dtype: str, rows: int) -> Device:
+    name = record["machine"]["name"]
+    known = record["machine"]["device"] == "cuda"
+    sheet = next((DEVICES[key] for key in DEVICES if known and key in name.split()), None)
+    return probed_device(record, dtype, rows) if sheet is None else replace(sheet, layer_us=0.0)
 
 
 def probed_device(record: dict, dtype: str, rows: int) -> Device:

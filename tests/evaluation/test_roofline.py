@@ -186,7 +186,7 @@ def test_own_measurements_are_predicted_from_their_probe():
     shape = SHAPES["Qwen3-VL-2B"]
     probe = {"float32": {"gbs": 10.0, "gflops": {"1": 5.0, "8": 10.0, "320": 80.0}}}
     record = {
-        "machine": {"name": "a CPU"},
+        "machine": {"name": "a CPU", "device": "cpu"},
         "image_wh": [640, 480],
         "prompt_tokens": 30,
         "probes": [probe, probe],
@@ -201,6 +201,22 @@ def test_own_measurements_are_predicted_from_their_probe():
     assert decode.error == pytest.approx(0, abs=1e-6)
     assert decode.serving.device.layer_us == pytest.approx(10, rel=1e-3)
     assert prefill.serving.device.tflops == vision.serving.device.tflops == 0.08
+
+
+def test_own_measurements_on_a_gpu_are_predicted_from_its_data_sheet():
+    """A model that waits 1 ms a layer for Python, and else reads at 80 % of an H200's bandwidth."""
+    shape, slow = SHAPES["Qwen3-VL-2B"], replace(DEVICES["H200"], layer_us=1000)
+    rows = []
+    for requests in (1, 8):
+        serving = Serving(device=slow, precision="bf16", concurrency=requests)
+        row = {"model": "Qwen3-VL-2B", "dtype": "bfloat16", "requests": requests, "share": 1}
+        row |= {"layers": 28, "depth": 24, "answers": [100], "vision_ms": 24.0, "prefill_ms": 28.0}
+        rows.append(row | {"token_ms": decode_ms(shape, 330 + 50, serving)})
+    machine = {"name": "NVIDIA H200", "device": "cuda"}
+    record = {"machine": machine, "image_wh": [640, 480], "prompt_tokens": 30, "rows": rows}
+    points = measured_points(record | {"probes": []})
+    decoding = [point.error for point in points if point.phase == "decode"]
+    assert decoding == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_errors_keep_the_sign_of_the_worst():

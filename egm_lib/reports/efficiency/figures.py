@@ -21,6 +21,7 @@ from egm_lib.evaluation.latency_protocols import (
 from egm_lib.evaluation.paper_models import paper_models
 from egm_lib.evaluation.plan_latency import option
 from egm_lib.evaluation.roofline import DEVICES, Device
+from egm_lib.evaluation.roofline_check import Point
 from egm_lib.reports.efficiency.tables import groups
 from egm_lib.reports.figures.pieces import billions
 from egm_lib.viewer.palette import FAINT, INK, new_figure
@@ -218,13 +219,25 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def _shown_groups() -> dict[str, list[Point]]:
+    """The groups of the table, with two of each device that we measured on ourselves."""
+    shown: dict[str, list[Point]] = {}
+    for name, source, points in groups():
+        if not points or "left out" in name:
+            continue
+        if source == "ours":
+            phase = "decoding" if name.startswith("decoding") else "prompt and image"
+            name = f"{phase}, ours, {points[0].source}"
+        shown.setdefault(name, []).extend(points)
+    return shown
+
+
 def roofline(device: Device) -> tuple[Figure, str]:
     """Predicted against measured milliseconds."""
     figure = new_figure(7.2, 5.0)
     ax = figure.subplots()
-    shown = [group for group in groups() if group[2] and "left out" not in group[0]]
-    every = []
-    for (colour, marker), (name, _, points) in zip(MARKS, shown, strict=False):
+    shown, every = _shown_groups(), []
+    for (colour, marker), (name, points) in zip(MARKS[: len(shown)], shown.items(), strict=True):
         counted = [point for point in points if not point.faster_than_peak]
         x = [point.ms for point in counted]
         y = [point.predicted_ms() for point in counted]

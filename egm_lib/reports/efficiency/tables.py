@@ -270,8 +270,9 @@ def points(device: Device) -> Table:
 
 def measured(device: Device) -> Table:
     """What `make latency-scale` measured, and what it did not run."""
-    columns = ["at a time", "first token, ms", "vision alone, ms", "ms a token", "ms, whole answer"]
-    table = Table("measured", "Random weights in real shapes", [*columns, "measured on"])
+    columns = ["at a time", "first token, ms", "vision alone, ms", "ms a token", "of it the GPU's"]
+    columns += ["ms, whole answer", "measured on"]
+    table = Table("measured", "Random weights in real shapes", columns)
     for record in records():
         machine = record["machine"]
         for row in record["rows"]:
@@ -283,7 +284,7 @@ def measured(device: Device) -> Table:
             count = Number(row["requests"], decimals=0)
             if row.get("not_run"):
                 label += f", {max(row['answers']):,} tokens"
-                empty = [count, *[None] * 4, f"not run: {row['not_run']}"]
+                empty = [count, *[None] * 5, f"not run: {row['not_run']}"]
                 table.rows.append(Row(label, "ours", empty))
                 continue
             totals = [f"{ms:,.0f} for {length}" for length, ms in row["total_ms"].items()]
@@ -296,6 +297,7 @@ def measured(device: Device) -> Table:
                         Number(row["first_token_ms"], decimals=0),
                         Number(row["vision_ms"], decimals=0),
                         Number(row["token_ms"]),
+                        Number(row["kernel_ms"]) if "kernel_ms" in row else "",
                         "; ".join(totals),
                         f"{machine['name']}, {machine['time']}",
                     ],
