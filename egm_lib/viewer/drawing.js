@@ -58,19 +58,20 @@ function hidden(amodal, modal, id) {
 const FAULT = "#C2185B";
 
 // The places that a trace names (found by egm_lib/viewer/steps.py): numbered dots, joined in order by a thin line.
-// Dots and numbers keep their size on the screen: `fitMarks` scales them. Numbers at one place stand side by side.
+// Dots and numbers keep their size on the screen: `fitMarks` scales them. Numbers at one place stand side by side: 1,3.
 function marks(m) {
   const layer = svg("g", { class: "egm-steps", "data-model": m.model }), here = {};
   m.steps.forEach((step, index) => {
     const number = index + 1, [x, y] = step.point, spot = step.point.map(Math.round).join();
-    const beside = here[spot] = (here[spot] ?? -1) + 1;
+    const before = here[spot] ?? "", label = `${before && ","}${number}${step.fault ? "!" : ""}`;
+    here[spot] = before + label;
     const colour = step.fault ? FAULT : m.colour, parts = [];
     if (index > 0) {
       const [x0, y0] = m.steps[index - 1].point, line = { x1: x0, y1: y0, x2: x, y2: y, "vector-effect": "non-scaling-stroke" };
       parts.push(svg("line", { ...line, stroke: "white", "stroke-width": 3, "stroke-opacity": 0.8 }), svg("line", { ...line, stroke: m.colour, "stroke-width": 1.3 }));
     }
     if (step.kind === "box") parts.push(svg("rect", { ...rectOf(step.box), fill: "none", stroke: m.colour, "stroke-width": 1, "stroke-dasharray": "1.5 3", "vector-effect": "non-scaling-stroke" }));
-    const text = svg("text", { x: 5 + 9 * beside, y: -5, fill: colour }, step.fault ? `${number}!` : `${number}`);
+    const text = svg("text", { x: 5 + 7 * before.length, y: -5, fill: colour }, label);
     parts.push(svg("g", { class: "egm-dot", transform: `translate(${x} ${y})`, "data-at": `${x} ${y}` },
       svg("circle", { r: 11, fill: "transparent" }),
       ...(step.fault ? [svg("circle", { r: 7, fill: "none", stroke: FAULT, "stroke-width": 1.8 })] : []),

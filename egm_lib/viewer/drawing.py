@@ -1,7 +1,6 @@
 """Boxes and steps on images with matplotlib: for figures, exports and the viewer's still image."""
 
 import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,7 +101,8 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
 def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
     """The places that a trace names: dots with their numbers, joined in order by a thin line.
 
-    A box that the trace names is outlined with dots; a step with a fault has a ring and a "!".
+    Steps at one place share a label, such as "1,3". A box that the trace names is outlined with
+    dots; a step with a fault has a ring and a "!".
     """
     if not steps:
         return
@@ -111,7 +111,7 @@ def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
     shared = {"color": style.colour, "clip_on": True}
     ax.plot(x, y, linewidth=0.7, zorder=6, path_effects=halo, **shared)
     ax.scatter(x, y, s=5, zorder=7, edgecolor="white", linewidth=0.4, **shared)
-    seen: Counter = Counter()
+    labels: dict[tuple[int, int], list[str]] = {}
     for number, step in enumerate(steps, start=1):
         if step.kind == "box":
             x1, y1, x2, y2 = step.box
@@ -120,20 +120,21 @@ def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
         if step.fault:
             ring = {"s": 36, "facecolor": "none", "edgecolor": FAULT, "linewidth": 1.0}
             ax.scatter(*step.point, zorder=7, **ring)
-        # Numbers of steps at one place stand side by side.
         spot = tuple(round(value) for value in step.point)
+        labels.setdefault(spot, []).append(f"{number}!" if step.fault else str(number))
+    for spot, numbers in labels.items():
+        text = ",".join(numbers)
         ax.annotate(
-            f"{number}!" if step.fault else str(number),
-            step.point,
-            (3 + 5.5 * seen[spot], 2.5),
+            text,
+            spot,
+            (3, 2.5),
             textcoords="offset points",
             fontsize=6,
             fontweight="bold",
-            color=FAULT if step.fault else style.colour,
+            color=FAULT if "!" in text else style.colour,
             path_effects=halo,
             zorder=8,
         )
-        seen[spot] += 1
 
 
 def draw_image(

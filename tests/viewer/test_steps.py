@@ -5,11 +5,14 @@ import time
 import pytest
 
 from egm_lib.boxes import BoxFrame
+from egm_lib.viewer.drawing import draw_steps
+from egm_lib.viewer.palette import FAULT, LOOKS, new_figure
 from egm_lib.viewer.steps import (
     COUNTED_TWICE,
     MAX_STEPS,
     NO_OBJECT,
     OUT_OF_ORDER,
+    Step,
     places,
 )
 
@@ -167,3 +170,13 @@ def test_a_loop_is_cut_and_costs_linear_time(text):
     began = time.process_time()
     assert len(named(text)) <= MAX_STEPS
     assert time.process_time() - began < 2
+
+
+def test_steps_at_one_place_share_a_label():
+    ax = new_figure(2, 2).subplots()
+    points = [(100.0, 60.0), (20.0, 30.0), (100.2, 60.1), (100.0, 60.0)]
+    steps = [Step(0, 1, "point", point, None) for point in points]
+    draw_steps(ax, [*steps[:3], steps[3]._replace(fault=COUNTED_TWICE)], LOOKS["small-egm"])
+    labels = {text.get_text(): text for text in ax.texts}
+    assert labels.keys() == {"1,3,4!", "2"}
+    assert labels["1,3,4!"].get_color() == FAULT
