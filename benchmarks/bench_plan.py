@@ -61,6 +61,18 @@ COMPLETION = 48  # tokens of a GRPO completion
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
+def image_processor(least_px: int = 65_536, most_px: int = 16_777_216) -> Qwen2VLImageProcessorPil:
+    """Qwen3-VL's, with its own limits of an image's area unless others are given."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=16,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": least_px, "longest_edge": most_px},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
 def random_model(size: str):
     """(model, processor): float32, random weights."""
     width, layers, heads, keys, mlp, tied = SIZES[size]
@@ -97,14 +109,7 @@ def random_model(size: str):
         tie_word_embeddings=tied,
         **{name: getattr(ids, name) for name in TOKENS},
     )
-    images = Qwen2VLImageProcessorPil(
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 65_536, "longest_edge": 16_777_216},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    images = image_processor()
     processor = Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
     return Qwen3VLForConditionalGeneration(shape), processor
 

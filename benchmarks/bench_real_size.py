@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench_plan import TOKENS, half_rewarded, noise_samples, row_tokens
+from bench_plan import TOKENS, half_rewarded, image_processor, noise_samples, row_tokens
 from transformers import Qwen3VLForConditionalGeneration, TrainerCallback
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib import grpo, sft
 from egm_lib.files import project_root, write_text
@@ -100,18 +99,11 @@ def write_checkpoint(model: str, folder: Path) -> None:
     with torch.device("cuda"):
         random = Qwen3VLForConditionalGeneration(shape)
     torch.set_default_dtype(torch.float32)
-    images = Qwen2VLImageProcessorPil(
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 65_536, "longest_edge": 16_777_216},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
     random.save_pretrained(folder)
-    Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template).save_pretrained(
-        folder
+    processor = Qwen3VLProcessor(
+        image_processor(), tokenizer, chat_template=tokenizer.chat_template
     )
+    processor.save_pretrained(folder)
 
 
 def measure(case: str, model: str, folder: Path) -> dict:

@@ -11,9 +11,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from bench_plan import noise_samples
+from bench_plan import image_processor, noise_samples
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib.training.step_images import processed_once
 
@@ -22,9 +21,7 @@ PROMPTS, COMPLETIONS, TIMES = 32, 16, 2
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=16, merge_size=2, size={"shortest_edge": 65_536, "longest_edge": 16_777_216}
-    )
+    processor = image_processor()
     images = [
         Image.open(folder / sample["image"]).convert("RGB")
         for sample in noise_samples(folder, PROMPTS)

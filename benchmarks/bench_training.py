@@ -34,9 +34,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench_plan import image_processor
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, TrainerCallback
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from egm_lib import grpo, sft
 from egm_lib.data import read_samples
@@ -207,14 +207,7 @@ def random_model(size: str, dtype: str, layers: int | None = None):
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3VLForConditionalGeneration(shape)
     torch.set_default_dtype(torch.float32)
-    images = Qwen2VLImageProcessorPil(
-        patch_size=16,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": SIDE_PX**2, "longest_edge": SIDE_PX**2},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
+    images = image_processor(SIDE_PX**2, SIDE_PX**2)
     return model.eval(), Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
