@@ -33,11 +33,14 @@ class Group:
     """Where one prompt and its completions stand in a packed row.
 
     places_N_T: the inputs of each completion. Padding, on the right, names places of others.
+    kept_K: what is no padding, in places_N_T row by row. mask_T_S: what a completion attends to,
+    its prompt and itself. Every layer needs both: made once, they do not make a GPU wait in each.
     """
 
     prompt: slice
     places_N_T: Tensor
-    keep_N_T: Tensor
+    kept_K: Tensor
+    mask_T_S: Tensor
 
     def attend(self, module: nn.Module, query, key, value, **kwargs) -> list[Tensor]:
         """Attention of the prompt (1, P, heads, D) and of the completions (1, tokens, heads, D).
@@ -46,7 +49,7 @@ class Group:
         """
         prompt = [states[:, :, self.prompt] for states in (query, key, value)]
         attended = [sdpa_attention_forward(module, *prompt, None, is_causal=True, **kwargs)[0]]
-        count, width = self.places_N_T.shape
+        count = len(self.places_N_T)
         if not count:
             return attended
 
@@ -57,13 +60,10 @@ class Group:
             torch.cat([shared.expand(count, -1, -1, -1), rows(states)], dim=2)
             for shared, states in zip(prompt[1:], (key, value), strict=True)
         )
-        # Causal to the lower right. Padding comes after all that is kept, so nothing else is masked
-        shape = (width, keys.shape[2])
-        mask_T_K = torch.ones(shape, dtype=torch.bool, device=keys.device).tril(shape[1] - shape[0])
         rows_N_T, _ = sdpa_attention_forward(
-            module, rows(query), keys, values, mask_T_K[None, None], **kwargs
+            module, rows(query), keys, values, self.mask_T_S[None, None], **kwargs
         )
-        return [*attended, rows_N_T[self.keep_N_T][None]]
+        return [*attended, rows_N_T.flatten(0, 1)[self.kept_K][None]]
 
 
 def packed_attention(
@@ -136,8 +136,12 @@ def pack(
         places_N_T = pad_sequence(at, True, -1) if at else prompt_P.new_zeros(0, 0)
         # Padding names different places: a GPU adds up the gradients of one place serially
         others = torch.arange(places_N_T.numel(), device=device).view_as(places_N_T) % max(start, 1)
-        keep_N_T = places_N_T >= 0
-        groups.append(Group(prompt, places_N_T.where(keep_N_T, others), keep_N_T))
+        keep_N_T, width = places_N_T >= 0, places_N_T.shape[1]
+        length = len(prompt_P) - 1
+        # Causal to the lower right. Padding comes after all that is kept, so nothing else is masked
+        mask_T_S = torch.ones(width, length + width, dtype=torch.bool, device=device).tril(length)
+        kept_K = keep_N_T.flatten().nonzero()[:, 0]
+        groups.append(Group(prompt, places_N_T.where(keep_N_T, others), kept_K, mask_T_S))
     return PackedRow(
         torch.cat(ids)[None], torch.cat(places, dim=1), torch.cat(targets)[None], groups
     )

@@ -144,8 +144,10 @@ def test_a_packed_row_by_hand():
     assert row.targets_1_L.tolist() == [[none, none, 7, 8, 9, none, 6]]
     first, second = row.groups
     assert (first.prompt, second.prompt) == (slice(0, 2), slice(5, 6))
-    assert first.places_N_T[first.keep_N_T].tolist() == [2, 3, 4]
-    assert first.keep_N_T.tolist() == [[True, True], [True, False]]
+    assert first.places_N_T.flatten()[first.kept_K].tolist() == [2, 3, 4]
+    assert first.kept_K.tolist() == [0, 1, 2]  # the second completion has one token
+    both = [[1, 1, 1, 0], [1, 1, 1, 1]]  # two tokens of the prompt, then up to the token itself
+    assert first.mask_T_S.int().tolist() == both
 
 
 def test_rows_share_a_prompt_only_with_their_image():
