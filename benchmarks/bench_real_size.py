@@ -6,10 +6,10 @@
 A case is three steps of a stage with the options of the model's paper profile: float32 weights
 under bf16 autocast, and with `zero3` DeepSpeed's ZeRO-3 through `accelerate launch`, in one
 process. Weights are random, images of 640 x 480 px are noise. Answers have 101 tokens, and GRPO
-has 8 prompts a step, so that a step takes seconds; transformers samples, since vLLM needs trained
-weights to be of use here. The first step, in which packed groups are compared with TRL's path, does
-not count. Memory is what PyTorch has allocated, by phase of a step, and the CUDA context. Results
-go to results/real-size/<name of the GPU>.json.
+has 8 prompts a step, so that a step takes seconds. transformers samples, so no vLLM is needed. The
+first step, in which packed groups are compared with TRL's path, does not count. Memory is what
+PyTorch has allocated, by phase of a step, and the CUDA context. Results go to
+results/real-size/<name of the GPU>.json.
 """
 
 from __future__ import annotations
@@ -113,12 +113,13 @@ def measure(case: str, model: str, folder: Path) -> dict:
     launch = replace(
         profile.launch, num_processes=1, accelerate_config="deepspeed_zero3" if zero else None
     )
+    profile = replace(profile, launch=launch)
     scratch, phases = Path(tempfile.mkdtemp()), Phases()
     torch.cuda.init()
     if stage == "sft":
-        profile, row, trainer = sft_case(replace(profile, launch=launch), folder, scratch)
+        profile, row, trainer = sft_case(profile, folder, scratch)
     else:
-        profile, row, trainer = grpo_case(replace(profile, launch=launch), folder, scratch, phases)
+        profile, row, trainer = grpo_case(profile, folder, scratch, phases)
     trainer.add_callback(phases)
     trainer.train()
     free, total = torch.cuda.mem_get_info()

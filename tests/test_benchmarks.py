@@ -8,6 +8,7 @@ from egm_lib.files import project_root
 def test_a_benchmark_that_fails_does_not_end_the_others(tmp_path, monkeypatch, capfd):
     script = runpy.run_path(str(project_root() / "benchmarks" / "all.py"))
     assert {"parsing", "training"} <= set(script["SCRIPTS"])
+    assert not {"latency_scale", "real_size"} & set(script["SCRIPTS"])  # hours; a GPU
     bad, good = tmp_path / "bad.py", tmp_path / "good.py"
     bad.write_text("raise SystemExit(3)")
     good.write_text("import sys; print('12 a second'); print('beside', file=sys.stderr)")

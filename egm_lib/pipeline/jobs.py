@@ -70,11 +70,10 @@ def prediction_jobs(run: Run, models: Sequence[str], *arguments: str) -> list[Jo
     """
     engines = {model: _generation(run, model).engine for model in models}
     served = [model for model in models if engines[model] == "openai"]
-    local = [model for model in models if engines[model] == "transformers"]
-    alone = [model for model in models if engines[model] == "vllm"]
-    if len(visible_gpus()) > 1:
-        alone, local = [model for model in models if model not in served], []
-    groups = [[model] for model in alone] + ([local] if local else [])
+    in_turn = len(visible_gpus()) < 2
+    together = [model for model in models if in_turn and engines[model] == "transformers"]
+    alone = [model for model in models if model not in (*served, *together)]
+    groups = [[model] for model in alone] + ([together] if together else [])
     return [
         job
         for group in (*([model] for model in served), *groups)

@@ -291,11 +291,9 @@ def _buffers(setting: Setting) -> list[Part]:
                 ("optimizer",),
             ),
         ]
-    elif _autocast(setting) and not setting.checkpointing:
-        how = (
-            f"{_autocast(setting) // value:,} trained parameters x {value} bytes, cast once a pass"
-        )
-        parts.append(Part("autocast's weights", _autocast(setting), how, UPDATE))
+    elif (cast := _autocast(setting)) and not setting.checkpointing:
+        how = f"{cast // value:,} trained parameters x {value} bytes, cast once a pass"
+        parts.append(Part("autocast's weights", cast, how, UPDATE))
     return parts
 
 
@@ -343,9 +341,10 @@ def _activations(setting: Setting) -> list[Part]:
     if reads_tower and setting.checkpointing:
         passing = max(passing, patches * (block + value * 2 * vision.intermediate))
     embedding, embedding_how = _embedding(setting, activations)
-    forward = _autocast(setting) + _tile(setting)[0] if setting.checkpointing else 0
+    cast, (tile, tile_how) = _autocast(setting), _tile(setting)
+    forward = cast + tile if setting.checkpointing else 0
     if forward > max(head, passing, embedding):
-        how = f"{_autocast(setting):,} bytes of weights that autocast has cast, {_tile(setting)[1]}"
+        how = f"{cast:,} bytes of weights that autocast has cast, {tile_how}"
         parts.append(Part("end of the forward pass", forward, how, UPDATE))
     elif embedding > max(head, passing):
         parts.append(Part("backward pass of embedding", embedding, embedding_how, UPDATE))

@@ -1,13 +1,14 @@
 """Limits of image sizes: images are shrunk and never enlarged."""
 
 import pytest
+import torch
 from PIL import Image
 from tiny_internvl import tiny_internvl
 
 from egm_lib.errors import InputError
 from egm_lib.files import project_root
 from egm_lib.inference import loading
-from egm_lib.inference.loading import load_processor
+from egm_lib.inference.loading import load_model, load_processor
 
 MINI = project_root() / "data/mini/small"
 
@@ -35,3 +36,11 @@ def test_max_pixels_is_refused_for_tiles(monkeypatch):
     monkeypatch.setattr(loading, "_processor", lambda *args: tiny_internvl()[1])
     with pytest.raises(InputError, match="set it to null"):
         load_processor("tiny", "internvl-3", 1024)
+
+
+def test_a_loaded_model_runs_without_cudnn_s_attention_and_tf32():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
+    load_model(MINI)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cudnn.allow_tf32

@@ -182,6 +182,19 @@ def test_without_gpus_the_profile_says_how_many_processes(monkeypatch):
         ]
 
 
+@pytest.mark.parametrize(
+    ("engine", "count", "processes"),
+    [("transformers", 1, 1), ("vllm", 1, 2), ("transformers", 2, 4)],
+)
+def test_one_gpu_s_models_share_a_process_unless_vllm_runs_them(
+    paper, monkeypatch, engine, count, processes
+):
+    gpus(monkeypatch, count)
+    generation = replace(paper.profile.generation, engine=engine)
+    run = Run(replace(paper.profile, generation=generation), 42)
+    assert len(prediction_jobs(run, ["small-base", "small-sft"])) == processes
+
+
 def test_a_server_is_asked_by_one_process_that_takes_no_gpu(paper, monkeypatch):
     gpus(monkeypatch, 8)
     url = "http://localhost:8000/v1"

@@ -110,3 +110,11 @@ def test_unknown_names_are_refused_in_a_sentence(tmp_path, capsys):
         build_efficiency(tmp_path, gpu="L21", only=["planner"])
     assert main(["--gpu", "L21"]) == 2
     assert "L21" in capsys.readouterr().err
+
+
+def test_the_figure_shows_every_device_that_was_measured():
+    figure, _ = FIGURES["roofline"](DEVICES["L20"])
+    [legend] = figure.legends
+    shown = " ".join(text.get_text() for text in legend.get_texts())
+    for record in tables.records():
+        assert f"prompt and image, ours, {record['machine']['name']}" in shown

@@ -32,6 +32,8 @@ from egm_lib.grpo import (
     grpo_options as trl_options,
 )
 from egm_lib.grpo import hold_out, make_grpo_trainer, make_reward, question_rows
+from egm_lib.inference.shared_prefix import Reader, read_prefix
+from egm_lib.inference.vision_cache import freeze_vision
 from egm_lib.loss import group_advantages
 from egm_lib.profile import Lora, load_profile, profile_names
 from egm_lib.prompts import FAMILIES
@@ -44,7 +46,7 @@ from egm_lib.training.groups import read_groups
 from egm_lib.training.grpo_trainer import answer_texts, check_same_policy
 from egm_lib.training.grpo_trl import check_same_prompts, collapse_image_tokens
 from egm_lib.training.micro_batches import row_counts
-from egm_lib.training.model_setup import TrainingError
+from egm_lib.training.model_setup import TrainingError, can_share_prefix
 from egm_lib.viewer import TraceViewer
 
 FAMILY, INTERNVL = FAMILIES["qwen3-vl"], FAMILIES["internvl-3"]
@@ -104,6 +106,25 @@ def test_rows_share_keys_though_a_gpu_would_checkpoint(world, tmp_path, monkeypa
     trainer, _ = trainer_of(world, tmp_path, shared=True, max_steps=1)
     trainer.train()  # compares sampler and trainer
     assert trainer.checked and not trainer.model.is_activation_checkpointing
+
+
+def test_a_model_that_drops_keys_is_not_read_from(world):
+    model, processor = stored(world[0])
+    reader = Reader(processor, model, freeze_vision(model), grpo_module.open_image)
+    image = world[2] / world[1][0]["image"]
+    chat = grpo_module.chat_text(processor, [{"role": "user", "content": "?"}])
+    prompt, features = reader.prompt(image, chat), reader.features([image])
+    assert read_prefix(model, [prompt], features).cache.layers
+    model.train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient checkpointing drops them"):
+        read_prefix(model, [prompt], features)
+
+
+@pytest.mark.parametrize("zero", [None, object()], ids=["alone", "deepspeed"])
+def test_deepspeed_takes_trl_s_path(zero):
+    config = SimpleNamespace(world_size=1, deepspeed_plugin=zero)
+    assert can_share_prefix(FAMILY, load_profile("mini").grpo, config) == (zero is None)
 
 
 def trainer_image(world):
