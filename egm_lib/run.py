@@ -48,6 +48,10 @@ class Run:
         """split_id: `<dataset>_<split>`, such as `refcoco+_testA`."""
         return self.root / "predictions" / model / f"{split_id}.jsonl"
 
+    def validation(self, model: str) -> Path:
+        """A model's answers to the validation split, which is not tested on."""
+        return self.root / "validation" / f"{model}.jsonl"
+
     def prompts(self, model: str) -> Path:
         """With which prompts a model was asked (`egm_lib.pipeline.prompt_ablation`)."""
         return self.root / "ablations" / "prompts" / f"{model}.jsonl"

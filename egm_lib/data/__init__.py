@@ -44,6 +44,7 @@ __all__ = [
     "read_eval",
     "read_samples",
     "read_train",
+    "read_validation",
     "resolve_image",
     "split_id",
     "write_samples",
@@ -72,6 +73,14 @@ def read_train(
     return _head(
         read_samples(Path(root) / f"{stage}{'_amodal' if task == 'amodal' else ''}.jsonl"), limit
     )
+
+
+def read_validation(root: str | Path) -> Dataset:
+    """The vanilla samples of the data root's validation.jsonl, which no table tests on, or else
+    RefCOCO's val.
+    """
+    path = Path(root) / "validation.jsonl"
+    return read_samples(path) if path.is_file() else read_eval(root, "refcoco", "val")
 
 
 def _head(samples: Dataset, limit: int | None) -> Dataset:

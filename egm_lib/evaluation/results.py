@@ -183,6 +183,17 @@ class Results:
         return self.scored.iloc[:0] if rows is None else rows
 
     @cached_property
+    def validation(self) -> pd.DataFrame:
+        """Scored answers to the validation split (`predict --validation`)."""
+        parts = [
+            load_predictions(root / "validation", SCORING_COLUMNS).assign(seed=seed)
+            for root, seed in zip(self.roots, self.seeds, strict=True)
+            if (root / "validation").is_dir()
+        ]
+        none = self.predictions.iloc[:0]
+        return score(pd.concat(parts, ignore_index=True) if parts else none, self.rule)
+
+    @cached_property
     def ablations(self) -> pd.DataFrame:
         """Scored answers of the ablations; model is the variant, steps its GRPO steps."""
         parts = []

@@ -23,7 +23,7 @@ from pathlib import Path
 import tqdm
 
 from egm_lib.cli import ends, run_of, run_parser
-from egm_lib.data import eval_splits, read_eval, split_id
+from egm_lib.data import eval_splits, read_eval, read_validation, split_id
 from egm_lib.data.records import FEATURES, Prediction
 from egm_lib.errors import EgmError, InputError
 from egm_lib.files import json_line, write_jsonl
@@ -283,8 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--retry-errors", action="store_true", help="ask again where a row is marked as an error"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--latency", action="store_true", help="measure latency (vanilla) instead of predicting"
+    )
+    instead.add_argument(
+        "--validation", action="store_true", help="answer the validation split (vanilla) instead"
     )
     add_shard_option(parser)
     parser.add_argument("--latency-samples", type=int, default=64)
@@ -303,7 +307,8 @@ def main(argv: list[str] | None = None) -> int:
 def _predict_all(args: argparse.Namespace) -> None:
     run = run_of(args)
     for model in args.model:
-        tasks = ("vanilla",) if args.latency else (args.task or run.profile.tasks)
+        vanilla_only = args.latency or args.validation
+        tasks = ("vanilla",) if vanilla_only else (args.task or run.profile.tasks)
         splits = {
             task: [pair for pair in eval_splits(task) if _wanted(pair, args)] for task in tasks
         }
@@ -347,10 +352,12 @@ def _use_engine(
         }
         measure_latency(samples, engine, out=out, seed=run.seed, **options, **common)
         return
-    for pair in splits:
+    for pair in [None] if args.validation else splits:
         start = time.perf_counter()
-        samples = read_eval(root, *pair, limit)
-        out = run.predictions(model, split_id(*pair))
+        if pair is None:
+            samples, out = read_validation(root), run.validation(model)
+        else:
+            samples, out = read_eval(root, *pair, limit), run.predictions(model, split_id(*pair))
         predict(
             samples,
             engine,

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from egm_lib.cli import ends, run_of, run_parser
-from egm_lib.data import read_eval, read_samples
+from egm_lib.data import read_validation
 from egm_lib.grpo import run_grpo
 from egm_lib.inference.from_profile import make_engine
 from egm_lib.inference.predict import predict
 from egm_lib.inference.shards import WHOLE, Shard, add_shard_option
 from egm_lib.pipeline.jobs import prediction_jobs, run_jobs, shard_jobs, training_job
-from egm_lib.profile import Model, Profile
+from egm_lib.profile import Model
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
 from egm_lib.training.checkpoints import require_checkpoint, require_file
@@ -80,15 +80,6 @@ def answers_file(run: Run, name: str, steps: int) -> Path:
     return run.root / "ablations" / f"{steps}-steps" / "answers" / f"{name}.jsonl"
 
 
-def validation_samples(profile: Profile):
-    """validation.jsonl of the data root where there is one (no table tests on it), else RefCOCO's
-    val.
-    """
-
-    path = profile.data.path / "validation.jsonl"
-    return read_samples(path) if path.is_file() else read_eval(profile.data.path, "refcoco", "val")
-
-
 def train(run: Run, name: str, steps: int) -> Path:
     """The variant's checkpoint, trained by `egm_lib.grpo` where it is not finished."""
 
@@ -98,7 +89,7 @@ def train(run: Run, name: str, steps: int) -> Path:
 def answer(run: Run, steps: int, shard: Shard = WHOLE) -> None:
     """Every variant's answers to the validation split, or to a shard of it."""
 
-    small, samples = run.profile.models.small, validation_samples(run.profile)
+    small, samples = run.profile.models.small, read_validation(run.profile.data.path)
     for name, variant in VARIANTS.items():
         trained = variant_run(run, name, steps)
         folder = trained.start if variant.changes is None else trained.checkpoint(TASK, "small-egm")

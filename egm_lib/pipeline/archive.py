@@ -32,6 +32,7 @@ KEPT = (
     "manifest.json",
     "selection.json",
     "predictions",
+    "validation",
     "failures",
     "latency",
     "logs",

@@ -3,8 +3,9 @@
     python -m egm_lib.pipeline.experiment [--seed 0 ...]
 
 For each seed it runs `mini-full` (the varied teacher) and `mini-uniform`, then what only the
-experiment asks for: GRPO on prompts drawn at random, and sampled answers. It can be stopped and
-continued. Its answers stand in hypotheses.md and table4_samples.md of mini-full.
+experiment asks for: GRPO on prompts drawn at random, sampled answers, and answers to the validation
+scenes. It can be stopped and continued. Its answers stand in hypotheses.md, table4_samples.md and
+table4_validation.md.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from egm_lib.pipeline.reproduce import reproduce
 from egm_lib.profile import load_profile
 from egm_lib.reports.figures import build_figures
 from egm_lib.reports.tables import build_tables
-from egm_lib.reports.tables.evidence import PAIR
+from egm_lib.reports.tables.evidence import PAIR, REFERENCE
 from egm_lib.run import Run
 from egm_lib.training.selection import AT_RANDOM, select_at_random
 
@@ -44,14 +45,26 @@ def sample(run: Run) -> None:
     run_jobs(run, [job(run, "inference.predict", "--model", model) for model in models])
 
 
+def validate(run: Run, *more: str) -> None:
+    """Answers to the validation scenes: greedy of the selection's reference and of the trained
+    models, and sampled of the model before and after GRPO. more: further models.
+    """
+    sampled = [f"{model}@sample-1" for model in SAMPLED]
+    models = [*SAMPLED, "small-sft-control", *more, REFERENCE, *sampled]
+    answers = ("inference.predict", "--validation", "--model")
+    run_jobs(run, [job(run, *answers, model) for model in models])
+
+
 def run_experiment(seed: int) -> None:
     """Everything that the protocol asks of one seed."""
     varied, uniform = (Run(load_profile(PAIR[name]), seed) for name in ("varied", "uniform"))
     reproduce(varied)
     train_unselected(varied)
     sample(varied)
+    validate(varied, UNSELECTED)
     reproduce(uniform)
     sample(uniform)
+    validate(uniform)
 
 
 def report(run: Run) -> None:

@@ -173,11 +173,31 @@ def test_an_engine_is_closed_before_the_next_is_built(monkeypatch):
     monkeypatch.setattr(predict_module, "make_engine", lambda *args, **more: Engine(next(names)))
     monkeypatch.setattr(predict_module, "_use_engine", fail_for_b)
     run = SimpleNamespace(profile=SimpleNamespace(tasks=("vanilla",)), seed=0)
-    args = SimpleNamespace(model=["a", "b"], task=None, split=None, latency=False)
+    args = SimpleNamespace(model=["a", "b"], task=None, split=None, latency=False, validation=False)
     monkeypatch.setattr(predict_module, "run_of", lambda args: run)
     with pytest.raises(RuntimeError, match="out of memory"):
         predict_module._predict_all(args)
     assert events == ["open a", "close a", "open b", "close b"]
+
+
+def test_the_validation_split_is_answered_beside_the_test_splits(images, monkeypatch):
+    """Its answers are stored apart, and no test split is asked."""
+    split = [sample(number) | {"split": "validation"} for number in range(3)]
+    write_samples(images / "validation.jsonl", split)
+    write_samples(images / "eval" / "refcoco_val.jsonl", [sample(9)])
+    profile = load_profile("smoke")
+    profile = replace(profile, data=replace(profile.data, root=str(images), eval_limit=1))
+    run = Run(profile, 0)
+    monkeypatch.setattr(Run, "root", property(lambda run: images / "run"))
+    monkeypatch.setattr(predict_module, "run_of", lambda args: run)
+    monkeypatch.setattr(predict_module, "make_engine", lambda *args, **options: FakeEngine())
+    command = ["--profile", "smoke", "--validation"]
+    for model in ("small-base", "small-base@sample-1"):
+        assert predict_module.main([*command, "--model", model]) == 0
+        rows = load_predictions(run.validation(model))
+        assert rows["sample_id"].tolist() == [row["sample_id"] for row in split]
+        assert set(rows["model"]) == {model}
+    assert not (run.root / "predictions").exists()
 
 
 @pytest.mark.parametrize("measured", [(), ("--latency", "--latency-samples", "1")])

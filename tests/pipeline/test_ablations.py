@@ -9,11 +9,11 @@ from engine_world import FakeEngine, sample
 from PIL import Image
 from prediction_rows import prediction, write_rows
 
-from egm_lib.data import EVAL_SPLITS, write_samples
+from egm_lib.data import EVAL_SPLITS, read_validation, write_samples
 from egm_lib.evaluation.results import Results
 from egm_lib.inference.decoding import decoded_as
 from egm_lib.pipeline import ablations
-from egm_lib.pipeline.ablations import answers_file, validation_samples, variant_run
+from egm_lib.pipeline.ablations import answers_file, variant_run
 from egm_lib.profile import load_profile
 from egm_lib.reports.tables import build_tables
 from egm_lib.run import Run
@@ -56,7 +56,7 @@ def test_a_variant_writes_into_its_folder_alone(run):
     assert all(place.is_relative_to(run.root / "ablations") for place in places)
 
 
-def test_the_validation_split_is_not_a_test_split(tmp_path, run):
+def test_the_validation_split_is_not_a_test_split(tmp_path):
     sample = {
         "sample_id": "v1",
         "dataset": "refcoco",
@@ -70,14 +70,13 @@ def test_the_validation_split_is_not_a_test_split(tmp_path, run):
         "image_id": "a",
         "flipped": False,
     }
-    profile = replace(run.profile, data=replace(run.profile.data, root=str(tmp_path)))
     write_rows(
         tmp_path / "eval" / "refcoco_val.jsonl", [sample | {"sample_id": "r1", "split": "val"}]
     )
     # Real data: RefCOCO's own
-    assert [row["sample_id"] for row in validation_samples(profile)] == ["r1"]
+    assert [row["sample_id"] for row in read_validation(tmp_path)] == ["r1"]
     write_rows(tmp_path / "validation.jsonl", [sample])
-    assert [row["sample_id"] for row in validation_samples(profile)] == ["v1"]
+    assert [row["sample_id"] for row in read_validation(tmp_path)] == ["v1"]
     assert ("refcoco", "validation") not in EVAL_SPLITS
 
 

@@ -7,7 +7,12 @@ from prediction_rows import prediction, write_rows
 
 from egm_lib.evaluation.results import Results
 from egm_lib.reports.tables.cells import Number
-from egm_lib.reports.tables.evidence import by_teacher, table_hypotheses, table_samples
+from egm_lib.reports.tables.evidence import (
+    by_teacher,
+    table_hypotheses,
+    table_samples,
+    table_validation,
+)
 
 VARIED = {"worked": 0.4, "concluding": 0.4, "restating": 0.2}
 TRACES = {
@@ -45,6 +50,27 @@ def test_samples_and_ways_are_counted(tmp_path):
     assert row.label == "small-egm, vanilla"
     assert values[:4] == pytest.approx([25.0, 37.5, 50.0, 2])
     assert values[4:] == pytest.approx([25.0, 25.0, 50.0, 87.5, 0.0, 12.5])
+
+
+def test_validation_is_apart_from_the_test_splits(tmp_path):
+    """Greedy 1 of 2 right, sampled 0 of 2, though the test split says otherwise."""
+    run = run_of(tmp_path, "mini-full-0", VARIED, {"small-egm": [(True, "worked")] * 5})
+    for model, solved in (
+        ("small-egm", (True, False)),
+        ("small-egm@sample-1", (False, False)),
+        ("reference", (True, True)),
+    ):
+        rows = [
+            prediction("vanilla", "refcoco", "validation", number, model, right, 0)
+            for number, right in enumerate(solved)
+        ]
+        write_rows(run / "validation" / f"{model}.jsonl", rows)
+    results = Results([run], draws=50)
+    assert results.of("small-egm")["success"].mean() == 1
+    egm, reference = table_validation(results).rows
+    assert [cell.value for cell in egm.cells] == pytest.approx([50.0, 2, 0.0, 2])
+    assert [cell.value for cell in reference.cells[:2]] == pytest.approx([100.0, 2])
+    assert reference.cells[2:] == [None, None]
 
 
 def test_only_the_experiments_own_runs_answer_its_hypotheses(tmp_path):

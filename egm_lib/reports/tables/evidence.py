@@ -1,4 +1,4 @@
-"""Tables of the registered experiment (docs/protocol.md): hypotheses, and sampled answers."""
+"""Tables of the registered experiment (docs/protocol.md): hypotheses, samples, validation."""
 
 from collections.abc import Mapping
 
@@ -12,6 +12,7 @@ from egm_lib.parsing import split_reasoning
 from egm_lib.prompts import TASKS
 from egm_lib.reports.tables.cells import Cell, Number, Row, Table, count, p_text, percent
 
+REFERENCE = "reference"  # the stronger model of the selection, as the profile names it
 PAIR = {"varied": "mini-full", "uniform": "mini-uniform"}  # profiles, by their teacher
 
 
@@ -91,6 +92,28 @@ def table_samples(results: Results) -> Table:
         "at least one of the N is right. Ways of reasoning are shares of the answers to prompts "
         "that need several steps. worked: the steps are written out; concluding: only the place of "
         "the object is named; restating: no place is named."
+    )
+    return table
+
+
+def table_validation(results: Results) -> Table:
+    """Accuracy on the validation split: greedy, and sampled at temperature 1."""
+    columns = ["greedy", "n", "sampled", "n, sampled"]
+    table = Table("table4_validation", "Accuracy on the validation split", columns)
+    found = results.validation
+    by_model = dict(list(found.groupby(found["model"].str.split("@").str[0], sort=False)))
+    for model in sorted(by_model, key=[*results.models, REFERENCE].index):
+        is_sample = by_model[model]["model"].str.contains("@sample-")
+        parts = (by_model[model][~is_sample], by_model[model][is_sample])
+        cells = [
+            cell
+            for rows in parts
+            for cell in (percent(estimate(rows, draws=results.draws)), count(len(rows) or None))
+        ]
+        table.rows.append(Row(model, "ours", cells))
+    table.notes.append(
+        "In percent. sampled: temperature 1 without top-k and top-p. reference: the stronger model "
+        "of the selection (Sec. 4.2), which is the same for all seeds."
     )
     return table
 
