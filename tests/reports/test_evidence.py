@@ -12,6 +12,7 @@ from egm_lib.reports.tables.evidence import (
     table_hypotheses,
     table_samples,
     table_validation,
+    table_ways,
 )
 
 VARIED = {"worked": 0.4, "concluding": 0.4, "restating": 0.2}
@@ -52,6 +53,22 @@ def test_samples_and_ways_are_counted(tmp_path):
     assert values[4:] == pytest.approx([25.0, 25.0, 50.0, 87.5, 0.0, 12.5])
 
 
+def test_each_way_is_scored_by_itself(tmp_path):
+    """Worked: 2 of 4 and 1 of 2 right; the base, which gives no reasoning, has no row."""
+    egm = [(True, "worked"), (False, "worked"), (False, "restating"), (False, "concluding")]
+    run = run_of(tmp_path, "mini-full-0", VARIED, {"small-egm": egm})
+    direct = prediction("vanilla", "refcoco", "val", 1, "small-base", True, 0)
+    answer = direct["raw_answer"].partition("</think>")[2]
+    rows = [direct | {"raw_answer": answer}]
+    write_rows(run / "predictions" / "small-base" / "refcoco_val.jsonl", rows)
+    (row,) = table_ways(Results([run], draws=50)).rows
+    values = [cell.value for cell in row.cells]
+    assert row.label == "small-egm, vanilla"
+    assert values == pytest.approx([50.0, 50.0, 2, 25.0, 0.0, 1, 25.0, 0.0, 1])
+    other = run_of(tmp_path, "mini-0", None, {"small-egm": egm})
+    assert table_ways(Results([other], draws=50)).rows == []
+
+
 def test_validation_is_apart_from_the_test_splits(tmp_path):
     """Greedy 1 of 2 right, sampled 0 of 2, though the test split says otherwise."""
     run = run_of(tmp_path, "mini-full-0", VARIED, {"small-egm": [(True, "worked")] * 5})
@@ -81,7 +98,6 @@ def test_only_the_experiments_own_runs_answer_its_hypotheses(tmp_path):
     new = run_of(tmp_path / "new", "mini-full-0", VARIED, answers)
     run_of(tmp_path / "new", "mini-uniform-0", None, answers)
     assert set(by_teacher(Results([new], draws=50))) == {"varied", "uniform"}
-    statuses = {
-        row.label.split()[0]: row.cells[-1] for row in table_hypotheses(Results([new])).rows
-    }
-    assert statuses["H3"] == "holds" and statuses["H1"] == "not run"
+    rows = {row.label.split()[0]: row.cells for row in table_hypotheses(Results([new])).rows}
+    assert rows["H3"][-2:] == ["", "holds"]  # read from its interval
+    assert rows["H1"][-2:] == [None, "not run"]

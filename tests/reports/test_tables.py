@@ -281,6 +281,7 @@ def test_the_same_files_give_the_same_bytes(run_root, tmp_path):
         "prompts",
         "table4_samples",
         "table4_validation",
+        "table4_ways",
     }
     assert len(first) == 3 * len(written) + 1
 

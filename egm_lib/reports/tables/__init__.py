@@ -33,6 +33,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "table4_decoding": beyond_paper.table_decoding,
     "table4_latency": beyond_paper.table_latency,
     "table4_samples": evidence.table_samples,
+    "table4_ways": evidence.table_ways,
     "table4_validation": evidence.table_validation,
     "prompts": beyond_paper.table_prompts,
     "ablation_grpo": beyond_paper.table_ablations,
