@@ -83,7 +83,7 @@ def show_samples(samples: Iterable[Mapping], root: Path) -> None:
     if not samples:
         return
     with styled():
-        figure = new_figure(2.9 * len(samples), 3.4)
+        figure = new_figure(2.9 * len(samples), 3.8)
         for axis, sample in zip(
             figure.subplots(1, len(samples), squeeze=False)[0], samples, strict=True
         ):

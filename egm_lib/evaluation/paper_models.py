@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from egm_lib.evaluation.results import paper
+from egm_lib.evaluation.results import paper, paper_mean
 from egm_lib.model_shapes import ModelShape, shape_of
 
 DIRECT_MODEL, EGM_MODEL = "Qwen3-VL-235B-A22B-Instruct", "EGM-Qwen3-VL-8B"
@@ -35,7 +35,7 @@ class PaperModel:
 def paper_models() -> tuple[PaperModel, ...]:
     """Every model of Fig. 5 and Table 4 whose shape is public, in the order of their names."""
     accuracy = {row["name"]: row["values"][1] for row in paper("fig5")["rows"]}
-    accuracy |= {row["name"]: row["mean_of_splits"] for row in paper("table4")["rows"]}
+    accuracy |= {row["name"]: paper_mean(row) for row in paper("table4")["rows"]}
     open_models = [name for name in accuracy if "Qwen3-VL" in name or "InternVL" in name]
     return tuple(_model(name, accuracy[name]) for name in sorted(open_models) if "w/o" not in name)
 

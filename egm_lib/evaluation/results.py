@@ -76,6 +76,13 @@ def paper(name: str) -> dict:
     return json.loads((PAPER_DIR / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def paper_mean(row: dict) -> float:
+    """The mean over the splits in a row of Table 4 or 10, in percent: as printed in the paper, or
+    else computed from its splits.
+    """
+    return row["mean_of_splits"] if row["mean_printed"] is None else row["mean_printed"]
+
+
 def paper_models(profile: str) -> tuple[dict[str, str], bool]:
     """The paper's counterpart of each model of a profile, and whether they are the same models."""
     matching = [row for row in paper("models")["rows"] if profile.startswith(row["profiles"])]

@@ -24,7 +24,7 @@ QUESTIONS = (
     (EGM, "small-direct-control", "It helps more than direct training does"),
     (EGM, LARGE, "The small model that reasons is better than the large base"),
     (EGM, HUGE, "The small model that reasons is better than the huge base"),
-    (EGM, "small-egm-no-reasoning", "The written reasoning is what helps"),
+    (EGM, "small-egm-no-reasoning", "The model needs the reasoning that it writes"),
     (EGM, SFT, "GRPO adds to SFT"),
     (EGM, "small-sft-control", "GRPO adds more than continued SFT does"),
 )
@@ -166,6 +166,8 @@ def _grpo(results: Results) -> Iterator[str]:
             f"Over {steps:,} steps the mean {task} reward goes from {first:.3f} to {last:.3f} "
             "(means of the first and the last tenth)."
         )
+    for task, first, last, _ in _logged(results, "grpo", "eval_reward"):
+        yield f"On held-out {task} prompts it goes from {first:.3f} to {last:.3f}."
     for task, _, last, _ in _logged(results, "grpo", "frac_reward_zero_std"):
         yield (
             f"In the last tenth, {100 * last:.0f} % of the {task} groups have equal rewards and "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from egm_lib.cli import ends
 from egm_lib.errors import InputError
-from egm_lib.evaluation.results import MODELS, paper, paper_models
+from egm_lib.evaluation.results import MODELS, paper, paper_mean, paper_models
 from egm_lib.files import project_root, write_text
 from egm_lib.reports.tables.cells import (
     cell_text,
@@ -30,7 +30,7 @@ def numbers(summary: dict | None) -> str:
     for model in MODELS:
         theirs = counterparts.get(model)
         row = rows.get(theirs)
-        mean = cell_text(published(row["mean_printed"] or row["mean_of_splits"])) if row else ""
+        mean = cell_text(published(paper_mean(row))) if row else ""
         ours = [_cell(summary, key, model) for key in ("acc_at_50", "amodal_acc_at_50")]
         lines.append(
             f"| {theirs or 'not in the paper'} | {mean} | `{model}` | {ours[0]} | {ours[1]} |"

@@ -109,7 +109,7 @@ def _times_by_model(ax: Axes) -> None:
     ax.set(
         xscale="log",
         xlim=(40, 2e5),
-        xlabel="ms an answer",
+        xlabel="ms per answer",
         title=f"Published, and predicted on {GPU}s",
     )
     _plain_ticks(ax.xaxis)

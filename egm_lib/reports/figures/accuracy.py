@@ -264,9 +264,11 @@ def lookalikes(material: Material) -> tuple[Figure, str]:
             xticks=range(len(values)),
             xticklabels=names,
             ylabel="accuracy at IoU > 0.5, %",
-            ylim=(0, 102),
+            ylim=(0, 105),
             title={"num_lookalikes": "by look-alikes", "prompt_kind": "by kind of prompt"}[stratum],
         )
+        if stratum == "num_lookalikes":
+            ax.set_xlabel("number of look-alikes")
         if stratum == "prompt_kind" and len(values) > 4:
             ax.set_xticks(
                 range(len(values)), names, rotation=35, ha="right", rotation_mode="anchor"

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
+from egm_lib.data import AMODAL_SPLITS, EVAL_SPLITS, split_id
 from egm_lib.evaluation.hypotheses import MARGIN
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import estimate
@@ -15,6 +15,12 @@ from egm_lib.reports.tables.cells import Number, p_text, percent
 from egm_lib.reports.tables.evidence import answered
 from egm_lib.viewer.palette import FAINT, INK, new_figure, style_of
 
+DATASETS = {  # as the paper writes them
+    "refcoco": "RefCOCO",
+    "refcoco+": "RefCOCO+",
+    "refcocog": "RefCOCOg",
+    "coco_amodal": "COCO-Amodal",
+}
 SPLIT_MODELS = (SMALL, "small-sft", EGM, "small-direct-control", "small-sft-control", LARGE)
 
 
@@ -102,11 +108,13 @@ def hypotheses(material: Material) -> tuple[Figure, str]:
 
 def splits(material: Material) -> tuple[Figure, str]:
     """Accuracy of each model on each split, with intervals."""
-    wanted = [f"{dataset}_{split}" for dataset, split in (*EVAL_SPLITS, *AMODAL_SPLITS)]
     scored = material.results.scored
     keys = split_keys(scored)
     models = [model for model in SPLIT_MODELS if model in material.results.models]
-    names = [name for name in wanted if (keys == name).any()]
+    answered_splits = [
+        pair for pair in (*EVAL_SPLITS, *AMODAL_SPLITS) if (keys == split_id(*pair)).any()
+    ]
+    names = [split_id(*pair) for pair in answered_splits]
     if not models or not names:
         raise NotRun("no predictions on the evaluation splits")
     figure = new_figure(9.2, 3.6)
@@ -127,7 +135,8 @@ def splits(material: Material) -> tuple[Figure, str]:
             ax.plot(x, y, linestyle="none", label=style.label, **marks)
     for edge in np.arange(len(names) - 1) + 0.5:
         ax.axvline(edge, color=FAINT, linewidth=0.4, alpha=0.5)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
+    shown = [f"{DATASETS[dataset]} {split}" for dataset, split in answered_splits]
+    ax.set_xticks(range(len(names)), shown, rotation=30, ha="right", rotation_mode="anchor")
     ax.tick_params(axis="x", length=0, labelcolor=INK)
     ax.set_ylabel("accuracy at IoU > 0.5, %")
     ax.set_xlim(-0.6, len(names) - 0.4)

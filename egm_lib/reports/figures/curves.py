@@ -183,7 +183,8 @@ def _ways(ax: Axes, material: Material) -> None:
     if bars:
         ax.set_ylim(0, 128)
         ax.set_yticks(range(0, 101, 20))
-        ax.legend(fontsize=7, loc="upper center", ncols=3, title="the trace names")
+        narrow = {"columnspacing": 0.7, "handlelength": 0.9, "handletextpad": 0.4}
+        ax.legend(fontsize=6.5, loc="upper center", ncols=3, title="the trace names", **narrow)
     else:
         ax.text(0.5, 0.5, "not run", ha="center", color=FAINT, transform=ax.transAxes)
 

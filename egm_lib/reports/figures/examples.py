@@ -58,7 +58,7 @@ def fig3(material: Material) -> tuple[Figure, str]:
     if not rows:
         raise NotRun("no curated traces (notebooks 02 and 03)")
     lines = (len(rows) + 1) // 2
-    figure = new_figure(8.6, 2.15 * lines)
+    figure = new_figure(8.6, 0.2 + 2.15 * lines)
     axes = figure.subplots(lines, 4, width_ratios=(1, 1.15, 1, 1.15), squeeze=False).ravel()
     for ax in axes[2 * len(rows) :]:
         ax.set_axis_off()

@@ -7,7 +7,7 @@ import pandas as pd
 
 from egm_lib.curation.judges import agreement
 from egm_lib.data.records import AMODAL_SPLITS, EVAL_SPLITS
-from egm_lib.evaluation.results import Results, paper
+from egm_lib.evaluation.results import Results, paper, paper_mean
 from egm_lib.evaluation.scoring import split_keys
 from egm_lib.evaluation.statistics import Difference, Estimate, estimate, paired_difference
 from egm_lib.files import read_json
@@ -245,7 +245,13 @@ def table6(results: Results) -> Table:
     manifests = [read_json(root / "manifest.json", shape=dict) or {} for root in trained]
     stated = [manifest.get("values") for manifest in manifests]
     ours = [values.get("grpo") for values in stated if isinstance(values, dict)]
-    return _settings("table6", [values for values in ours if isinstance(values, dict)])
+    ours = [values for values in ours if isinstance(values, dict)]
+    table = _settings("table6", ours)
+    limits = [str(values["max_steps"]) for values in ours if values.get("max_steps")]
+    if limits:
+        cells = [*[NOT_REPORTED] * 2, " / ".join(dict.fromkeys(limits))]
+        table.rows.insert(1, Row("steps, where they end it earlier", "paper | ours", cells))
+    return table
 
 
 def table8(results: Results) -> Table:
@@ -312,7 +318,7 @@ def _by_split(results: Results, name: str, models: Sequence[str]) -> Table:
         ours = accuracy_cells(results, model)
         table.rows.append(Row(model, "ours", [*ours, count(len(results.of(model)) or None)]))
         if beside is not None and results.same_models:
-            values = [*beside["values"], beside["mean_of_splits"]]
+            values = [*beside["values"], paper_mean(beside)]
             off = [_minus(cell, value) for cell, value in zip(ours, values, strict=True)]
             table.rows.append(Row(model, "ours - paper", [*off, None]))
         if model == "small-egm":
@@ -339,13 +345,13 @@ def _published_row(row: dict) -> Row:
     return Row(
         row["name"],
         "paper",
-        [*map(published, row["values"]), published(row["mean_of_splits"]), NOT_REPORTED],
+        [*map(published, row["values"]), published(paper_mean(row)), NOT_REPORTED],
     )
 
 
 def _published_gain(above: dict, below: dict) -> Row:
     values = [x - y for x, y in zip(above["values"], below["values"], strict=True)]
-    values.append(above["mean_of_splits"] - below["mean_of_splits"])
+    values.append(paper_mean(above) - paper_mean(below))
     gains = [Number(value, signed=True) for value in values]
     return Row(f"{above['name']} - {below['name']}", "paper, gain", [*gains, NOT_REPORTED])
 
