@@ -374,8 +374,12 @@ class Profile:
 
     @property
     def digest(self) -> str:
-        """A short hash of every value: two profiles with the same digest ask for the same run."""
-        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        """A short hash of every value but the budget, which changes no result: two profiles with
+        the same digest ask for the same run.
+        """
+        values = self.as_dict()
+        values["curation"] = {k: v for k, v in values["curation"].items() if k != "budget_usd"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def api_key(base_url: str, variable: str) -> str:
@@ -525,11 +529,13 @@ def _raw(name: str, extended_by: tuple[str, ...] = ()) -> tuple[dict, dict[str, 
 
 def _raw_variant(name: str, extended_by: tuple[str, ...]) -> dict:
     """The values of `<profile>-<variant>`."""
-    base, _, variant = name.rpartition("-")
-    if _file(base) is not None:
-        values, variants = _raw(base, extended_by)
-        if variant in variants:
-            return _merge(values, variants[variant])
+    parts = name.split("-")
+    for end in range(len(parts) - 1, 0, -1):  # both parts may have hyphens
+        base, variant = "-".join(parts[:end]), "-".join(parts[end:])
+        if _file(base) is not None:
+            values, variants = _raw(base, extended_by)
+            if variant in variants:
+                return _merge(values, variants[variant])
     known = _file_names()
     extending = f" ({extended_by[-1]} extends it)" if extended_by else ""
     raise ProfileError(

@@ -17,7 +17,7 @@ import httpx2
 import openai
 from tqdm import tqdm
 
-from egm_lib.curation.batch import run_batches
+from egm_lib.curation.batch import BatchLog, run_batches
 from egm_lib.curation.cost import CostEstimate, SpendingCap, cost_usd
 from egm_lib.curation.ledger import Ledger, LedgerError
 from egm_lib.curation.options import CurationError, Refused
@@ -78,6 +78,11 @@ def run_task(
     if Path(out).resolve() == Path(ledger).resolve():
         raise CurationError(
             f"cannot write the output to {out}: it is the ledger; name another file"
+        )
+    if not batch and (left := BatchLog(Path(ledger)).open_batches()):
+        raise CurationError(
+            f"{len(left)} batches with {sum(len(each.requests) for each in left):,} requests of "
+            f"{ledger} are still on the service; run again with --batch to collect them"
         )
     key = api_key(teacher.base_url, teacher.api_key_env)
     plan = Plan(task, First(samples, limit), teacher, Path(root))
@@ -173,24 +178,32 @@ class _Asker:
         except (OSError, ValueError) as error:
             self.receipts.fail(request, str(error))
             return
-        at_most_usd = self.plan.at_most_usd(request)
-        if not await self.budget.take_patiently(at_most_usd, self.stop):
-            if not self.stop.is_set():
-                self._end(self.budget.used_up)
-            return
-        self.receipts.report.asked += 1
-        try:
-            async with asyncio.timeout(self.deadline_s):
-                fault = await self._fetch(request, body)
-        except (openai.OpenAIError, TimeoutError) as error:
-            if reason := refuses_everything(error):
-                raise Refused(self.receipts.redact(reason)) from None
-            fault = words_of(error)
-        finally:
-            await self.budget.give_back(at_most_usd)
-        if fault is None:
-            self.failures_in_a_row = 0
-            return
+        at_most_usd, replies = self.plan.at_most_usd(request), 0
+        while True:
+            # Every reply is paid, so every try needs room in the budget
+            if not await self.budget.take_patiently(at_most_usd, self.stop):
+                if not self.stop.is_set():
+                    self._end(self.budget.used_up)
+                return
+            self.receipts.report.asked += replies == 0
+            try:
+                async with asyncio.timeout(self.deadline_s):
+                    fault = await self._fetch(request, body)
+            except (openai.OpenAIError, TimeoutError) as error:
+                if reason := refuses_everything(error):
+                    raise Refused(self.receipts.redact(reason)) from None
+                fault = words_of(error)
+                break
+            finally:
+                await self.budget.give_back(at_most_usd)
+            if fault is None:
+                self.failures_in_a_row = 0
+                return
+            replies += 1
+            if replies == READ_TRIES:
+                fault = f"{READ_TRIES} replies were no answers; of the last one, {fault}"
+                break
+            await asyncio.sleep(2.0 ** (replies - 1))
         self.receipts.fail(request, fault)
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= self.patience:
@@ -199,20 +212,15 @@ class _Asker:
             )
 
     async def _fetch(self, request: CurationRequest, body: dict) -> str | None:
-        """Ask until there is an answer in the ledger; returns what went wrong where there is none.
+        """Ask once, and put the reply into the ledger; returns why it is no answer.
 
         Raises openai.OpenAIError.
         """
-        for attempt in range(READ_TRIES):
-            started = time.monotonic()
-            response = await self._post(request, body)
-            # Paid from here on: nothing may wait or fail before it is in the ledger.
-            latency_ms = round(1000 * (time.monotonic() - started), 1)
-            fault = self.receipts.receive(request, response.text, latency_ms=latency_ms)
-            if fault is None:
-                return None
-            await asyncio.sleep(2.0**attempt)
-        return f"{READ_TRIES} replies were no answers; of the last one, {fault}"
+        started = time.monotonic()
+        response = await self._post(request, body)
+        # Paid from here on: nothing may wait or fail before it is in the ledger.
+        latency_ms = round(1000 * (time.monotonic() - started), 1)
+        return self.receipts.receive(request, response.text, latency_ms=latency_ms)
 
     async def _post(self, request: CurationRequest, body: dict) -> httpx2.Response:
         """Send a request; one that the service refuses for an option is sent as it accepts it."""

@@ -42,16 +42,17 @@ def agreement(
     Fleiss'); low and high, its 95 % interval (Cohen's from its standard error, Fleiss' by
     bootstrap); n. A kappa is nan where all verdicts are the same.
     """
+    judgements = judgements.reindex(columns=["sample_id", "judge", "cause"])
     judgements = judgements.drop_duplicates(["sample_id", "judge"], keep="last")
     verdicts_N_J = judgements.pivot(index="sample_id", columns="judge", values="cause").dropna()
     judges = list(verdicts_N_J.columns)
     codes_N_J = (
         verdicts_N_J.apply(lambda column: column.map(CAUSES.index))
         .to_numpy(int)
-        .reshape(-1, len(judges))
+        .reshape(len(verdicts_N_J), len(judges))
     )
     rows = {}
-    for a, b in combinations(range(len(judges)), 2):
+    for a, b in combinations(range(len(judges)), 2) if len(codes_N_J) else ():
         table_C_C = np.zeros((len(CAUSES), len(CAUSES)))
         np.add.at(table_C_C, (codes_N_J[:, a], codes_N_J[:, b]), 1)
         # 0 / 0 where every verdict is the same

@@ -14,6 +14,7 @@ from egm_lib.data import open_image
 LINE_WIDTH_PX = 5  # Fig. 8 [C]
 # Larger images are sent smaller: services scale them down anyway, and charge for the bytes
 MAX_SIDE_PX = 2048
+FAR_PX = 10_000.0  # outside of every image that is sent
 JPEG_QUALITY = 90
 
 
@@ -42,10 +43,12 @@ def marked_jpeg(image: Image.Image, marks: list[Mark], sample: Mapping) -> bytes
     image = image.resize(size) if scale < 1 else image.copy()
     draw = ImageDraw.Draw(image)
     for box, colour, label in marks:
-        x1, y1, x2, y2 = (value * scale for value in box)
+        # A looping model may name a corner that no drawing library can hold
+        x1, y1, x2, y2 = (min(max(value * scale, -FAR_PX), FAR_PX) for value in box)
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=LINE_WIDTH_PX)
         tag = _tag(label, colour)
-        x, y = min(max(x1, 0), max(image.width - tag.width, 0)), max(y1 - tag.height, 0)
+        x = min(max(x1, 0), max(image.width - tag.width, 0))
+        y = min(max(y1 - tag.height, 0), max(image.height - tag.height, 0))
         image.paste(tag, (round(x), round(y)))
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=JPEG_QUALITY)

@@ -82,6 +82,8 @@ def _fault(task: CurationTask, sample: Mapping, name: str) -> str | None:
         if _is_quad(value) and value[0] < value[2] and value[1] < value[3]:
             return None
         return f": {name} = {value!r} is not a box (x1 < x2, y1 < y2, finite, in pixels)"
+    if name in ("width", "height") and isinstance(value, int) and value < 1:
+        return f": {name} = {value!r} is not a size in pixels"
     kind = int if name in ("width", "height") else str
     return (
         None if isinstance(value, kind) else f": {name} = {value!r} is not of type {kind.__name__}"
@@ -254,7 +256,8 @@ def filter_quality(out: Path, planted: Mapping[str, str | None]) -> pd.DataFrame
 
 def _quality(pairs: list[tuple[bool, bool]]) -> list:
     planted, dropped, both = (
-        sum(values) for values in zip(*((w, g, w and g) for w, g in pairs), strict=True)
+        sum(values)
+        for values in zip(*((w, g, w and g) for w, g in pairs or [(False, False)]), strict=True)
     )
     return [
         planted,

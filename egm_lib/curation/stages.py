@@ -30,7 +30,8 @@ def run_stage(run: Run, task_name: str, samples: Iterable[Mapping], stage: str =
 
     stage: names the output, `curation/<task>-<stage>.jsonl` in the run's folder ("": without it).
     The stages of a task share one ledger. Returns the report; its `out` is the output file.
-    Raises CurationError for a paid service without a budget, and whatever `run_task` raises.
+    Raises CurationError for a paid service without a budget and where some samples were not asked
+    (the answers are kept, and the same call continues), and whatever `run_task` raises.
     """
     name = f"{task_name}-{stage}" if stage else task_name
     return _ask(run, task_name, samples, run.profile.curation.teacher, name)
@@ -71,7 +72,7 @@ def _ask(
         budget_usd = None
     if budget_usd is not None:  # it is for all tasks together; `run_task` knows one ledger
         budget_usd = max(0.0, budget_usd - _spent_usd(run, besides=ledger))
-    return run_task(
+    report = run_task(
         TASKS[task_name],
         samples,
         service,
@@ -83,6 +84,10 @@ def _ask(
         skip_filters=curation.skip_filters if filtered else (),
         progress=False,
     )
+    if report.stopped or report.waiting:  # no later stage may take it for finished
+        reason = report.stopped or "stopped; the same command continues"
+        raise CurationError(f"{name}: {report.waiting:,} samples are not asked yet: {reason}")
+    return report
 
 
 def is_paid(service: Teacher) -> bool:

@@ -136,7 +136,7 @@ def _text(reply: str) -> str | None:
 
 def _expression(reply: str) -> str | None:
     words = " ".join(after_thinking(reply).split())
-    return words.strip("\"'`“” ").removesuffix(".").lower() or None
+    return words.strip("\"'`“” .").lower() or None
 
 
 def _yes_or_no(reply: str) -> str | None:
@@ -146,8 +146,14 @@ def _yes_or_no(reply: str) -> str | None:
 
 def _cause(reply: str) -> str | None:
     """The one category that a reply names; None if it names none or several."""
-    text = after_thinking(reply).upper()
-    named = {cause for cause in CAUSES if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", text)}
+    text = after_thinking(reply)
+    named = {
+        cause
+        for cause in CAUSES
+        if re.search(rf"\b{cause.replace('-', '[-_ ]')}\b", text, re.IGNORECASE)
+    }
+    if len(named) > 1 and not re.search(r"\bOTHER\b", text):  # "the other zebra" names none
+        named.discard("OTHER")
     return named.pop() if len(named) == 1 else None
 
 

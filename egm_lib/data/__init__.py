@@ -75,12 +75,16 @@ def read_train(
     )
 
 
-def read_validation(root: str | Path) -> Dataset:
+def read_validation(root: str | Path, limit: int | None = None) -> Dataset:
     """The vanilla samples of the data root's validation.jsonl, which no table tests on, or else
-    RefCOCO's val.
+    RefCOCO's val; or the first `limit` of them.
     """
     path = Path(root) / "validation.jsonl"
-    return read_samples(path) if path.is_file() else read_eval(root, "refcoco", "val")
+    return (
+        _head(read_samples(path), limit)
+        if path.is_file()
+        else read_eval(root, "refcoco", "val", limit)
+    )
 
 
 def _head(samples: Dataset, limit: int | None) -> Dataset:

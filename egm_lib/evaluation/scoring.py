@@ -82,7 +82,11 @@ def _values(rows: Sequence[Mapping], name: str) -> list:
 
 def numeric(column: pd.Series) -> pd.Series:
     """A column as numbers; nan for what is none, or too large to have been measured."""
-    plain = column.map(lambda value: isinstance(value, str | int | float))
+    plain = column.map(
+        lambda value: (
+            isinstance(value, str | float) or (isinstance(value, int) and abs(value) < TOO_LARGE)
+        )
+    )
     numbers = pd.to_numeric(column.where(plain), errors="coerce").astype(float)
     return numbers.where(numbers.abs() < TOO_LARGE)
 

@@ -106,6 +106,7 @@ def bootstrap_means(
 
 
 def bootstrap_interval(draws_D: np.ndarray) -> tuple[float, float] | None:
+    """The middle 95 % of the draws; None if there are too few."""
     draws_D = draws_D[np.isfinite(draws_D)]
     if len(draws_D) < 20:
         return None
@@ -156,9 +157,13 @@ def estimate(
         draws=draws,
         rng_seed=rng_seed,
     )
-    return Estimate(
-        _mean_of_groups(values_N, groups_N), bootstrap_interval(draws_D_1[:, 0]), len(rows)
-    )
+    interval = bootstrap_interval(draws_D_1[:, 0]) if _several_images(rows) else None
+    return Estimate(_mean_of_groups(values_N, groups_N), interval, len(rows))
+
+
+def _several_images(rows: pd.DataFrame) -> bool:
+    """One image says nothing about others, so that there is no interval."""
+    return image_clusters(rows).nunique() > 1
 
 
 def sample_fixed(items: Sequence, count: int) -> list:
@@ -236,11 +241,15 @@ def difference_of(
         draws=draws,
         rng_seed=rng_seed,
     )[:, 0]
-    mean, interval = _mean_of_groups(delta_N, groups_N), bootstrap_interval(draws_D)
+    mean = _mean_of_groups(delta_N, groups_N)
+    interval = bootstrap_interval(draws_D) if _several_images(both) else None
     p_value = None
     if interval is not None:
         error = float(np.nanstd(draws_D, ddof=1))
-        p_value = float(2 * stats.norm.sf(abs(mean) / error)) if error > 0 else float(mean == 0)
+        if error > 0:
+            p_value = float(2 * stats.norm.sf(abs(mean) / error))
+        elif mean == 0:
+            p_value = 1.0
     only_a, only_b = int((delta_N > 0).sum()), int((delta_N < 0).sum())
     mcnemar_p = mcnemar(only_a, only_b) if seeds_N is None else None
     return Difference(mean, interval, len(both), p_value, only_a, only_b, mcnemar_p)

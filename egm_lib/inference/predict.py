@@ -47,7 +47,7 @@ from egm_lib.inference.shards import (
 )
 from egm_lib.parsing import parse_completion
 from egm_lib.profile import NO_REASONING, Sampling
-from egm_lib.prompts import DEFAULT_PROMPT
+from egm_lib.prompts import DEFAULT_PROMPT, TASKS
 from egm_lib.run import Run
 
 
@@ -92,7 +92,8 @@ def predict(
     window = _window(engine)
     chunk = window or WINDOW_BATCHES * engine.batch_size  # rows that are written together
     parts = _parts(dealt, done, window)
-    rows = _answer_rows(parts, engine, stamp, root, sampling, reasoning, prompt)
+    unreadable: set[str] = set()  # samples that never reach the engine
+    rows = _answer_rows(parts, engine, stamp, root, sampling, reasoning, prompt, unreadable)
     progress = {
         "total": len(dealt),
         "initial": len(done),
@@ -107,7 +108,8 @@ def predict(
         while written := list(islice(rows, chunk)):
             # A few rows of an endpoint that are asked once more may all fail again
             few = window is None and done and len(written) < chunk
-            if all(row["status"] == "error" for row in written) and len(written) > 1 and not few:
+            asked = [row for row in written if row["sample_id"] not in unreadable]
+            if len(asked) > 1 and all(row["status"] == "error" for row in asked) and not few:
                 raise EngineFailure(
                     f"{model}, {out.stem}: all {len(written)} samples failed; the first: "
                     f"{written[0]['error']}"
@@ -185,8 +187,12 @@ def _answer_rows(
     sampling: Sampling,
     reasoning: bool,
     prompt: str,
+    unreadable: set[str],
 ) -> Iterator[dict]:
-    """A row of each sample, in order. Images are decoded while the engine answers earlier ones."""
+    """A row of each sample, in order. Images are decoded while the engine answers earlier ones.
+
+    unreadable: takes the samples whose request could not be made.
+    """
     request = partial(request_of, family=engine.family, root=root, prompt=prompt)
     ahead = _window(engine) or engine.batch_size
     with contextlib.closing(
@@ -194,7 +200,7 @@ def _answer_rows(
     ) as requests:
         for part in parts:
             waiting: deque[tuple[Mapping, Answer | None]] = deque()
-            valid = _valid_requests(zip(part, requests, strict=False), waiting)
+            valid = _valid_requests(zip(part, requests, strict=False), waiting, unreadable)
             if _window(engine) is not None:
                 valid = list(valid)
             for answer in engine.answer(valid, sampling, reasoning=reasoning):
@@ -207,11 +213,15 @@ def _answer_rows(
 
 
 def _valid_requests(
-    pairs: Iterable[tuple[Mapping, Request | Answer]], waiting: deque
+    pairs: Iterable[tuple[Mapping, Request | Answer]], waiting: deque, unreadable: set[str]
 ) -> Iterator[Request]:
-    """The requests among the pairs. waiting: takes each sample, and its answer if it has failed."""
+    """The requests among the pairs. waiting: takes each sample, and its answer if it has failed;
+    unreadable: the ids of those.
+    """
     for sample, request in pairs:
         failed = isinstance(request, Answer)
+        if failed:
+            unreadable.add(sample["sample_id"])
         waiting.append((sample, request if failed else None))
         if not failed:
             yield request
@@ -270,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--task",
-        choices=("vanilla", "amodal"),
+        choices=TASKS,
         action="append",
         help="default: the profile's tasks",
     )
@@ -298,6 +308,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.latency and args.shard.count > 1:
         parser.error("latency is measured in one process: leave --shard out")
+    if args.task and (args.latency or args.validation):
+        parser.error("--latency and --validation are of the vanilla task: leave --task out")
+    known = [split_id(*pair) for task in TASKS for pair in eval_splits(task)]
+    if unknown := set(args.split or ()) - set(known):
+        parser.error(f"there is no split {min(unknown)}; known: {', '.join(known)}")
     import torch  # only here and below: a notebook that knows `predict` opens without it
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -355,7 +370,7 @@ def _use_engine(
     for pair in [None] if args.validation else splits:
         start = time.perf_counter()
         if pair is None:
-            samples, out = read_validation(root), run.validation(model)
+            samples, out = read_validation(root, args.limit), run.validation(model)
         else:
             samples, out = read_eval(root, *pair, limit), run.predictions(model, split_id(*pair))
         predict(

@@ -62,11 +62,16 @@ def pack(run: Run) -> Path:
             member.size = len(content)
             archive.addfile(_anonymous(member), io.BytesIO(content))
         for path in sorted(files):
-            if path.is_file() and path.suffix in (".json", ".jsonl"):
+            if _is_kept(path.relative_to(run.root)) and path.is_file():
                 archive.add(
                     path, f"{run.root.name}/{path.relative_to(run.root)}", filter=_anonymous
                 )
     return out
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file goes into an archive; the variants of ablations have checkpoints, too."""
+    return path.suffix in (".json", ".jsonl") and "checkpoints" not in path.parts
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 
 from egm_lib.cli import ends
 from egm_lib.pipeline.jobs import job, run_jobs, training_job
@@ -67,11 +68,13 @@ def run_experiment(seed: int) -> None:
     validate(uniform)
 
 
-def report(run: Run) -> None:
-    """The tables and figures of the profile, and the answer to every hypothesis."""
+def report(runs: Sequence[Run]) -> None:
+    """The tables and figures of a profile's runs, and the answer to every hypothesis."""
+    run = runs[0]
+    roots = sorted({root for each in runs for root in each.roots})
     evaluation = run.profile.evaluation
-    build_tables(run.roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
-    build_figures(run.roots, run.figures, rule=evaluation.rule)
+    build_tables(roots, run.figures, rule=evaluation.rule, draws=evaluation.bootstrap_samples)
+    build_figures(roots, run.figures, rule=evaluation.rule)
     if (run.figures / "hypotheses.md").exists():
         print((run.figures / "hypotheses.md").read_text(encoding="utf-8"))
 
@@ -92,7 +95,7 @@ def _run_all(seeds: list[int] | None) -> None:
     for seed in seeds or profile.seeds:
         run_experiment(seed)
     for name in PAIR.values():
-        report(Run(load_profile(name), profile.seeds[0]))
+        report([Run(load_profile(name), seed) for seed in seeds or profile.seeds])
 
 
 if __name__ == "__main__":

@@ -9,14 +9,18 @@ import sys
 
 from egm_lib.cli import ends, run_of, run_parser
 from egm_lib.pipeline.jobs import prediction_jobs, run_jobs
+from egm_lib.run import Run
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = run_parser("pipeline.predict", "Predict evaluation splits in several processes.")
     parser.add_argument("--model", required=True, action="append", help="may be given again")
     args, others = parser.parse_known_args(argv)
-    run = run_of(args)
-    return ends(lambda: run_jobs(run, prediction_jobs(run, args.model, *others)))
+    return ends(lambda: _predict(run_of(args), args.model, others))
+
+
+def _predict(run: Run, models: list[str], options: list[str]) -> None:
+    run_jobs(run, prediction_jobs(run, models, *options))
 
 
 if __name__ == "__main__":

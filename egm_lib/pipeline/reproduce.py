@@ -59,7 +59,7 @@ OUTPUTS = (  # folders that stages fill
 )
 
 
-def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = False) -> None:
+def reproduce(run: Run, *, first: int = 0, last: int = 99, fresh: bool = False) -> None:
     """Runs the stages whose number lies between `first` and `last`. fresh: finished ones, too.
 
     Raises ReproduceError if another process works on the run, if the profile was changed
@@ -72,7 +72,7 @@ def reproduce(run: Run, *, first: str = "00", last: str = "99", fresh: bool = Fa
         for number, notebook in enumerate(notebooks):
             name = notebook.stem
             key = digest([key, code_of_file(notebook)])[:16]
-            if not first[:2] <= name[:2] <= last[:2]:
+            if not first <= int(name[:2]) <= last:
                 continue
             if not set(tasks_of(notebook)) & set(run.profile.tasks):
                 print(f"[{number + 1}/{len(notebooks)}] {name}: not needed for {run.profile.name}")
@@ -245,8 +245,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, action="append", help="default: every seed of the profile"
     )
-    parser.add_argument("--first", default="00", metavar="NN", help="number of the first notebook")
-    parser.add_argument("--last", default="99", metavar="NN", help="number of the last notebook")
+    number = {"type": int, "metavar": "NN"}
+    parser.add_argument("--first", default=0, help="number of the first notebook", **number)
+    parser.add_argument("--last", default=99, help="number of the last notebook", **number)
     parser.add_argument("--fresh", action="store_true", help="run notebooks that are done, too")
     parser.add_argument(
         "--publish",

@@ -178,7 +178,8 @@ def _grpo(results: Results) -> Iterator[str]:
 def _latency(results: Results) -> Iterator[str]:
     for model in (BASE, LARGE, EGM, HUGE):
         if stats := latency_stats(results, model):
-            yield f"`{model}` takes {stats['mean']:.0f} ms for {stats['tokens']:.0f} tokens."
+            tokens = "" if stats["tokens"] is None else f" for {stats['tokens']:.0f} tokens"
+            yield f"`{model}` takes {stats['mean']:.0f} ms{tokens}."
 
 
 def _answers(results: Results, task: str) -> Iterator[str]:

@@ -184,8 +184,10 @@ def test_variants_are_not_inherited_but_may_be_taken_over_by_name(folder):
     )
     (folder / "plain.yaml").write_text("extends: base\nseeds: [7]\n")
     (folder / "chosen.yaml").write_text("extends: base\nseeds: [7]\nvariants: [long]\n")
+    (folder / "two-parts.yaml").write_text("extends: mini\nvariants:\n  no-kl: {seeds: [3]}\n")
+    assert load_profile("two-parts-no-kl").seeds == (3,)
     names = set(profile_names())
-    assert {"base-long", "base-short", "chosen-long"} <= names
+    assert {"base-long", "base-short", "chosen-long", "two-parts-no-kl"} <= names
     assert not {"plain-long", "plain-short", "chosen-short", "base-amodal"} & names
     assert load_profile("chosen-long").sft.max_minutes == 9
     assert load_profile("chosen-long").seeds == (7,)

@@ -113,6 +113,13 @@ def test_a_batch_whose_submission_was_cut_short_is_found_again(tmp_path, run, mo
     assert len(theirs.batches) == 1 and report.asked == 0 and report.kept == 4
 
 
+def test_open_batches_are_not_paid_for_again_one_by_one(tmp_path, run):
+    log = batch.BatchLog(tmp_path / "ledger.jsonl")
+    log.append("prepared", "a", requests={"k": ["s", 1]}, at_most_usd=0.1)
+    with pytest.raises(CurationError, match="1 batches with 1 requests.*--batch to collect"):
+        run("trace", make_root(tmp_path, 2))
+
+
 def test_the_batch_log_survives_a_torn_line(tmp_path):
     log = batch.BatchLog(tmp_path / "ledger.jsonl")
     log.append("prepared", "a", requests={"k": ["s", 1]}, at_most_usd=0.1)

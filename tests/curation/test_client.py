@@ -19,6 +19,7 @@ from killed_runs import kills
 from egm_lib.curation.client import estimate
 from egm_lib.curation.options import CurationError, Refused
 from egm_lib.curation.outputs import JsonlSamples, kept
+from egm_lib.curation.request_plan import Plan, Receipts
 from egm_lib.curation.tasks import TASKS
 from egm_lib.profile import ProfileError
 
@@ -80,6 +81,30 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_continues(tmp_path, run):
     assert last.waiting == 0 and first.cost_usd + again.cost_usd + last.cost_usd == pytest.approx(
         full
     )
+
+
+def test_replies_that_are_no_answers_stay_within_the_budget(tmp_path, run, monkeypatch):
+    """Each is charged, so each further try needs room."""
+    samples = make_root(tmp_path, 1)
+    theirs = service(
+        lambda request: httpx2.Response(200, json=completion("", "tool_calls")), monkeypatch
+    )
+    plan = Plan(TASKS["verify"], samples, theirs, tmp_path)
+    budget_usd = 1.5 * plan.at_most_usd(plan.request(samples[0]))
+    monkeypatch.setattr(Receipts, "receive", charged(budget_usd / 1.5))
+    report = run("verify", samples, theirs, budget_usd=budget_usd)
+    assert report.cost_usd <= budget_usd and "budget" in report.stopped and report.waiting == 1
+
+
+def charged(usd):
+    """A reply that is no answer and costs as much as it may."""
+
+    def receive(self, request, body, **extra):
+        self.ledger.append({"key": request.key, "status": "unreadable", "cost_usd": usd})
+        self.report.cost_usd += usd
+        return "no answer"
+
+    return receive
 
 
 def test_a_budget_without_a_price_is_refused(tmp_path, run):

@@ -59,6 +59,12 @@ def test_only_failures_that_all_judged_count_and_unanimity_has_no_kappa():
     assert row["n"] == 2 and row["percent"] == 100 and np.isnan(row["kappa"])
 
 
+def test_without_a_common_failure_there_is_no_agreement():
+    separate = pd.concat([judgements(a=["OTHER"]), judgements(b=["OTHER"]).assign(sample_id="t")])
+    for rows in (separate, pd.DataFrame(), judgements(a=[])):
+        assert agreement(rows).empty
+
+
 def test_a_judge_who_is_listed_twice_counts_by_the_last_verdict():
     rows = judgements(a=["OTHER", "OTHER"], b=["OTHER", "OTHER"])
     row = agreement(pd.concat([rows, judgements(b=["GT-ERROR"])])).loc["a - b"]

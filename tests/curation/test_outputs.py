@@ -52,6 +52,7 @@ def test_an_image_of_another_size_fails_alone(tmp_path, run):
         ({"modal_box": None}, "no 'modal_box', which amodal-trace needs"),
         ({"sample_id": 7}, "sample_id = 7 is not of type str"),
         ({"width": "128"}, "width = '128' is not of type int"),
+        ({"height": 0}, "height = 0 is not a size in pixels"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_paid(tmp_path, run, change, words):

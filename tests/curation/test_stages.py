@@ -101,8 +101,23 @@ def test_the_budget_is_the_runs_and_not_each_tasks(tmp_path, make_run, monkeypat
     run = make_run(teacher())
     spent = run_stage(run, "verify", samples).cost_usd
     monkeypatch.setenv(stages.BUDGET_VARIABLE, str(spent))
-    report = run_stage(run, "trace", samples)
-    assert report.asked == 0 and report.waiting == 40 and "budget" in report.stopped
+    with pytest.raises(CurationError, match="trace: 40 samples are not asked yet.*budget"):
+        run_stage(run, "trace", samples)
+
+
+def test_a_stage_that_stopped_early_is_not_taken_for_finished(tmp_path, make_run, monkeypatch):
+    """A notebook ends there, keeps what was paid, and goes on with a larger budget."""
+    samples = make_root(tmp_path, 40)
+    monkeypatch.setattr(stages, "is_paid", lambda service: True)
+    monkeypatch.setenv(stages.BUDGET_VARIABLE, "1000")
+    run = make_run(teacher())
+    half = run_stage(run, "verify", samples[:20]).cost_usd
+    monkeypatch.setenv(stages.BUDGET_VARIABLE, str(1.5 * half))
+    with pytest.raises(CurationError, match="not asked yet.*run again with a larger one"):
+        run_stage(run, "verify", samples)
+    monkeypatch.setenv(stages.BUDGET_VARIABLE, "1000")
+    report = run_stage(run, "verify", samples)
+    assert 0 < report.asked <= 20 and report.waiting == 0
 
 
 def test_the_estimate_counts_every_task_of_a_paid_run(tmp_path, make_run):

@@ -9,6 +9,7 @@ from curation_world import make_root, teacher
 from PIL import Image
 
 from egm_lib.curation import templates
+from egm_lib.curation.marks import Mark, marked_jpeg
 from egm_lib.curation.request_plan import Plan
 from egm_lib.curation.tasks import TASKS, messages
 
@@ -49,6 +50,13 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
     assert len({first, *others}) == 1 + len(others)
 
 
+@pytest.mark.parametrize("box", [(0, 5e12, 5, 6e12), (-9e15, -9e15, -8e15, -8e15)])
+def test_a_predicted_box_far_outside_is_drawn_without_an_error(tmp_path, box):
+    sample = make_root(tmp_path, 1)[0]
+    image = Image.open(tmp_path / sample["image"])
+    assert marked_jpeg(image, [Mark(box, "red", "predicted")], sample)
+
+
 @pytest.mark.parametrize(
     "task, text, answer",
     [
@@ -59,6 +67,9 @@ def test_the_key_follows_everything_that_is_sent(tmp_path, monkeypatch):
         ("failure", "The cause is small object.", "SMALL-OBJECT"),
         ("failure", "GT-ERROR or OTHER", None),  # two are none
         ("failure", "another reason", None),
+        ("failure", "COMPLEX-PROMPT. It took the other zebra.", "COMPLEX-PROMPT"),
+        ("failure", "Category: Other", "OTHER"),
+        ("amodal-expression", '"the woman in red".', "the woman in red"),
         ("amodal-expression", '"The Tiger behind the log."', "the tiger behind the log"),
         ("trace", "  left\n of it ", "left of it"),
     ],

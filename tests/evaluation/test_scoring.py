@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from scored_rows import answers
 
-from egm_lib.evaluation.scoring import load_predictions, score
+from egm_lib.evaluation.scoring import load_predictions, numeric, score
 
 
 def test_score_of_boxes_whose_iou_is_known():
@@ -83,3 +83,8 @@ def test_a_file_without_a_whole_row_has_no_scored_row(tmp_path, content):
     (tmp_path / "learner.jsonl").write_text(content)
     scored = score(load_predictions(tmp_path / "learner.jsonl"))
     assert scored.empty and {"sample_id", "status", "iou", "success"} <= set(scored)
+
+
+def test_what_cannot_have_been_measured_is_no_number():
+    found = numeric(pd.Series([7, "8", 10**400, None, True, [1]], dtype=object))
+    assert found[:2].tolist() == [7, 8] and found[2:4].isna().all() and pd.isna(found[5])

@@ -83,6 +83,18 @@ def test_an_estimate_is_the_same_every_time():
     assert estimate(rows.iloc[:0]) is None
 
 
+def test_one_image_or_no_variance_is_no_evidence():
+    rows = outcomes(np.ones(6)).assign(image_id="a")
+    other = outcomes(np.zeros(6)).assign(image_id="a")
+    assert estimate(rows).ci95 is None
+    alone = paired_difference(rows, other)
+    assert alone.mean == 1 and alone.ci95 is None and alone.p_value is None
+    always = paired_difference(outcomes(np.ones(6)), outcomes(np.zeros(6)))
+    assert always.p_value is None  # six of six, and a standard error of zero
+    same = paired_difference(outcomes(np.ones(6)), outcomes(np.ones(6)))
+    assert same.p_value == 1
+
+
 def test_paired_difference_is_narrower_than_two_separate_intervals():
     rng = np.random.default_rng(5)
     hard = rng.random(500)

@@ -151,6 +151,29 @@ def test_rows_of_answers_given_together_have_no_latency(images):
     assert row["latency_ms"] == 1.5
 
 
+def test_samples_on_one_unreadable_image_do_not_end_a_run(images):
+    """They never reached the engine, which is not at fault."""
+    (images / "1.png").write_bytes(b"not an image")
+    engine = FakeEngine()
+    engine.batch_size, engine.window_batches = 1, 4
+    samples = [sample(3 * number + 1) for number in range(4)] + [sample(0), sample(2)]
+    rows = run(engine, samples, images, images / "out.jsonl")
+    assert [row["status"] for row in rows] == ["error"] * 4 + ["ok"] * 2
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--split", "refcoco_testC"], "no split refcoco_testC; known: refcoco_val"),
+        (["--validation", "--task", "amodal"], "leave --task out"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(capsys, options, words):
+    with pytest.raises(SystemExit):
+        predict_module.main(["--profile", "smoke", "--model", "small-base", *options])
+    assert words in capsys.readouterr().err
+
+
 def test_an_engine_is_closed_before_the_next_is_built(monkeypatch):
     """Two models do not fit one GPU."""
     events = []
@@ -198,6 +221,9 @@ def test_the_validation_split_is_answered_beside_the_test_splits(images, monkeyp
         assert rows["sample_id"].tolist() == [row["sample_id"] for row in split]
         assert set(rows["model"]) == {model}
     assert not (run.root / "predictions").exists()
+    limited = ["--model", "small-base@sample-2", "--limit", "2"]
+    assert predict_module.main([*command, *limited]) == 0
+    assert len(load_predictions(run.validation("small-base@sample-2"))) == 2
 
 
 @pytest.mark.parametrize("measured", [(), ("--latency", "--latency-samples", "1")])

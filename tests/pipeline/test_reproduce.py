@@ -91,7 +91,7 @@ def test_a_second_run_skips_everything(project):
     assert again(run, ran) == ["00_a", "01_b", "02_c"]
     assert again(run, ran) == []
     assert again(run, ran, fresh=True) == ["00_a", "01_b", "02_c"]
-    assert again(run, ran, fresh=True, first="01", last="01") == ["01_b"]
+    assert again(run, ran, fresh=True, first=1, last=1) == ["01_b"]
 
 
 def test_the_manifest_states_the_revision_that_ran_not_one_that_looked_on(project, monkeypatch):
@@ -243,6 +243,24 @@ def test_a_changed_profile_is_refused_with_what_changed(project):
     other = Run(replace(run.profile, grpo=replace(run.profile.grpo, beta=0.5)), 0)
     with pytest.raises(ReproduceError, match="values.grpo.beta was 0.005, is 0.5"):
         reproduce(other)
+
+
+def test_a_larger_budget_continues_the_same_run(project):
+    """The advice to raise it must not end in another: to delete what was paid."""
+    run, ran, _, _ = project
+    reproduce(run)
+    curation = replace(run.profile.curation, budget_usd=100.0)
+    reproduce(Run(replace(run.profile, curation=curation), 0))
+    assert ran == ["00_a", "01_b", "02_c"]
+
+
+def test_first_and_last_are_numbers(project, monkeypatch):
+    run, ran, _, _ = project
+    monkeypatch.setattr(module, "load_profile", lambda name: run.profile)
+    monkeypatch.setattr(module, "_show_results", lambda run: None)
+    command = ["--profile", "smoke", "--seed", "0"]
+    assert module.main([*command, "--first", "1", "--last", "1"]) == 0
+    assert ran == ["01_b"]
 
 
 def test_a_changed_base_model_is_refused(project, monkeypatch):

@@ -76,6 +76,8 @@ def test_validation_is_apart_from_the_test_splits(tmp_path):
         ("small-egm", (True, False)),
         ("small-egm@sample-1", (False, False)),
         ("reference", (True, True)),
+        ("small-egm@budget-4", (False, False)),  # neither greedy nor a sample
+        ("huge-base", (True, False)),  # has no answer to a test split
     ):
         rows = [
             prediction("vanilla", "refcoco", "validation", number, model, right, 0)
@@ -84,7 +86,8 @@ def test_validation_is_apart_from_the_test_splits(tmp_path):
         write_rows(run / "validation" / f"{model}.jsonl", rows)
     results = Results([run], draws=50)
     assert results.of("small-egm")["success"].mean() == 1
-    egm, reference = table_validation(results).rows
+    egm, huge, reference = table_validation(results).rows
+    assert huge.label == "huge-base"
     assert [cell.value for cell in egm.cells] == pytest.approx([50.0, 2, 0.0, 2])
     assert [cell.value for cell in reference.cells[:2]] == pytest.approx([100.0, 2])
     assert reference.cells[2:] == [None, None]

@@ -14,8 +14,10 @@ from egm_lib.errors import InputError
 from egm_lib.evaluation.results import Results, paper, paper_models
 from egm_lib.evaluation.scoring import load_predictions
 from egm_lib.files import read_jsonl
+from egm_lib.reports.findings import findings
 from egm_lib.reports.readme import numbers
 from egm_lib.reports.tables import TABLES, build_tables
+from egm_lib.reports.tables.beyond_paper import latency_stats
 from egm_lib.reports.tables.cells import (
     Number,
     Row,
@@ -190,6 +192,18 @@ def test_summary_has_the_promised_keys_and_numbers(run_root, tmp_path):
     )
     assert summary["tokens"]["small-base"] == {"reasoning": 5, "answer": 10, "mean": 15}
     assert summary["latency_ms"]["small-egm"] is None
+
+
+def test_an_endpoint_that_does_not_tell_reasoning_apart_has_token_counts(run_root):
+    """All of its tokens stand as the answer's; without any count there is none, not "nan"."""
+    path = run_root / "latency" / "small-base.jsonl"
+    rows = [row | {"reasoning_tokens": None} for row in read_jsonl(path)]
+    write_rows(path, rows)
+    assert latency_stats(Results([run_root]), "small-base")["tokens"] == 10
+    write_rows(path, [row | {"answer_tokens": None} for row in rows])
+    results = Results([run_root])
+    assert latency_stats(results, "small-base")["tokens"] is None
+    assert findings(results, "latency") == "`small-base` takes 15 ms."
 
 
 def test_a_third_size_is_compared_where_it_answered(run_root, tmp_path):

@@ -84,7 +84,7 @@ def rehearse(name: str, folder: Path, *, full: bool, fresh: bool = False) -> Run
         if fresh:
             shutil.rmtree(run.root, ignore_errors=True)
         if full:
-            reproduce(run, last="03")
+            reproduce(run, last=3)
             kill_sft(run)
         reproduce(run)
     print("\nSeconds of each stage, earlier attempts included:")

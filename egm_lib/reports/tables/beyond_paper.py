@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from pandas import DataFrame, Series
 
 from egm_lib.evaluation.metrics import metrics
 from egm_lib.evaluation.results import Results, paper
@@ -177,7 +178,7 @@ def table_decoding(results: Results) -> Table:
             if rows.empty:
                 table.rows.append(Row(name, "ours", [None] * 4))
                 continue
-            tokens = rows["reasoning_tokens"] + rows["answer_tokens"]
+            tokens = tokens_of(rows)
             difference = "" if name == model else percent(gain(results, name, model))
             accuracy = percent(estimate(rows, over_splits=True, draws=results.draws))
             table.rows.append(
@@ -251,7 +252,7 @@ def table_ablations(results: Results) -> Table:
                 if name == "sft-and-grpo"
                 else [percent(tests.get(name)), p_text(adjusted.get(name))]
             )
-            tokens = rows[name]["reasoning_tokens"] + rows[name]["answer_tokens"]
+            tokens = tokens_of(rows[name])
             table.rows.append(
                 Row(
                     name,
@@ -319,7 +320,7 @@ def table_latency(results: Results) -> Table:
                         Number(stats["p50"]),
                         Number(stats["p95"]),
                         None if first is None else Number(first),
-                        Number(stats["tokens"]),
+                        "" if stats["tokens"] is None else Number(stats["tokens"]),
                         accuracy,
                         count(stats["n"]),
                         stats["device"],
@@ -335,6 +336,13 @@ def table_latency(results: Results) -> Table:
     return table
 
 
+def tokens_of(rows: DataFrame) -> Series:
+    """Tokens of each answer. An endpoint that does not tell reasoning apart counts all as the
+    answer's.
+    """
+    return rows["reasoning_tokens"].fillna(0) + rows["answer_tokens"]
+
+
 def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | None:
     """Mean (with interval), p50 and p95 of a model's latency in ms; None if it was not run."""
     rows = results.latency
@@ -345,7 +353,7 @@ def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | 
         return None
     mean = estimate(rows.assign(image_id=rows["sample_id"]), "latency_ms", draws=results.draws)
     first = rows["first_token_ms"].mean()
-    tokens = rows["reasoning_tokens"] + rows["answer_tokens"]
+    tokens = tokens_of(rows)
     p50, p95 = np.percentile(rows["latency_ms"], [50, 95])
     return {
         "mean": round(mean.mean, 2),
@@ -353,7 +361,7 @@ def latency_stats(results: Results, model: str, concurrency: int = 1) -> dict | 
         "p50": round(float(p50), 2),
         "p95": round(float(p95), 2),
         "n": mean.n,
-        "tokens": round(float(tokens.mean()), 2),
+        "tokens": None if math.isnan(tokens.mean()) else round(float(tokens.mean()), 2),
         "first_token_mean": None if math.isnan(first) else round(float(first), 2),
         "device": ", ".join(sorted(set(rows["device"]))),
     }

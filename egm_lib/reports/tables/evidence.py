@@ -131,9 +131,11 @@ def table_validation(results: Results) -> Table:
     table = Table("table4_validation", "Accuracy on the validation split", columns)
     found = results.validation
     by_model = dict(list(found.groupby(found["model"].str.split("@").str[0], sort=False)))
-    for model in sorted(by_model, key=[*results.models, REFERENCE].index):
-        is_sample = by_model[model]["model"].str.contains("@sample-")
-        parts = (by_model[model][~is_sample], by_model[model][is_sample])
+    order = {model: place for place, model in enumerate(results.models)}
+    for model in sorted(by_model, key=lambda name: (order.get(name, len(order)), name)):
+        names = by_model[model]["model"]
+        is_sample = names.str.startswith(f"{model}@sample-")
+        parts = (by_model[model][names == model], by_model[model][is_sample])
         cells = [
             cell
             for rows in parts
