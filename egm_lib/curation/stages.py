@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from egm_lib.curation.client import estimate, run_task
 from egm_lib.curation.cost import CostEstimate
 from egm_lib.curation.judges import write_judgements
 from egm_lib.curation.options import CurationError
+from egm_lib.curation.outputs import kept, read_output
 from egm_lib.curation.request_plan import Report
 from egm_lib.curation.tasks import TASKS
 from egm_lib.data import eval_splits, read_eval, read_train
@@ -22,6 +23,11 @@ BUDGET_VARIABLE = "EGM_BUDGET_USD"  # set for one run, it replaces the profile's
 # Share of the evaluation samples that a base misses, for the estimate before it has answered: the
 # paper's small bases have accuracies of about 0.85 to 0.9 (Table 4).
 FAILURE_SHARE = 0.15
+# The tasks whose answers a task's samples hold, and as which field (notebook 03)
+BEFORE = {
+    "verify": (("amodal-expression", "expression"),),
+    "amodal-trace": (("amodal-expression", "expression"), ("verify", "verdict")),
+}
 JUDGED = ("small-base", "large-base")
 
 
@@ -48,7 +54,7 @@ def judge_failures(run: Run, model: str, failures: Iterable[Mapping]) -> int:
         name = f"failure-{model}-{file}"
         report = _ask(run, "failure", failures, judge, name, filtered=False)
         outs[judge.model] = report.out
-    return write_judgements(run.root / "failures" / f"{model}.jsonl", outs)
+    return write_judgements(_judgements(run, model), outs)
 
 
 def _ask(
@@ -76,7 +82,7 @@ def _ask(
         TASKS[task_name],
         samples,
         service,
-        out=_folder(run) / f"{name}.jsonl",
+        out=_output(run, name),
         ledger=ledger,
         root=run.profile.data.path,
         limit=curation.limit,
@@ -159,9 +165,9 @@ class RunEstimate:
 def estimate_run(run: Run) -> RunEstimate:
     """What all curation tasks of a run would still ask of paid services, and cost; asks nothing.
 
-    Answers that a ledger holds cost nothing more. Before predictions and verdicts exist, the judges
-    are counted on FAILURE_SHARE of the evaluation samples (at most: on all), and every amodal
-    sample is counted as accepted by the steps before.
+    Answers that a ledger holds cost nothing more. Before they have judged, the judges are counted
+    on FAILURE_SHARE of the evaluation samples (at most: on all). Before the steps before it are
+    done, a step counts every amodal sample as accepted by them.
     """
     return RunEstimate(tuple(_stage_estimates(run)))
 
@@ -179,7 +185,7 @@ def _stage_estimates(run: Run) -> Iterator[StageEstimate]:
         for name, stage, limit in asked:
             kind = "vanilla" if name == "trace" else "amodal"
             try:
-                samples = read_train(data.path, kind, stage, limit)
+                samples = _curated(run, name, stage, read_train(data.path, kind, stage, limit))
             except (OSError, ValueError):
                 samples = None
             cost = samples and _estimate(run, name, samples, curation.teacher)
@@ -190,8 +196,20 @@ def _stage_estimates(run: Run) -> Iterator[StageEstimate]:
         except (OSError, ValueError):
             samples = None
         for model in JUDGED:
+            if _judgements(run, model).exists():
+                continue  # every judge has judged all of its failures
             cost = samples and _estimate(run, "failure", samples, judge, share=FAILURE_SHARE)
             yield StageEstimate("failure", model, judge.model, cost or None)
+
+
+def _curated(run: Run, name: str, stage: str, samples: Sequence[Mapping]) -> Sequence[Mapping]:
+    """The samples that a task is asked about: what the tasks before it kept, once they are done."""
+    for before, field in BEFORE.get(name, ()):
+        out = _output(run, f"{before}-{stage}")
+        if not out.exists() or sum(1 for _ in read_output(out)) < len(samples):
+            break
+        samples = list(kept(samples, out, field))
+    return samples
 
 
 def _as_failures(run: Run) -> list[dict]:
@@ -220,6 +238,14 @@ def _estimate(
 
 def _folder(run: Run) -> Path:
     return run.root / "curation"
+
+
+def _output(run: Run, name: str) -> Path:
+    return _folder(run) / f"{name}.jsonl"
+
+
+def _judgements(run: Run, model: str) -> Path:
+    return run.root / "failures" / f"{model}.jsonl"
 
 
 def _ledger(run: Run, task_name: str) -> Path:

@@ -7,6 +7,7 @@ from curation_world import make_root, teacher
 
 from egm_lib.curation import stages
 from egm_lib.curation.options import CurationError
+from egm_lib.curation.outputs import kept
 from egm_lib.curation.stages import estimate_run, is_paid, judge_failures, run_stage
 from egm_lib.data import eval_splits, split_id
 from egm_lib.files import read_jsonl, write_jsonl
@@ -154,6 +155,32 @@ def test_the_estimate_counts_every_task_of_a_paid_run(tmp_path, make_run):
     assert found.complete and 0 < found.cost_usd < found.at_most_usd
     assert f"at most {found.at_most_usd:,.2f} USD" in str(found)
     assert not (tmp_path / "run").exists()  # it asks and writes nothing
+
+
+def test_what_is_done_costs_nothing_more(tmp_path, make_run, monkeypatch):
+    """Later steps are counted on the expressions that were written, not on the names before."""
+    samples = [{**sample, "box": None} for sample in make_root(tmp_path, 12)]
+    write_jsonl(tmp_path / "train_amodal.jsonl", [without_box(sample) for sample in samples])
+    run = make_run(teacher())
+    before = samples
+    for task, field in (
+        ("amodal-expression", "expression"),
+        ("verify", "verdict"),
+        ("amodal-trace", "reasoning"),
+    ):
+        out = run_stage(run, task, before, "train").out
+        before = list(kept(before, out, field))
+    for model in ("small-base", "large-base"):
+        judge_failures(run, model, samples[:3])
+    monkeypatch.setattr(stages, "is_paid", lambda service: True)
+    left = {(s.task, s.stage): s.cost.requests for s in estimate_run(run).stages if s.cost}
+    assert [task for task, _ in left if task == "failure"] == []
+    done = ("amodal-expression", "verify", "amodal-trace")
+    assert [left[task, "train"] for task in done] == [0, 0, 0]
+
+
+def without_box(sample):
+    return {name: value for name, value in sample.items() if name != "box"}
 
 
 def test_an_estimate_without_data_or_paid_services(tmp_path, make_run):
