@@ -378,7 +378,7 @@ class Profile:
         the same digest ask for the same run.
         """
         values = self.as_dict()
-        values["curation"] = {k: v for k, v in values["curation"].items() if k != "budget_usd"}
+        del values["curation"]["budget_usd"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

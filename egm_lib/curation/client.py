@@ -178,14 +178,14 @@ class _Asker:
         except (OSError, ValueError) as error:
             self.receipts.fail(request, str(error))
             return
-        at_most_usd, replies = self.plan.at_most_usd(request), 0
-        while True:
+        at_most_usd = self.plan.at_most_usd(request)
+        for attempt in range(READ_TRIES):
             # Every reply is paid, so every try needs room in the budget
             if not await self.budget.take_patiently(at_most_usd, self.stop):
                 if not self.stop.is_set():
                     self._end(self.budget.used_up)
                 return
-            self.receipts.report.asked += replies == 0
+            self.receipts.report.asked += attempt == 0
             try:
                 async with asyncio.timeout(self.deadline_s):
                     fault = await self._fetch(request, body)
@@ -199,11 +199,9 @@ class _Asker:
             if fault is None:
                 self.failures_in_a_row = 0
                 return
-            replies += 1
-            if replies == READ_TRIES:
-                fault = f"{READ_TRIES} replies were no answers; of the last one, {fault}"
-                break
-            await asyncio.sleep(2.0 ** (replies - 1))
+            await asyncio.sleep(2.0**attempt)
+        else:
+            fault = f"{READ_TRIES} replies were no answers; of the last one, {fault}"
         self.receipts.fail(request, fault)
         self.failures_in_a_row += 1
         if self.failures_in_a_row >= self.patience:

@@ -255,10 +255,8 @@ def filter_quality(out: Path, planted: Mapping[str, str | None]) -> pd.DataFrame
 
 
 def _quality(pairs: list[tuple[bool, bool]]) -> list:
-    planted, dropped, both = (
-        sum(values)
-        for values in zip(*((w, g, w and g) for w, g in pairs or [(False, False)]), strict=True)
-    )
+    planted, dropped = sum(was for was, _ in pairs), sum(got for _, got in pairs)
+    both = sum(was and got for was, got in pairs)
     return [
         planted,
         dropped,

@@ -197,7 +197,10 @@ class Results:
             for root, seed in zip(self.roots, self.seeds, strict=True)
             if (root / "validation").is_dir()
         ]
-        none = self.predictions.iloc[:0]
+        return self._score_parts(parts, self.predictions.iloc[:0])
+
+    def _score_parts(self, parts: Sequence[pd.DataFrame], none: pd.DataFrame) -> pd.DataFrame:
+        """Scored rows of all parts; without parts those of `none`, which has the columns alone."""
         return score(pd.concat(parts, ignore_index=True) if parts else none, self.rule)
 
     @cached_property
@@ -210,8 +213,7 @@ class Results:
                 parts.append(
                     rows.assign(seed=seed, steps=int(answers.parent.name.removesuffix("-steps")))
                 )
-        none = self.predictions.iloc[:0].assign(steps=0)
-        return score(pd.concat(parts, ignore_index=True) if parts else none, self.rule)
+        return self._score_parts(parts, self.predictions.iloc[:0].assign(steps=0))
 
     @cached_property
     def prompts(self) -> list[dict]:

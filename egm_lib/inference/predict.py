@@ -367,12 +367,14 @@ def _use_engine(
         }
         measure_latency(samples, engine, out=out, seed=run.seed, **options, **common)
         return
-    for pair in [None] if args.validation else splits:
-        start = time.perf_counter()
-        if pair is None:
-            samples, out = read_validation(root, args.limit), run.validation(model)
-        else:
-            samples, out = read_eval(root, *pair, limit), run.predictions(model, split_id(*pair))
+    files = {
+        run.predictions(model, split_id(*pair)): partial(read_eval, root, *pair, limit)
+        for pair in splits
+    }
+    if args.validation:
+        files = {run.validation(model): partial(read_validation, root, args.limit)}
+    for out, read in files.items():
+        start, samples = time.perf_counter(), read()
         predict(
             samples,
             engine,

@@ -21,9 +21,9 @@ from egm_lib.pipeline.reproduce import reproduce
 from egm_lib.profile import load_profile
 from egm_lib.reports.figures import build_figures
 from egm_lib.reports.tables import build_tables
-from egm_lib.reports.tables.evidence import PAIR, REFERENCE
+from egm_lib.reports.tables.evidence import PAIR
 from egm_lib.run import Run
-from egm_lib.training.selection import AT_RANDOM, select_at_random
+from egm_lib.training.selection import AT_RANDOM, ROLES, select_at_random
 
 UNSELECTED = "small-egm-unselected"
 SAMPLES = 8  # the protocol's pass@8
@@ -47,11 +47,11 @@ def sample(run: Run) -> None:
 
 
 def validate(run: Run, *more: str) -> None:
-    """Answers to the validation scenes: greedy of the selection's reference and of the trained
-    models, and sampled of the model before and after GRPO. more: further models.
+    """Answers to the validation scenes: greedy and sampled of the model before and after GRPO,
+    greedy of the SFT control and of the selection's reference. more: further models.
     """
     sampled = [f"{model}@sample-1" for model in SAMPLED]
-    models = [*SAMPLED, "small-sft-control", *more, REFERENCE, *sampled]
+    models = [*SAMPLED, "small-sft-control", *more, ROLES["reference"], *sampled]
     answers = ("inference.predict", "--validation", "--model")
     run_jobs(run, [job(run, *answers, model) for model in models])
 

@@ -26,9 +26,7 @@ PACKAGES = (
     "numpy",
     "papermill",
 )
-
-
-MAY_CHANGE = ("values.curation.budget_usd",)  # it changes no result
+MAY_CHANGE = ("values.curation.budget_usd",)  # while a run goes on: it changes no result
 
 
 def open_manifest(run: Run) -> dict:

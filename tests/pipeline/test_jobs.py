@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from torch.distributed.elastic.multiprocessing.api import PContext
 
+from egm_lib.pipeline import predict
 from egm_lib.pipeline.jobs import (
     STOP_S,
     Job,
@@ -237,3 +238,9 @@ def test_data_are_prepared_for_the_profile_s_tasks_alone(name, tasks):
     """Else a machine without the files of the other task stops in the first notebook."""
     command = data_job(Run(load_profile(name), 0)).command
     assert [word for word in command if word.startswith("--task")] == tasks
+
+
+def test_an_unknown_profile_is_one_sentence(capsys):
+    """`make evaluate`, too."""
+    assert predict.main(["--profile", "eval-egm-9b", "--model", "small-egm"]) == 2
+    assert "There is no profile 'eval-egm-9b'" in capsys.readouterr().err

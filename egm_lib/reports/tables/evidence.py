@@ -12,7 +12,6 @@ from egm_lib.parsing import split_reasoning
 from egm_lib.prompts import TASKS
 from egm_lib.reports.tables.cells import Cell, Number, Row, Table, count, p_text, percent
 
-REFERENCE = "reference"  # the stronger model of the selection, as the profile names it
 PAIR = {"varied": "mini-full", "uniform": "mini-uniform"}  # profiles, by their teacher
 
 
