@@ -172,7 +172,7 @@ def planner(device: Device) -> tuple[Figure, str]:
                 marker=marker,
                 edgecolor="white",
                 s=60,
-                zorder=3,
+                zorder=4 if label.startswith("EGM") else 3,  # two of them stand at one place
                 label=label,
             )
             sides = [side] * (len(placed) - 1) + [last_side]
