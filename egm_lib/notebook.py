@@ -14,7 +14,7 @@ from egm_lib.evaluation.roofline import device_of
 from egm_lib.evaluation.scoring import load_predictions, score
 from egm_lib.reports import efficiency
 from egm_lib.reports.figures import build_figures
-from egm_lib.reports.figures.curves import training_log
+from egm_lib.reports.figures.curves import TASKS, training_log
 from egm_lib.reports.findings import findings
 from egm_lib.reports.tables import build_tables
 from egm_lib.reports.tables.cells import to_markdown
@@ -107,10 +107,12 @@ def plot_logs(logs: Mapping[str, Path], columns: Sequence[str]) -> None:
         figure = new_figure(2.9 * len(shown), 2.6)
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
         for axis, column in zip(axes, shown, strict=True):
-            for (name, frame), style in zip(frames.items(), ("-", "--", ":"), strict=False):
+            for name, frame in frames.items():
                 if column in frame:
+                    colour, line = TASKS.get(name, (None, "-"))
                     rows = frame[frame[column].notna()]
-                    axis.plot(rows["step"], rows[column], style, label=name)
+                    look = {"color": colour, "marker": "o" if len(rows) < 10 else None}
+                    axis.plot(rows["step"], rows[column], line, label=name, **look)
             axis.set(title=column, xlabel="step")
         axes[0].legend()
         show(figure)

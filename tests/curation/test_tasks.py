@@ -20,7 +20,7 @@ def test_the_image_is_marked_in_green_and_the_rest_is_left_alone(tmp_path):
     data = base64.b64decode(content[0]["image_url"]["url"].split(",")[1])
     image = Image.open(io.BytesIO(data))
     assert image.size == (128, 96)
-    red, green, blue = image.getpixel((22, 40))  # on the left edge of the box, 5 px wide
+    red, green, blue = image.getpixel((21, 40))  # on the left edge of the box, 3 px wide here
     assert green > 100 and red < 60 and blue < 60
     assert abs(image.getpixel((40, 40))[1] - 90) < 12  # inside it
     # The label, white above the box

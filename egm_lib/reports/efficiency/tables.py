@@ -145,19 +145,14 @@ def tokens(device: Device) -> Table:
 
 def planner(device: Device) -> Table:
     """EGM models on a device, and the cheapest direct model that is as accurate."""
+    asked = ("accuracy", "devices", "ms, one request", "images a second")
     table = Table(
         "planner",
         f"EGM and direct models of the same accuracy on {device.name}",
         [
-            "accuracy",
-            "devices",
-            "ms, one request",
-            "images a second",
+            *(f"EGM: {name}" for name in asked),
             "direct model, as accurate",
-            "accuracy",
-            "devices",
-            "ms, one request",
-            "images a second",
+            *(f"direct: {name}" for name in asked),
         ],
     )
     for found in plan(device):

@@ -132,22 +132,19 @@ def table_rules(results: Results) -> Table:
 
 def table_answers(results: Results) -> Table:
     """What kind of answers a model gives: shares in percent, and tokens."""
-    shares = [
-        "acc_50_95",
-        "mean_iou",
-        "no_box",
-        "several_boxes",
-        "unclosed_reasoning",
-        "malformed",
-        "error",
-        "truncated",
-    ]
-    tokens = ["reasoning_tokens", "answer_tokens"]
-    table = Table(
-        "table4_answers",
-        "Answers: boxes, faults, tokens",
-        [*(name.replace("_", " ") for name in shares + tokens), "n"],
-    )
+    shares = {
+        "acc_50_95": "accuracy, IoU 0.50 to 0.95",
+        "mean_iou": "mean IoU",
+        "no_box": "no box",
+        "several_boxes": "several boxes",
+        "unclosed_reasoning": "unclosed reasoning",
+        "malformed": "malformed",
+        "error": "error",
+        "truncated": "truncated",
+    }
+    tokens = {"reasoning_tokens": "reasoning tokens", "answer_tokens": "answer tokens"}
+    columns = [*shares.values(), *tokens.values(), "n"]
+    table = Table("table4_answers", "Answers: boxes, faults, tokens", columns)
     if not results.models:
         return table
     frame = metrics(results.scored, ["task", "model"], draws=20).set_index(["task", "model"])
@@ -159,8 +156,7 @@ def table_answers(results: Results) -> Table:
                 cells += [None if math.isnan(row[name]) else Number(row[name]) for name in tokens]
                 table.rows.append(Row(f"{model}, {task}", "ours", [*cells, count(int(row["n"]))]))
     table.notes.append(
-        "In percent; tokens: mean per answer. acc 50 95: accuracy averaged over the thresholds of "
-        "IoU from 0.50 to 0.95."
+        "In percent; tokens: mean per answer. The first column is a mean over thresholds of IoU."
     )
     return table
 

@@ -223,6 +223,16 @@ def _flat(values: dict, prefix: str = "") -> list[tuple[str, Cell]]:
     return rows
 
 
+SELECTED = {  # the counts of selection.json in words
+    "both": "both solve it",
+    "learnable": "learnable: the reference alone solves it",
+    "learner_only": "only the learner solves it",
+    "neither": "neither solves it",
+    "easy": "easy: drawn from those that the learner solves",
+    "filled": "added to reach a set size",
+}
+
+
 def table7(results: Results) -> Table:
     """Sizes of the RL data, and what our selection found in the first seed."""
     source = paper("table7")
@@ -232,9 +242,10 @@ def table7(results: Results) -> Table:
         for row in source["rows"]
     ]
     stats = read_json(results.roots[0] / "selection.json", shape=dict)
-    table.rows += [
-        Row(name, "ours", [value]) for name, value in (_flat(stats) if stats else [("small", None)])
-    ]
+    for name, value in _flat(stats) if stats else [("small", None)]:
+        task, _, counted = name.rpartition(": ")
+        label = f"{task}: {SELECTED.get(counted, counted)}" if task else name
+        table.rows.append(Row(label, "ours", [value]))
     table.notes += [f"Paper: {source['source']}.", *_first_seed_note(results)]
     return table
 
