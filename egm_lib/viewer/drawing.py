@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from math import dist
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -37,6 +38,7 @@ STROKE_SHARE = 0.007  # width of a box's stroke, as a share of the drawn image's
 STROKE_PT = (0.9, 1.4)  # and its limits
 GROUND_TRUTH_WIDTH = 1.9  # strokes: it shows around an answer that is right
 HALO_WIDTH = 1.0  # strokes: white beyond a box, so that it shows on any image
+SHARED_LABEL = 0.05  # of the image's longer side: places so close have one label for their steps
 
 Steps = Sequence[tuple[Sequence[Step], Look]]
 
@@ -98,11 +100,12 @@ def draw_hidden(ax: Axes, amodal: Box, modal: Box) -> None:
     ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, alpha=0.8, **outline))
 
 
-def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
+def draw_steps(ax: Axes, steps: Sequence[Step], style: Look, near_px: float) -> None:
     """The places that a trace names: dots with their numbers, joined in order by a thin line.
 
-    Steps at one place share a label, such as "1,3". A box that the trace names is outlined with
-    dots; a step with a fault has a ring and a "!".
+    Steps within near_px of one another share a label, such as "1,3": two labels there would cover
+    each other. A box that the trace names is outlined with dots; a step with a fault has a ring and
+    a "!".
     """
     if not steps:
         return
@@ -111,7 +114,7 @@ def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
     shared = {"color": style.colour, "clip_on": True}
     ax.plot(x, y, linewidth=0.7, zorder=6, path_effects=halo, **shared)
     ax.scatter(x, y, s=5, zorder=7, edgecolor="white", linewidth=0.4, **shared)
-    labels: dict[tuple[int, int], list[str]] = {}
+    labels: dict[tuple[float, float], list[str]] = {}
     for number, step in enumerate(steps, start=1):
         if step.kind == "box":
             x1, y1, x2, y2 = step.box
@@ -120,7 +123,7 @@ def draw_steps(ax: Axes, steps: Sequence[Step], style: Look) -> None:
         if step.fault:
             ring = {"s": 36, "facecolor": "none", "edgecolor": FAULT, "linewidth": 1.0}
             ax.scatter(*step.point, zorder=7, **ring)
-        spot = tuple(round(value) for value in step.point)
+        spot = next((at for at in labels if dist(at, step.point) <= near_px), step.point)
         labels.setdefault(spot, []).append(f"{number}!" if step.fault else str(number))
     for spot, numbers in labels.items():
         text = ",".join(numbers)
@@ -169,7 +172,7 @@ def draw_image(
     for box, style in shown:  # dashes above solid lines: two equal answers both show
         draw_box(ax, box, style, layer=5 if style.dash else 4)
     for found, style in steps:
-        draw_steps(ax, found, style)
+        draw_steps(ax, found, style, SHARED_LABEL * max(width, height))
     boxes = [box for box, _ in shown] + ([gt] if gt is not None else [])
     pad = 0.02 * max(width, height)
     left, top = (min([0, *(box[side] - pad for box in boxes)]) for side in (0, 1))

@@ -172,11 +172,11 @@ def test_a_loop_is_cut_and_costs_linear_time(text):
     assert time.process_time() - began < 2
 
 
-def test_steps_at_one_place_share_a_label():
+def test_steps_near_one_another_share_a_label():
     ax = new_figure(2, 2).subplots()
-    points = [(100.0, 60.0), (20.0, 30.0), (100.2, 60.1), (100.0, 60.0)]
+    points = [(100.0, 60.0), (20.0, 30.0), (103.0, 64.0), (100.0, 60.0)]
     steps = [Step(0, 1, "point", point, None) for point in points]
-    draw_steps(ax, [*steps[:3], steps[3]._replace(fault=COUNTED_TWICE)], LOOKS["small-egm"])
+    draw_steps(ax, [*steps[:3], steps[3]._replace(fault=COUNTED_TWICE)], LOOKS["small-egm"], 5.0)
     labels = {text.get_text(): text for text in ax.texts}
     assert labels.keys() == {"1,3,4!", "2"}
     assert labels["1,3,4!"].get_color() == FAULT
