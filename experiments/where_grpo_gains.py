@@ -2,9 +2,10 @@
 
     python experiments/where_grpo_gains.py
 
-Compares models on the prompts where the answer of `small-sft` was worked, concluding or restating,
-and the two teachers' models with each other. It needs the runs of mini-full and mini-uniform:
-`make restore PROFILE=mini-full` and `make restore PROFILE=mini-uniform`.
+Compares models on the prompts where the answer of `small-sft` was worked, concluding or restating;
+on those that both of two models worked out; and the two teachers' models with each other. It needs
+the runs of mini-full and mini-uniform: `make restore PROFILE=mini-full`, and the same for
+mini-uniform.
 """
 
 import pandas as pd
@@ -41,6 +42,18 @@ def by_way(results: Results, task: str) -> None:
             print(f"  {model}{after_before} {stated(paired_difference(*pair))}")
 
 
+def both_worked(results: Results, task: str) -> None:
+    worked = {}
+    for model in ("small-sft", "small-egm", "small-sft-control"):
+        told = ways_told(results.of(model, task))
+        worked[model] = told[told["way"] == "worked"]
+    print(f"{task}, both worked:")
+    for a, b in (("small-sft-control", "small-sft"), ("small-egm", "small-sft-control")):
+        shared = worked[a][ROW].merge(worked[b][ROW], on=ROW)
+        pair = [worked[model].merge(shared, on=ROW) for model in (a, b)]
+        print(f"  {a} - {b}: {stated(paired_difference(*pair))}")
+
+
 def across_teachers(varied: pd.DataFrame, uniform: pd.DataFrame) -> str:
     return stated(paired_difference(varied, uniform, over_splits=True))
 
@@ -49,6 +62,7 @@ def main() -> None:
     varied, uniform = results_of("varied"), results_of("uniform")
     for task in ("vanilla", "amodal"):
         by_way(varied, task)
+        both_worked(varied, task)
     worked_sft = uniform.of("small-sft", "vanilla")
     for model in ("small-sft", "small-egm"):
         difference = across_teachers(varied.of(model, "vanilla"), worked_sft)
