@@ -55,12 +55,12 @@ def train(run: Pilot) -> None:
 
 
 def report(run: Pilot) -> None:
-    columns = ["sample_id", "image_id", "success"]
-    answers = read_jsonl(run.root / "answers" / f"{NAME}-greedy.jsonl")
-    ours = pd.DataFrame(answers).rename(columns={"right": "success"})[columns]
+    answers = pd.DataFrame(read_jsonl(run.root / "answers" / f"{NAME}-greedy.jsonl"))
+    right = answers.set_index("sample_id")["right"]
     scored = Results([Run(MINI_FULL, SEED).root]).validation
     for model in ("small-sft", "small-sft-control", "small-egm"):
-        theirs = scored.loc[scored["model"] == model, columns]
+        theirs = scored[scored["model"] == model]
+        ours = theirs.assign(success=theirs["sample_id"].map(right))
         difference = paired_difference(ours, theirs)
         values = (ours["success"].mean(), theirs["success"].mean(), difference.mean)
         worked, other, by, low, high = (100 * value for value in (*values, *difference.ci95))
