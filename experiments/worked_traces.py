@@ -1,18 +1,19 @@
-"""What is SFT worth on the worked traces alone? Exploratory, on validation scenes; one seed.
+"""What is SFT worth on the worked traces alone? Exploratory, on validation scenes.
 
-    python experiments/worked_traces.py
+    python experiments/worked_traces.py train --seed 0
+    python experiments/worked_traces.py report --seed 0 1 2
 
 The varied teacher works 40 % of the expressions out. Where somebody can tell, the other traces can
-be left out before SFT. This trains the small base of mini-full (seed 0) on what is then left, for
-as many steps as its SFT had, and compares the answers with those of the run's own models. It needs
-the finished run with its answers to the validation scenes. No test split is read.
+be left out before SFT. This trains the small base of mini-full on what is then left, for as many
+steps as its SFT had, and compares the answers with those of the runs' own models. It needs the
+finished runs with their answers to the validation scenes. No test split is read.
 """
 
+import argparse
 from dataclasses import replace
 
-import pandas as pd
 import torch
-from pilot import MINI_FULL, QWEN, SEED, Pilot, answer
+from pilot import MINI_FULL, QWEN, Pilot, answer
 
 from egm_lib.evaluation.results import Results
 from egm_lib.evaluation.statistics import paired_difference
@@ -33,12 +34,17 @@ def is_useful(row: dict) -> bool:
     return way != "restating" if row["prompt_kind"] == "plain" else way == "worked"
 
 
+def pilot(seed: int) -> Pilot:
+    sft = replace(MINI_FULL.sft, num_train_epochs=100.0, max_steps=STEPS)
+    return Pilot(replace(MINI_FULL, sft=sft), seed, f"worked-traces-{seed}")
+
+
 def train(run: Pilot) -> None:
     out, options = run.checkpoint("vanilla", NAME), run.profile.sft
     if is_finished(out):
         return
     root = MINI_FULL.data.path
-    traces = read_traces(Run(MINI_FULL, SEED).traces("vanilla"), root, "vanilla")
+    traces = read_traces(Run(MINI_FULL, run.seed).traces("vanilla"), root, "vanilla")
     useful = [row for row in traces if is_useful(row)]
     print(f"{len(useful):,} of {len(traces):,} traces", flush=True)
     rows = answer_rows(
@@ -49,18 +55,21 @@ def train(run: Pilot) -> None:
     )
     trainer = make_sft_trainer(
         model, processor, rows, QWEN, options, work=work_folder(out), log=run.log(f"{NAME}.jsonl"),
-        seed=SEED,
+        seed=run.seed,
     )  # fmt: skip
     train_to(trainer, processor, out)
 
 
-def report(run: Pilot) -> None:
-    answers = pd.DataFrame(read_jsonl(run.root / "answers" / f"{NAME}-greedy.jsonl"))
-    right = answers.set_index("sample_id")["right"]
-    scored = Results([Run(MINI_FULL, SEED).root]).validation
+def report(seeds: list[int]) -> None:
+    right = {}
+    for seed in seeds:
+        for row in read_jsonl(pilot(seed).root / "answers" / f"{NAME}-greedy.jsonl"):
+            right[seed, row["sample_id"]] = row["right"]
+    scored = Results([Run(MINI_FULL, seed).root for seed in seeds]).validation
     for model in ("small-sft", "small-sft-control", "small-egm"):
         theirs = scored[scored["model"] == model]
-        ours = theirs.assign(success=theirs["sample_id"].map(right))
+        keys = zip(theirs["seed"], theirs["sample_id"], strict=True)
+        ours = theirs.assign(success=[right[key] for key in keys])
         difference = paired_difference(ours, theirs)
         values = (ours["success"].mean(), theirs["success"].mean(), difference.mean)
         worked, other, by, low, high = (100 * value for value in (*values, *difference.ci95))
@@ -68,14 +77,18 @@ def report(run: Pilot) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("act", choices=("train", "report"))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    args = parser.parse_args()
+    if args.act == "report":
+        report(args.seed)
+        return
     torch.set_num_threads(1)
-    profile = replace(
-        MINI_FULL, sft=replace(MINI_FULL.sft, num_train_epochs=100.0, max_steps=STEPS)
-    )
-    run = Pilot(profile, SEED, "worked-traces")
-    train(run)
-    answer(run, NAME, str(run.checkpoint("vanilla", NAME)), count=1250)
-    report(run)
+    for seed in args.seed:
+        run = pilot(seed)
+        train(run)
+        answer(run, NAME, str(run.checkpoint("vanilla", NAME)), count=1250)
 
 
 if __name__ == "__main__":
